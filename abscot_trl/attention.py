@@ -1,0 +1,141 @@
+"""
+The block mask of the bottleneck (section 3.2): one rule, its three renderings, and the hook that installs it.
+
+Causal everywhere within a document, except that what y is read from never looks at what was reasoned in words:
+positions of Y (and of the discrete channel's COPY) see neither C nor the DRAFT. Z attends to X, C and Z.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedModel
+
+from abscot_trl.examples import Segment
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+
+
+def reads(segments: Tensor) -> Tensor:
+    """Positions that must not look at the verbal reasoning: Y, and the discrete channel's copy of z."""
+    return (segments == Segment.ANSWER) | (segments == Segment.COPY)
+
+
+def verbal(segments: Tensor) -> Tensor:
+    """Positions that hold the verbal reasoning: C, and the discrete channel's trace written in its sight."""
+    return (segments == Segment.COT) | (segments == Segment.DRAFT)
+
+
+def sees(q: Tensor, k: Tensor, q_document: Tensor, k_document: Tensor, q_reads: Tensor, k_verbal: Tensor) -> Tensor:
+    """Whether query position `q` attends to key position `k`: the whole rule, elementwise on broadcastable tensors."""
+    return (q >= k) & (q_document == k_document) & ~(q_reads & k_verbal)
+
+
+def dense_mask(segments: Tensor, documents: Tensor) -> Tensor:
+    """The rule as a bool tensor of shape (B, 1, L, L), True where attention is allowed (sdpa's form)."""
+    position = torch.arange(segments.shape[1], device=segments.device)
+    rows, columns = (slice(None), slice(None), None), (slice(None), None, slice(None))
+    allowed = sees(
+        position[:, None],
+        position[None, :],
+        documents[rows],
+        documents[columns],
+        reads(segments)[rows],
+        verbal(segments)[columns],
+    )
+    return allowed[:, None]
+
+
+def additive_mask(segments: Tensor, documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rule as 0 and the dtype's minimum, shape (B, 1, L, L): eager's form, where a bool mask is silently wrong."""
+    allowed = dense_mask(segments, documents)
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+_compiled_create_block_mask = torch.compile(create_block_mask)
+
+
+def block_mask(segments: Tensor, documents: Tensor) -> BlockMask:
+    """The rule as a flex BlockMask over (B, 1, L, L); blocks without an allowed pair are skipped by the kernel."""
+
+    reader, reasoning = reads(segments), verbal(segments)
+
+    def mask_mod(batch, head, q, k):
+        return sees(q, k, documents[batch, q], documents[batch, k], reader[batch, q], reasoning[batch, k])
+
+    batch, length = segments.shape
+    # Compiled, the (L, L) intermediate of a long sequence is never written to memory.
+    create = _compiled_create_block_mask if segments.is_cuda else create_block_mask
+    return create(mask_mod, batch, None, length, length, device=segments.device)
+
+
+def _refuse_unsupported(model: PreTrainedModel) -> None:
+    config, name = model.config, type(model).__name__
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "attention"}
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        kinds.add("sliding_attention")
+    if not getattr(config, "num_attention_heads", None) or not model._supports_sdpa:
+        kinds.add(f"the layers of {config.model_type}")
+    if kinds:
+        raise ValueError(
+            f"{name} cannot carry the bottleneck mask: {', '.join(sorted(kinds))} let y reach c past it. "
+            "Use a decoder whose layers are all full attention (Qwen3, Llama, Granite-4.0-Micro)"
+        )
+
+
+def _check_implementation(implementation: str | None) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r} cannot carry the bottleneck mask; "
+            f"set attn_implementation to one of {', '.join(IMPLEMENTATIONS)}"
+        )
+
+
+def use_bottleneck_mask(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Make `model(input_ids=, attention_mask=<2-D>, segment_ids=, document_ids=None)` apply the bottleneck mask.
+
+    A pre-hook on the backbone builds the mask from `segment_ids` (B, L) and `document_ids` (B, L; for packed rows) and
+    puts it where the model would put its own; calls without `segment_ids` (generation) are unchanged. Without
+    `position_ids`, positions restart with each document. The model is changed in place and returned; a second call
+    does nothing.
+
+    Raises:
+        ValueError: sliding-window or recurrent layers, or an attention implementation other than sdpa, eager and flex.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath a PEFT wrapper
+    _refuse_unsupported(causal_lm)
+    _check_implementation(causal_lm.config._attn_implementation)
+    backbone = causal_lm.base_model
+    if getattr(backbone, "_bottleneck_mask", None) is None:
+        backbone._bottleneck_mask = backbone.register_forward_pre_hook(_install_mask, with_kwargs=True)
+    return model
+
+
+def _install_mask(backbone: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    segments, documents = kwargs.pop("segment_ids", None), kwargs.pop("document_ids", None)
+    if segments is None:
+        return args, kwargs
+    implementation = backbone.config._attn_implementation
+    _check_implementation(implementation)
+    if documents is None:
+        documents = (segments != Segment.PAD).long()  # a pad position sees pads only, itself at least: no empty row
+    elif kwargs.get("position_ids") is None:
+        index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        starts = torch.ones_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        kwargs["position_ids"] = index - torch.where(starts, index, 0).cummax(dim=1).values
+    if implementation == "flex_attention":
+        mask = block_mask(segments, documents)
+    elif implementation == "eager":
+        mask = additive_mask(segments, documents, _hidden_dtype(backbone))
+    else:
+        mask = dense_mask(segments, documents)
+    # Backbones with several kinds of layers take a mask a kind; the others return a 4-D mask as it is.
+    kwargs["attention_mask"] = {"full_attention": mask} if hasattr(backbone.config, "layer_types") else mask
+    return args, kwargs
+
+
+def _hidden_dtype(backbone: PreTrainedModel) -> torch.dtype:
+    if torch.is_autocast_enabled("cuda" if backbone.device.type == "cuda" else "cpu"):
+        return torch.get_autocast_dtype(backbone.device.type)
+    return backbone.dtype

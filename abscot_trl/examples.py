@@ -1,0 +1,200 @@
+"""
+From (prompt, cot, answer) and a trace to the rows a trainer sees.
+
+One row is [x; c; z~; y] for the bottleneck (eq. 3), [x; z~; y] for self-distillation (eq. 4), [x; y] without a trace.
+The segments say which is which; `abscot_trl.attention` turns them into the mask.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from abscot_trl.vocabulary import AbstractVocabulary
+
+IGNORE = -100
+
+
+class Segment(IntEnum):
+    """What a position belongs to. TRACE includes both delimiters. DRAFT and COPY: discrete channel only."""
+
+    PAD = 0
+    PROMPT = 1
+    COT = 2
+    TRACE = 3
+    ANSWER = 4
+    DRAFT = 5  # the trace as it is written, with c in sight; never read by y
+    COPY = 6  # the same tokens again, blind to c; what y reads
+
+
+@dataclass
+class Example:
+    """One training example or problem: chat messages up to the answer, verbal CoT, answer, and gold for grading."""
+
+    prompt: list[dict[str, str]]
+    cot: str
+    answer: str
+    gold: str | None = None
+    id: str = ""
+    source: str = ""
+
+
+def prompt_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The chat template with a generation prompt; thinking mode off, as in the paper."""
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=False
+    )
+
+
+def cot_ids(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The verbal CoT, one trailing newline, no special tokens."""
+    return tokenizer(cot.rstrip() + "\n", add_special_tokens=False)["input_ids"]
+
+
+def answer_ids(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The answer and EOS."""
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """
+    Turns token ids of x, c, z, y into one training row.
+
+    Args:
+        codebook (`list[int]`): ids of V_abs, in order.
+        begin, end (`int`): ids of the delimiters.
+        channel (`str`): `hidden`, the paper's one masked pass, or `discrete`, where y reads only the tokens.
+        supervise_end (`bool`): whether `<endabstract>` carries loss. Eq. 3 to the letter says no, and stopping would
+            then never be learnt.
+    """
+
+    codebook: list[int]
+    begin: int
+    end: int
+    channel: str = "hidden"
+    supervise_end: bool = True
+
+    def __post_init__(self):
+        if self.channel not in ("hidden", "discrete"):
+            raise ValueError(f"channel must be 'hidden' or 'discrete', got {self.channel!r}")
+
+    @classmethod
+    def from_tokenizer(cls, vocabulary: AbstractVocabulary, tokenizer: PreTrainedTokenizerBase, **kwargs) -> "Encoder":
+        return cls(vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer), **kwargs)
+
+    def __call__(
+        self, prompt: list[int], cot: list[int] | None, trace: list[int] | None, answer: list[int], weight: float = 1.0
+    ) -> dict[str, list]:
+        """
+        Encode one row.
+
+        Args:
+            prompt, answer (`list[int]`): ids of x and of y with EOS.
+            cot (`list[int]` or `None`): ids of c; `None` leaves it out (eq. 4). Never supervised beside a trace;
+                without a trace, c is supervised (SFT with CoT).
+            trace (`list[int]` or `None`): codebook indices 0..M-1; `None` leaves trace and delimiters out.
+            weight (`float`): loss weight of the row's tokens.
+
+        Returns:
+            `dict` of equally long lists: `input_ids`, `labels` (-100 where no loss), `segment_ids`, `position_ids`
+            and `loss_weights`.
+        """
+        if trace is not None and not all(0 <= index < len(self.codebook) for index in trace):
+            raise ValueError(f"trace {trace} holds an index outside the codebook of {len(self.codebook)} tokens")
+        pieces: list[tuple[Segment, list[int], list[int]]] = [(Segment.PROMPT, prompt, [IGNORE] * len(prompt))]
+        if cot is not None:
+            pieces.append((Segment.COT, cot, cot if trace is None else [IGNORE] * len(cot)))
+        if trace is not None:
+            tokens = [self.codebook[index] for index in trace]
+            ids = [self.begin, *tokens, self.end]
+            labels = [IGNORE, *tokens, self.end if self.supervise_end else IGNORE]
+            if self.channel == "discrete" and cot is not None:
+                pieces += [(Segment.DRAFT, ids, labels), (Segment.COPY, ids, [IGNORE] * len(ids))]
+            else:
+                pieces.append((Segment.TRACE, ids, labels))
+        pieces.append((Segment.ANSWER, answer, answer))
+
+        row: dict[str, list] = {"input_ids": [], "labels": [], "segment_ids": [], "position_ids": []}
+        position = 0
+        for segment, ids, labels in pieces:
+            if segment == Segment.COPY:  # the copy stands where the draft stands
+                position -= len(ids)
+            row["input_ids"] += ids
+            row["labels"] += labels
+            row["segment_ids"] += [int(segment)] * len(ids)
+            row["position_ids"] += range(position, position + len(ids))
+            position += len(ids)
+        row["loss_weights"] = [weight] * len(row["input_ids"])
+        return row
+
+
+def pack(rows: Iterable[dict[str, list]], length: int, window: int = 1024) -> Iterator[dict[str, list]]:
+    """
+    Best-fit-decreasing packing into rows of at most `length` tokens, within a sliding window of `window` documents.
+
+    Adds `document_ids` (1, 2, .. within a packed row). No document is cut or reordered beyond its window.
+
+    Raises:
+        ValueError: a document is longer than `length`.
+    """
+    buffer: list[dict[str, list]] = []
+    for row in rows:
+        if len(row["input_ids"]) > length:
+            raise ValueError(f"a row of {len(row['input_ids'])} tokens exceeds max_length={length}; drop it first")
+        buffer.append(row)
+        if len(buffer) == window:
+            yield from _pack_window(buffer, length)
+            buffer = []
+    yield from _pack_window(buffer, length)
+
+
+def _pack_window(rows: list[dict[str, list]], length: int) -> Iterator[dict[str, list]]:
+    bins: list[tuple[int, list[dict[str, list]]]] = []
+    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
+        size = len(row["input_ids"])
+        fitting = [i for i, (used, _) in enumerate(bins) if used + size <= length]
+        if fitting:
+            best = max(fitting, key=lambda i: bins[i][0])
+            bins[best] = (bins[best][0] + size, [*bins[best][1], row])
+        else:
+            bins.append((size, [row]))
+    for _, documents in bins:
+        packed = {key: [value for doc in documents for value in doc[key]] for key in documents[0]}
+        packed["document_ids"] = [n for n, doc in enumerate(documents, 1) for _ in doc["input_ids"]]
+        yield packed
+
+
+@dataclass
+class Collator:
+    """
+    Right-pads rows of `Encoder` or `pack` to one length, a multiple of `pad_to_multiple_of`.
+
+    Returns `input_ids`, `labels`, `segment_ids`, `document_ids`, `position_ids`, `loss_weights` and the 2-D
+    `attention_mask` (1 on real tokens), each of shape (B, L).
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 128  # flex attention gives NaN gradients on other lengths (pytorch#153799)
+
+    def __call__(self, rows: list[dict[str, list]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        fill = {
+            "input_ids": self.pad_token_id,
+            "labels": IGNORE,
+            "segment_ids": int(Segment.PAD),
+            "position_ids": 0,
+            "loss_weights": 0.0,
+            "document_ids": 0,
+        }
+        for row in rows:
+            row.setdefault("document_ids", [1] * len(row["input_ids"]))
+        batch = {
+            key: torch.tensor([list(row[key]) + [value] * (length - len(row[key])) for row in rows])
+            for key, value in fill.items()
+        }
+        batch["attention_mask"] = (batch["segment_ids"] != Segment.PAD).long()
+        return batch

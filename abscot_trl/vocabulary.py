@@ -1,0 +1,110 @@
+"""The codebook V_abs: M reserved tokens and the two delimiters of an abstract trace (section 3.1)."""
+
+import json
+import string
+from dataclasses import asdict, dataclass
+from itertools import count, islice, product
+from pathlib import Path
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+FILE_NAME = "abstract_vocabulary.json"
+
+
+def _letters():
+    """A .. Z, AA, AB, .. as in spreadsheet columns."""
+    for length in count(1):
+        yield from map("".join, product(string.ascii_uppercase, repeat=length))
+
+
+@dataclass(frozen=True)
+class AbstractVocabulary:
+    """
+    The reserved tokens and the length limits of a trace. Kept beside the weights in `abstract_vocabulary.json`.
+
+    Args:
+        size (`int`, *optional*, defaults to `64`):
+            Number M of codebook tokens.
+        m_min (`int`, *optional*, defaults to `0`):
+            Fewest codebook tokens a sampled trace may hold.
+        m_max (`int`, *optional*, defaults to `128`):
+            Most codebook tokens a trace may hold; the end delimiter is forced after them.
+    """
+
+    size: int = 64
+    m_min: int = 0
+    m_max: int = 128
+
+    begin = "<beginabstract>"
+    end = "<endabstract>"
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"the codebook needs at least one token, got size={self.size}")
+        if not 0 <= self.m_min <= self.m_max or self.m_max < 1:
+            raise ValueError(
+                f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={self.m_min}, m_max={self.m_max}"
+            )
+
+    @property
+    def tokens(self) -> list[str]:
+        """The codebook in order: `<TOKEN_A>` .. `<TOKEN_Z>`, `<TOKEN_AA>`, .."""
+        return [f"<TOKEN_{name}>" for name in islice(_letters(), self.size)]
+
+    def extend(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """
+        Add codebook and delimiters to `tokenizer` as special tokens; returns how many were added (M + 2).
+
+        Raises:
+            ValueError: the tokenizer already holds one of them.
+        """
+        wanted = [*self.tokens, self.begin, self.end]
+        held = [token for token in wanted if token in tokenizer.get_vocab()]
+        if held:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} already holds {held[0]!r} ({len(held)} of {len(wanted)} "
+                "abstract tokens); start from a base model that was not extended before"
+            )
+        return tokenizer.add_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True
+        )
+
+    def _id(self, tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+        index = tokenizer.get_vocab().get(token)
+        if index is None:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no {token!r}; run `abscot init` on the base model"
+            )
+        return index
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of the codebook, in order, shape (M,)."""
+        vocabulary = tokenizer.get_vocab()
+        return [vocabulary[t] if t in vocabulary else self._id(tokenizer, t) for t in self.tokens]
+
+    def begin_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return self._id(tokenizer, self.begin)
+
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return self._id(tokenizer, self.end)
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "AbstractVocabulary":
+        """
+        Read the vocabulary kept in a checkpoint.
+
+        Raises:
+            FileNotFoundError: the folder holds no `abstract_vocabulary.json`.
+            ValueError: the file is not what `save` writes.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: not an extended checkpoint; run `abscot init` first")
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); run `abscot init` again") from error
