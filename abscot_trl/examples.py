@@ -5,7 +5,7 @@ One row is [x; c; z~; y] for the bottleneck (eq. 3), [x; z~; y] for self-distill
 The segments say which is which; `abscot_trl.attention` turns them into the mask.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -93,8 +93,8 @@ class Encoder:
 
         Args:
             prompt, answer (`list[int]`): ids of x and of y with EOS.
-            cot (`list[int]` or `None`): ids of c; `None` leaves it out (eq. 4). Never supervised beside a trace;
-                without a trace, c is supervised (SFT with CoT).
+            cot (`list[int]` or `None`): ids of c; `None` leaves it out (eq. 4). Without a trace, c and y are one
+                supervised response (SFT with CoT).
             trace (`list[int]` or `None`): codebook indices 0..M-1; `None` leaves trace and delimiters out.
             weight (`float`): loss weight of the row's tokens.
 
@@ -105,9 +105,11 @@ class Encoder:
         if trace is not None and not all(0 <= index < len(self.codebook) for index in trace):
             raise ValueError(f"trace {trace} holds an index outside the codebook of {len(self.codebook)} tokens")
         pieces: list[tuple[Segment, list[int], list[int]]] = [(Segment.PROMPT, prompt, [IGNORE] * len(prompt))]
-        if cot is not None:
-            pieces.append((Segment.COT, cot, cot if trace is None else [IGNORE] * len(cot)))
-        if trace is not None:
+        if trace is None:
+            answer = [*(cot or []), *answer]
+        else:
+            if cot is not None:
+                pieces.append((Segment.COT, cot, [IGNORE] * len(cot)))
             tokens = [self.codebook[index] for index in trace]
             ids = [self.begin, *tokens, self.end]
             labels = [IGNORE, *tokens, self.end if self.supervise_end else IGNORE]
@@ -131,40 +133,32 @@ class Encoder:
         return row
 
 
-def pack(rows: Iterable[dict[str, list]], length: int, window: int = 1024) -> Iterator[dict[str, list]]:
+def pack(rows: Iterable[dict[str, list]], length: int) -> list[dict[str, list]]:
     """
-    Best-fit-decreasing packing into rows of at most `length` tokens, within a sliding window of `window` documents.
+    Best-fit-decreasing packing of whole documents into rows of at most `length` tokens.
 
-    Adds `document_ids` (1, 2, .. within a packed row). No document is cut or reordered beyond its window.
+    Adds `document_ids` (1, 2, .. within a packed row) to the columns of `Encoder`.
 
     Raises:
         ValueError: a document is longer than `length`.
     """
-    buffer: list[dict[str, list]] = []
-    for row in rows:
-        if len(row["input_ids"]) > length:
-            raise ValueError(f"a row of {len(row['input_ids'])} tokens exceeds max_length={length}; drop it first")
-        buffer.append(row)
-        if len(buffer) == window:
-            yield from _pack_window(buffer, length)
-            buffer = []
-    yield from _pack_window(buffer, length)
-
-
-def _pack_window(rows: list[dict[str, list]], length: int) -> Iterator[dict[str, list]]:
     bins: list[tuple[int, list[dict[str, list]]]] = []
-    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         size = len(row["input_ids"])
+        if size > length:
+            raise ValueError(f"a row of {size} tokens exceeds max_length={length}; drop it first")
         fitting = [i for i, (used, _) in enumerate(bins) if used + size <= length]
         if fitting:
             best = max(fitting, key=lambda i: bins[i][0])
             bins[best] = (bins[best][0] + size, [*bins[best][1], row])
         else:
             bins.append((size, [row]))
+    packed_rows = []
     for _, documents in bins:
-        packed = {key: [value for doc in documents for value in doc[key]] for key in documents[0]}
-        packed["document_ids"] = [n for n, doc in enumerate(documents, 1) for _ in doc["input_ids"]]
-        yield packed
+        packed = {key: [value for document in documents for value in document[key]] for key in documents[0]}
+        packed["document_ids"] = [n for n, document in enumerate(documents, 1) for _ in document["input_ids"]]
+        packed_rows.append(packed)
+    return packed_rows
 
 
 @dataclass

@@ -1,0 +1,208 @@
+"""
+Checkpoints on disk: a base model extended by the codebook, and an adapter merged back.
+
+Every phase reads a full checkpoint and writes one. Tokenizer, embedding rows, config and `abstract_vocabulary.json`
+of a checkpoint agree; that is verified by loading it again after writing.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from abscot_trl.vocabulary import AbstractVocabulary
+
+INITIALISATIONS = ("mean+noise", "normal", "zeros")
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """
+    A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        FileExistsError: `path` is there already; nothing is overwritten.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; choose another output_dir or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@dataclass
+class InitArguments:
+    """
+    Extend a base model by the codebook.
+
+    Args:
+        base_model (`str`): folder or hub id of the base model.
+        output_dir (`str`): where the extended checkpoint goes.
+        codebook_size, m_min, m_max (`int`): the vocabulary and the length limits of a trace.
+        initialisation (`str`): of the new embedding rows: `mean+noise`, `normal` (of the rows' mean norm) or `zeros`.
+        seed (`int`): of that initialisation.
+        dtype (`str`): as in `from_pretrained`; `auto` keeps the base model's.
+    """
+
+    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
+    output_dir: str = field(metadata={"help": "Where the extended checkpoint goes."})
+    codebook_size: int = field(default=64, metadata={"help": "Number M of codebook tokens."})
+    m_min: int = field(default=0, metadata={"help": "Fewest codebook tokens of a sampled trace."})
+    m_max: int = field(default=128, metadata={"help": "Most codebook tokens of a trace."})
+    initialisation: str = field(
+        default="mean+noise", metadata={"help": "Of the new embedding rows.", "choices": list(INITIALISATIONS)}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the initialisation."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights; 'auto' keeps the base model's."})
+
+
+def initial_rows(rows: Tensor, n: int, initialisation: str, generator: torch.Generator) -> Tensor:
+    """
+    `n` new embedding rows, shape (n, d), from the used rows (V, d).
+
+    `mean+noise`: the mean row plus normal noise of a tenth of each dimension's spread, so that the new tokens start
+    alike yet apart. `normal`: random directions of the rows' mean norm. `zeros`.
+    """
+    rows = rows.float()
+    if initialisation == "zeros":
+        return torch.zeros(n, rows.shape[1])
+    noise = torch.randn(n, rows.shape[1], generator=generator)
+    if initialisation == "mean+noise":
+        return rows.mean(dim=0) + 0.1 * rows.std(dim=0) * noise
+    if initialisation == "normal":
+        return noise / noise.norm(dim=1, keepdim=True) * rows.norm(dim=1).mean()
+    raise ValueError(f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation!r}")
+
+
+def extend_model(
+    model: PreTrainedModel, new_ids: list[int], initialisation: str = "mean+noise", seed: int = 0
+) -> None:
+    """
+    Initialise the rows of `new_ids` in place, growing the matrices only if the ids lie beyond them, never shrinking.
+
+    A tied head stays tied; an untied one gets its own new rows.
+    """
+    if max(new_ids) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
+    matrices = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings().weight
+    if head is not matrices[0]:
+        matrices.append(head)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for matrix in matrices:
+            used = matrix[: min(new_ids)]  # real tokens; rows beyond the tokenizer were never trained
+            fresh = initial_rows(used, len(new_ids), initialisation, generator)
+            matrix[torch.tensor(new_ids)] = fresh.to(matrix)
+
+
+def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -> AbstractVocabulary:
+    """
+    Load a checkpoint again and check that its parts agree.
+
+    Raises:
+        FileNotFoundError: no `abstract_vocabulary.json`.
+        ValueError: a missing or split token, an embedding matrix without its rows, a head that is untied against the
+            config, or rows that differ from `expected_rows` (M + 2, d).
+    """
+    vocabulary = AbstractVocabulary.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    for token, index in zip([*vocabulary.tokens, vocabulary.begin, vocabulary.end], ids, strict=True):
+        if tokenizer(token, add_special_tokens=False)["input_ids"] != [index]:
+            raise ValueError(f"{folder}: the tokenizer splits {token!r}; run `abscot init` again")
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if max(ids) >= len(embedding) or max(ids) >= len(head):
+        raise ValueError(f"{folder}: {len(embedding)} embedding rows do not reach token id {max(ids)}")
+    if (embedding is head) != bool(model.config.tie_word_embeddings):
+        raise ValueError(
+            f"{folder}: tie_word_embeddings is {model.config.tie_word_embeddings}, the weights say otherwise"
+        )
+    if expected_rows is not None and not torch.equal(embedding[torch.tensor(ids)], expected_rows):
+        raise ValueError(f"{folder}: the abstract tokens' rows on disk differ from those written")
+    return vocabulary
+
+
+def init_checkpoint(args: InitArguments) -> Path:
+    """
+    `abscot init`: load a base model, add the codebook, write the extended checkpoint, verify it.
+
+    Returns:
+        `Path`: the checkpoint's folder.
+
+    Raises:
+        ValueError: a tokenizer that already holds an abstract token or lacks a chat template or EOS; bad limits.
+        FileExistsError: the output is there already.
+    """
+    vocabulary = AbstractVocabulary(args.codebook_size, args.m_min, args.m_max)
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        missing = "chat template" if tokenizer.chat_template is None else "EOS token"
+        raise ValueError(f"{args.base_model}: the tokenizer has no {missing}; start from an instruction-tuned model")
+    vocabulary.extend(tokenizer)
+    ids = [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype)
+    extend_model(model, ids, args.initialisation, args.seed)
+    with written_whole(args.output_dir) as folder:
+        save_checkpoint(model, tokenizer, vocabulary, folder)
+        verify_checkpoint(folder, model.get_input_embeddings().weight[torch.tensor(ids)])
+    return Path(args.output_dir)
+
+
+def save_checkpoint(model, tokenizer, vocabulary: AbstractVocabulary, folder: str | Path) -> None:
+    """Write weights (safetensors), tokenizer and vocabulary into `folder`."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    vocabulary.save(folder)
+
+
+@dataclass
+class MergeArguments:
+    """
+    Merge an adapter into the checkpoint it was trained on.
+
+    Args:
+        adapter (`str`): folder of the adapter.
+        output_dir (`str`): where the merged checkpoint goes.
+        base_checkpoint (`str`, *optional*): the checkpoint; read from the adapter when left out.
+    """
+
+    adapter: str = field(metadata={"help": "Folder of the adapter."})
+    output_dir: str = field(metadata={"help": "Where the merged checkpoint goes."})
+    base_checkpoint: str | None = field(
+        default=None, metadata={"help": "The checkpoint it was trained on; read from the adapter when left out."}
+    )
+
+
+def merge_adapter(args: MergeArguments) -> Path:
+    """
+    `abscot merge`: fold LoRA weights and token rows into a full, still tied, checkpoint and verify it.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+    """
+    if not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{args.adapter} holds no adapter_config.json; full fine-tuning needs no merge")
+    base = args.base_checkpoint or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    vocabulary, tokenizer = AbstractVocabulary.load(base), AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    merged = PeftModel.from_pretrained(model, args.adapter).merge_and_unload()
+    with written_whole(args.output_dir) as folder:
+        save_checkpoint(merged, tokenizer, vocabulary, folder)
+        verify_checkpoint(folder)
+    return Path(args.output_dir)

@@ -1,0 +1,69 @@
+"""`abscot <phase> ...`: the phases as one command; a front on `python -m abscot_trl.scripts.<phase>`."""
+
+import runpy
+import sys
+from pathlib import Path
+
+PHASES = {
+    "init": "extend a base model by the codebook",
+    "data": "prepare rows: parse, tokenise, filter, count",
+    "traces": "make the traces of a phase, initial or on policy",
+    "bottleneck": "phase A: bottlenecked SFT under the block mask (eq. 3)",
+    "distill": "phase B: self-distillation (eq. 4)",
+    "merge": "merge an adapter into its checkpoint",
+    "evaluate": "score a model in verbal, direct and abstract mode, with every swap of the trace",
+    "report": "table and plots of one or more runs",
+    "warmup": "the policy iteration: all of the above, T rounds",
+    "demo": "the whole on a toy task, minutes on a laptop",
+}
+TRAINING = ("bottleneck", "distill")
+
+
+def accelerate_config_path(name: str) -> str:
+    """
+    A file as given, or `accelerate_configs/<name>.yaml` of this repository.
+
+    Raises:
+        FileNotFoundError: neither is there; the message lists the names.
+    """
+    folder = Path(__file__).resolve().parent.parent / "accelerate_configs"
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return str(path)
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise FileNotFoundError(f"accelerate_config {name!r} is neither a file nor one of {names}")
+
+
+def main() -> None:
+    """Entry point of the console script; exits 0 only on success."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, PHASES))
+        lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in PHASES.items())
+        print(  # noqa: T201
+            "usage: abscot <phase> --config FILE.yaml [--field value ..] [--accelerate_config NAME]\n\n"
+            f"{lines}\n\nabscot <phase> --help lists a phase's fields; --accelerate_config (bottleneck, distill, "
+            "warmup)\nis a file or the name of one in accelerate_configs/"
+        )
+        sys.exit(0 if arguments else 2)
+    phase, *rest = arguments
+    if phase not in PHASES:
+        sys.exit(f"abscot: no phase {phase!r}; one of {', '.join(PHASES)}")
+    if phase in TRAINING and "--accelerate_config" in rest[:-1]:
+        at = rest.index("--accelerate_config")
+        try:
+            config = accelerate_config_path(rest[at + 1])
+        except FileNotFoundError as error:
+            sys.exit(f"abscot {phase}: {error}")
+        from accelerate.commands.launch import main as launch
+
+        sys.argv = ["accelerate", "--config_file", config, "-m", f"abscot_trl.scripts.{phase}"]
+        sys.argv += rest[:at] + rest[at + 2 :]
+        launch()
+        return
+    sys.argv = [f"abscot {phase}", *rest]
+    runpy.run_module(f"abscot_trl.scripts.{phase}", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

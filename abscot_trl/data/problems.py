@@ -1,0 +1,136 @@
+"""Problems with a gold answer: GSM8K, MATH, MATH-500, AIME and HotpotQA rows, told apart by their columns."""
+
+import re
+from typing import Any
+
+from abscot_trl.data.dolci import RowRejected
+from abscot_trl.examples import Example
+
+HOTPOTQA = "hotpotqa"
+MODES = ("verbal", "direct", "abstract")
+
+_BOX_START = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_CALCULATOR_MARK = re.compile(r"<<.*?>>")
+# Abstract and direct share one wording: a prompt that asks for steps gets them, in words, in the answer.
+_INSTRUCTIONS = {
+    ("maths", "verbal"): "Please reason step by step, and put your final answer within \\boxed{}.",
+    ("maths", "direct"): "Put your final answer within \\boxed{}.",
+    (HOTPOTQA, "verbal"): (
+        "Please reason step by step, then give a short answer (a few words, yes or no) on a last line that begins "
+        'with "Answer:".'
+    ),
+    (HOTPOTQA, "direct"): 'Give only a short answer (a few words, yes or no) on one line that begins with "Answer:".',
+}
+
+
+def last_boxed(text: str, tries: int = 8, length: int = 2000) -> str | None:
+    r"""
+    What the last `\boxed{..}` (or `\fbox{..}`) whose braces close holds, or `None`.
+
+    Escaped braces do not count. Looks at the last `tries` boxes and at most `length` characters of each, so that its
+    time is bounded on any text.
+    """
+    for start in [match.end() for match in _BOX_START.finditer(text)][: -tries - 1 : -1]:
+        depth = 1
+        for brace in _BRACE.finditer(text, start, start + length):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                return text[start : brace.start()].strip()
+    return None
+
+
+def problem_to_example(row: dict[str, Any]) -> Example:
+    r"""
+    One row as an `Example` whose prompt is one user message, without an instruction (see `with_instruction`).
+
+    | columns | as in | cot | gold |
+    |---|---|---|---|
+    | prompt, cot, answer, gold | our GSM8K and MATH files | cot | gold |
+    | question, context, answer | HotpotQA, distractor (context: title, sentences) | "" | answer |
+    | question, answer (`#### n`) | openai/gsm8k | the lines before `####`, less `<<..>>` | n without commas |
+    | problem, solution, answer | HuggingFaceH4/MATH-500 | solution | answer |
+    | problem, solution | hendrycks/MATH | solution | its last `\boxed{}` |
+    | problem, answer | AIME | "" | answer |
+
+    `answer` is `The answer is \boxed{gold}.` where the row has only the bare result, for HotpotQA `Answer: gold`.
+
+    Raises:
+        RowRejected: `malformed`: other columns, or an empty or non-text value among those needed.
+    """
+    if not isinstance(row, dict):
+        raise RowRejected("malformed", "not an object with columns")
+    columns = {name for name, value in row.items() if value is not None}
+    identifier = _identifier(row)
+    if {"prompt", "cot", "answer", "gold"} <= columns:
+        prompt, cot, answer, gold = (_text(row, name) for name in ("prompt", "cot", "answer", "gold"))
+        return _example(prompt, cot, answer, gold, identifier)
+    if {"question", "context", "answer"} <= columns:
+        answer = _text(row, "answer")
+        return _example(_hotpot_prompt(row), "", f"Answer: {answer}", answer, identifier, HOTPOTQA)
+    if {"question", "answer"} <= columns:
+        solution, mark, number = _text(row, "answer").rpartition("####")
+        gold = number.strip().replace(",", "")
+        cot = _CALCULATOR_MARK.sub("", solution).strip()
+        if not (mark and gold and cot):
+            raise RowRejected("malformed", "the answer lacks its solution or its '#### n'")
+        return _example(_text(row, "question"), cot, _boxed(gold), gold, identifier, "gsm8k")
+    if "problem" in columns and columns & {"answer", "solution"}:
+        cot = _text(row, "solution") if "solution" in columns else ""
+        gold = _text(row, "answer") if "answer" in columns else last_boxed(cot)
+        if not gold:
+            raise RowRejected("malformed", "the solution holds no \\boxed{} result")
+        return _example(_text(row, "problem"), cot, _boxed(gold), gold, identifier)
+    raise RowRejected("malformed", f"columns {sorted(columns)} are those of no known problem set")
+
+
+def _example(prompt: str, cot: str, answer: str, gold: str, identifier: str, source: str | None = None) -> Example:
+    source = source or next((name for name in ("gsm8k", "aime") if identifier.startswith(name)), "math")
+    return Example([{"role": "user", "content": prompt}], cot, answer, gold, identifier, source)
+
+
+def _identifier(row: dict[str, Any]) -> str:
+    return next((str(row[name]) for name in ("id", "unique_id") if row.get(name) is not None), "")
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    value = row[column]
+    if isinstance(value, int) and not isinstance(value, bool):  # AIME's answers on some hub copies
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise RowRejected("malformed", f"{column} is empty or not text")
+    return value.strip()
+
+
+def _boxed(gold: str) -> str:
+    return f"The answer is \\boxed{{{gold}}}."
+
+
+def _hotpot_prompt(row: dict[str, Any]) -> str:
+    try:
+        pairs = list(zip(row["context"]["title"], row["context"]["sentences"], strict=True))
+        paragraphs = [f"{title}: {''.join(sentences).strip()}" for title, sentences in pairs]
+    except (TypeError, KeyError, ValueError) as error:
+        raise RowRejected("malformed", f"context is not titles and their sentences ({error})") from error
+    return "\n\n".join([*paragraphs, f"Question: {_text(row, 'question')}"])
+
+
+def with_instruction(example: Example, mode: str) -> list[dict[str, str]]:
+    r"""
+    The prompt's messages with the instruction of `mode` after the last user message; the example stays as it is.
+
+    Args:
+        example (`Example`): HotpotQA (by its `source`) is asked for a short answer, all others for `\boxed{}`.
+        mode (`str`): `verbal` asks for steps, `direct` and `abstract` only for the answer.
+
+    Raises:
+        ValueError: another mode, or a prompt whose last message is not the user's.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if not example.prompt or example.prompt[-1]["role"] != "user":
+        raise ValueError(f"the prompt of {example.id!r} does not end with a user message; nothing to instruct")
+    kind = HOTPOTQA if example.source == HOTPOTQA else "maths"
+    instruction = _INSTRUCTIONS[kind, "verbal" if mode == "verbal" else "direct"]
+    *earlier, last = example.prompt
+    return [*earlier, {"role": "user", "content": f"{last['content']}\n\n{instruction}"}]

@@ -1,0 +1,75 @@
+"""The staged data D_{t,1}, D_{t,2} of the warm-up (section 3.2): parts of D, disjoint over rounds and phases."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+PHASES = ("bottleneck", "distill")
+
+
+def staged_splits(n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> dict[str, list[int]]:
+    """
+    Draw row indices for every phase without replacement.
+
+    Args:
+        n_rows (`int`): rows of D.
+        rounds (`int`): T.
+        rows_per_phase (`int`): N, the size of each part.
+        seed (`int`): same seed, same parts.
+
+    Returns:
+        `dict` with keys `1.bottleneck`, `1.distill`, .., `T.distill`, each a list of N indices into D.
+
+    Raises:
+        ValueError: fewer than 2 T N rows, or `rounds` or `rows_per_phase` under 1.
+    """
+    if rounds < 1 or rows_per_phase < 1:
+        raise ValueError(f"rounds and rows_per_phase must be at least 1, got {rounds} and {rows_per_phase}")
+    needed = len(PHASES) * rounds * rows_per_phase
+    if n_rows < needed:
+        raise ValueError(
+            f"{rounds} rounds of {len(PHASES)} phases with {rows_per_phase} rows each need {needed} rows, "
+            f"the data has {n_rows}: set rows_per_phase to at most {n_rows // (len(PHASES) * rounds)}, "
+            "lower rounds, or prepare more rows"
+        )
+    order = random.Random(seed).sample(range(n_rows), needed)
+    keys = [f"{t}.{phase}" for t in range(1, rounds + 1) for phase in PHASES]
+    return {key: order[i * rows_per_phase : (i + 1) * rows_per_phase] for i, key in enumerate(keys)}
+
+
+def save_splits(path: str | Path, splits: dict[str, list[int]], n_rows: int, seed: int) -> None:
+    """Write `splits` with what they were drawn from as JSON, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"settings": _settings(splits, n_rows, seed), "splits": splits}) + "\n")
+    temporary.replace(path)
+
+
+def load_splits(path: str | Path, n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> dict[str, list[int]]:
+    """
+    Read splits written by `save_splits`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or drawn with other settings than asked for; the message shows the difference.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        kept, splits = content["settings"], content["splits"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of staged splits ({error!r}); remove it to draw them anew") from error
+    asked = {"n_rows": n_rows, "rounds": rounds, "rows_per_phase": rows_per_phase, "seed": seed}
+    different = [
+        f"{name} {kept.get(name)} there, {value} asked for" for name, value in asked.items() if kept.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{path} was drawn for something else: {'; '.join(different)}. Ask for what it holds, or start a new run"
+        )
+    return splits
+
+
+def _settings(splits: dict[str, list[int]], n_rows: int, seed: int) -> dict[str, int]:
+    rows_per_phase = len(next(iter(splits.values())))
+    return {"n_rows": n_rows, "rounds": len(splits) // len(PHASES), "rows_per_phase": rows_per_phase, "seed": seed}

@@ -1,0 +1,206 @@
+"""
+`abscot evaluate`: a model on a file of problems, in verbal, direct and abstract mode, with every swap of the trace.
+
+Tokens are counted by ids, reasoning and answer apart. In abstract mode `trace_tokens` are codebook tokens and the two
+delimiters are left out of all counts; in verbal mode they are what precedes the answer: everything up to `</think>`,
+or else the lines before the one with the last \\boxed{}; in direct mode there are none.
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from abscot_trl.checkpoint import written_whole
+from abscot_trl.data.problems import load_problems, with_instruction
+from abscot_trl.evaluation.decoding import Continuation, continue_prefixes
+from abscot_trl.evaluation.grading import hotpot_scores, is_correct, wilson_interval
+from abscot_trl.evaluation.swaps import check_swap, swap_traces
+from abscot_trl.examples import Example, prompt_ids
+from abscot_trl.traces.hf import HFTraceSampler
+from abscot_trl.vocabulary import AbstractVocabulary
+
+MODES = ("verbal", "direct", "abstract")
+
+
+@dataclass
+class EvaluateArguments:
+    """
+    Score a model on a file of problems.
+
+    Args:
+        model (`str`): a checkpoint; `verbal` and `direct` take any model, `abstract` an extended one.
+        problems (`str`): hub id or file of problems with their gold answers.
+        output_dir (`str`): where `results.json` and `answers.jsonl` go.
+        name (`str`): what `results.json` calls the model (`informed`, `paper`, `sft`, `base`, ..).
+        task (`str`): what it calls the problems; `hotpotqa` is scored by F1 and EM, all else by math-verify.
+        modes, swaps (`list[str]`): what to run; swaps apply to `abstract`.
+    """
+
+    model: str = field(metadata={"help": "Checkpoint folder or hub id."})
+    problems: str = field(metadata={"help": "Hub id or file (.jsonl, .parquet) of problems with gold answers."})
+    output_dir: str = field(metadata={"help": "Where results.json and answers.jsonl go."})
+    name: str = field(default="model", metadata={"help": "The model's name in results.json."})
+    task: str = field(default="math", metadata={"help": "The task's name in results.json."})
+    problems_split: str = field(default="test", metadata={"help": "Split, for a hub id."})
+    modes: list[str] = field(
+        default_factory=lambda: ["abstract"], metadata={"help": "Any of verbal, direct, abstract."}
+    )
+    swaps: list[str] = field(
+        default_factory=lambda: ["own", "random", "shuffled", "other", "none"],
+        metadata={"help": "Traces to answer after in abstract mode: own, random, shuffled, other, none, cut:<k>."},
+    )
+    instruction: bool = field(default=True, metadata={"help": "Append the mode's instruction to the prompt."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first so many problems."})
+    max_new_tokens: int = field(default=4096, metadata={"help": "Longest answer (verbal: CoT and answer)."})
+    trace_temperature: float = field(default=0.0, metadata={"help": "Temperature of the trace; 0 is greedy."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the answer; 0 is greedy."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling and of the swaps."})
+    batch_tokens: int = field(default=65536, metadata={"help": "Most tokens of one generation batch."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights."})
+
+    def __post_init__(self):
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ValueError(f"modes: {mode!r} is not one of {', '.join(MODES)}")
+        for swap in self.swaps:
+            check_swap(swap)
+
+
+def verbal_reasoning_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of a verbal response's tokens precede its answer (see the module's docstring)."""
+    text = tokenizer.decode(token_ids)
+    if "</think>" in text:
+        start = text.index("</think>") + len("</think>")
+    elif "\\boxed" in text:
+        start = text.rfind("\n", 0, text.rindex("\\boxed")) + 1
+    else:
+        return 0
+    low, high = 0, len(token_ids)  # fewest tokens whose text reaches `start`; decoding grows with the prefix
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(tokenizer.decode(token_ids[:middle])) >= start else (middle + 1, high)
+    return low
+
+
+def score(response: str, gold: str, task: str) -> float:
+    """1 or 0 for boxed answers, F1 in 0..1 for HotpotQA."""
+    return hotpot_scores(response, gold)[1] if task == "hotpotqa" else float(is_correct(response, gold))
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Example],
+    args: EvaluateArguments,
+    vocabulary: AbstractVocabulary | None = None,
+) -> tuple[list[dict], list[dict]]:
+    """
+    Run every mode and swap.
+
+    Returns:
+        The rows of `results.json`, and one record an answer (problem id, mode, swap, trace, response, score).
+    """
+    if not problems or any(problem.gold is None for problem in problems):
+        raise ValueError(f"{args.problems}: {len(problems)} problems, and each needs a gold answer to be graded")
+    grade = functools.cache(functools.partial(score, task=args.task))
+    decode = functools.partial(
+        continue_prefixes,
+        model,
+        tokenizer,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_tokens=args.batch_tokens,
+    )
+    results, answers = [], []
+
+    def add(mode: str, swap: str, outputs: list[Continuation], reasoning: list[int], traces: list[list[int]]) -> None:
+        records = []
+        for problem, output, spent, trace in zip(problems, outputs, reasoning, traces, strict=True):
+            response = tokenizer.decode(output.token_ids, skip_special_tokens=True)
+            spent_on_answer = len(output.token_ids) - (spent if mode == "verbal" else 0)
+            records.append(
+                {
+                    "model": args.name,
+                    "task": args.task,
+                    "mode": mode,
+                    "swap": swap,
+                    "id": problem.id,
+                    "trace": trace,
+                    "response": response,
+                    "gold": problem.gold,
+                    "score": grade(response, problem.gold),
+                    "trace_tokens": spent,
+                    "answer_tokens": spent_on_answer,
+                    "truncated": output.truncated,
+                }
+            )
+        answers.extend(records)
+        results.append(summarise(records, args))
+
+    for mode in args.modes:
+        messages = [with_instruction(p, mode) if args.instruction else p.prompt for p in problems]
+        prompts = [prompt_ids(message, tokenizer) for message in messages]
+        if mode != "abstract":
+            outputs = decode(prompts, progress=f"{args.name} {mode}")
+            spent = [verbal_reasoning_tokens(o.token_ids, tokenizer) if mode == "verbal" else 0 for o in outputs]
+            add(mode, "own", outputs, spent, [[]] * len(outputs))
+            continue
+        if vocabulary is None:
+            raise ValueError(f"{args.model}: abstract mode needs an extended checkpoint; run `abscot init` first")
+        codebook = vocabulary.ids(tokenizer)
+        index = {token: i for i, token in enumerate(codebook)}
+        begin, end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
+        sampled = HFTraceSampler(model, tokenizer, vocabulary, args.batch_tokens).sample(
+            prompts, vocabulary.m_max, vocabulary.m_min, args.trace_temperature, args.seed, progress=True
+        )
+        own = [[index[token] for token in trace.token_ids] for trace in sampled]
+        for swap in args.swaps:
+            traces = swap_traces(own, swap, vocabulary.size, args.seed)
+            prefixes = [
+                [*prompt, begin, *(codebook[i] for i in trace), end]
+                for prompt, trace in zip(prompts, traces, strict=True)
+            ]
+            outputs = decode(prefixes, progress=f"{args.name} {swap}")
+            add(mode, swap, outputs, [len(trace) for trace in traces], traces)
+    return results, answers
+
+
+def summarise(records: list[dict], args: EvaluateArguments) -> dict:
+    """One row of `results.json` from the answers of one model, mode and swap."""
+    scores = [record["score"] for record in records]
+    correct = sum(scores)
+    interval = wilson_interval(round(correct), len(scores))
+    trace, answer = (fmean(record[key] for record in records) for key in ("trace_tokens", "answer_tokens"))
+    return {
+        **{key: records[0][key] for key in ("model", "task", "mode", "swap")},
+        "n": len(scores),
+        "accuracy": 100 * correct / len(scores),
+        "ci95": list(interval),
+        "trace_tokens": trace,
+        "answer_tokens": answer,
+        "tokens": trace + answer,
+        "truncated": sum(record["truncated"] for record in records),
+        "decoding": {
+            "trace_temperature": args.trace_temperature,
+            "temperature": args.temperature,
+            "max_new_tokens": args.max_new_tokens,
+            "seed": args.seed,
+        },
+    }
+
+
+def evaluate(args: EvaluateArguments) -> list[dict]:
+    """`abscot evaluate`: load, run, write `results.json` and `answers.jsonl`; returns the results."""
+    vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
+    problems = load_problems(args.problems, split=args.problems_split, limit=args.limit)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto")
+    with written_whole(args.output_dir) as folder:
+        results, answers = evaluate_model(model, tokenizer, problems, args, vocabulary)
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return results

@@ -1,0 +1,135 @@
+"""Right or wrong: boxed maths by math-verify, HotpotQA by its official rules, and the interval of a proportion."""
+
+import math
+import re
+import string
+import threading
+from collections import Counter
+
+from math_verify import parse, verify
+
+from abscot_trl.data.problems import last_boxed
+
+TIMEOUT = 3  # seconds for one parse or one comparison
+LENGTH = 500  # characters of an answer; longer ones are wrong unread (the longest gold in MATH has 81)
+TAIL = 200  # characters at the end of a response without a box in which its answer is looked for
+
+_STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
+_TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*"
+# What math-verify 0.9 reads as another number, or not at all.
+_NORMALISATIONS = (
+    (re.compile(r"\s*\\!\s*"), ""),  # 10,\!080
+    (re.compile(r"\{,\}"), ","),  # 10{,}080
+    (re.compile(r"(?<=\d)(?:\\[,;: ]|~|\s)\s*(?=\d{3}(?!\d))"), ""),  # 28\,800
+    (re.compile(r"\^\s*\{?\s*" + _TEXT + r"\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"), ""),  # 12^{\text{th}}
+    (re.compile(_TEXT + r"\{\s*(-?[\d.,]*\d)\s*\}"), r"\1"),  # \text{4.5}
+    (re.compile(_TEXT + r"\{\s*(-?[\d.,]*\d)\s+([A-Za-z][^{}]*)\}"), r"\1 \\text{ \2}"),  # \text{18 dollars}
+)
+_BASE = re.compile(r"_\s*\{?\s*(\d+)\s*\}?$")
+
+
+def is_correct(response: str, gold: str) -> bool:
+    r"""
+    Whether the last `\boxed{}` of `response` equals `gold`, by math-verify after a small normalisation.
+
+    Without a box, what follows the last "answer is" or "answer:" in the last 200 characters is graded, up to the end
+    of its sentence, or else the whole response if it is one line of at most 200 characters. Garbage, endless loops
+    and expressions too hard to compare in time are wrong, never an error.
+
+    An inequality equals its interval, `a \pm b` its two values; open and closed ends differ, and so do numbers
+    written in different bases.
+
+    Raises:
+        ValueError: `gold` is empty.
+        RuntimeError: called off the main thread, where math-verify has no timeout and scores 0.
+    """
+    if not gold.strip():
+        raise ValueError("gold is empty: nothing to grade against; drop the row")
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "is_correct needs the main thread (math-verify's timeouts are signals); use processes instead"
+        )
+    answer = last_boxed(response)
+    if answer is None:
+        answer = _stated_answer(response)
+    answer, gold = _normalise(answer), _normalise(gold)
+    if not answer or len(answer) > LENGTH:
+        return False
+    if _plain(answer) == _plain(gold):
+        return True
+    bases = _BASE.search(answer), _BASE.search(gold)
+    if all(bases) and bases[0].group(1) != bases[1].group(1):
+        return False
+    return verify(_parse(gold), _parse(answer), allow_set_relation_comp=True, timeout_seconds=TIMEOUT)
+
+
+def _parse(answer: str) -> list:
+    return parse(f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT)
+
+
+def _stated_answer(response: str) -> str:
+    tail = response.rstrip()[-TAIL:]
+    stated = list(_STATED.finditer(tail))
+    if stated:
+        tail = tail[stated[-1].end() :].lstrip(" :*\n")
+        tail = _SENTENCE_END.split(tail, maxsplit=1)[0]
+    elif len(response.strip()) > TAIL or "\n" in tail.strip():
+        return ""
+    return tail.strip().strip("*$").removeprefix("\\(").removesuffix("\\)")
+
+
+def _normalise(answer: str) -> str:
+    for pattern, replacement in _NORMALISATIONS:
+        answer = pattern.sub(replacement, answer)
+    return answer.strip().removesuffix(".").strip()
+
+
+def _plain(answer: str) -> str:
+    """Without text wrappers, spaces that separate nothing, and case."""
+    answer = re.sub(_TEXT + r"\{([^{}]*)\}", r"\1", answer)
+    return re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", answer).casefold()
+
+
+def short_answer(response: str) -> str:
+    """What HotpotQA's rules are given of a response: after the last "Answer:", to the end of that line, or its last line."""
+    before, mark, after = response.rpartition("Answer:")
+    lines = (after if mark else response).strip().splitlines() or [""]
+    return (lines[0] if mark else lines[-1]).strip().strip("*").strip()
+
+
+def hotpot_scores(prediction: str, gold: str) -> tuple[bool, float]:
+    """
+    Exact match and F1 (0..1) of a short answer, as in HotpotQA's official `hotpot_evaluate_v1.py`.
+
+    Case, punctuation and articles do not count; yes, no and noanswer earn no F1 unless both sides agree.
+    """
+    predicted, wanted = _normalise_words(prediction), _normalise_words(gold)
+    if predicted != wanted and {predicted, wanted} & {"yes", "no", "noanswer"}:
+        return False, 0.0
+    shared = sum((Counter(predicted.split()) & Counter(wanted.split())).values())
+    if shared == 0:
+        return predicted == wanted, 0.0
+    precision, recall = shared / len(predicted.split()), shared / len(wanted.split())
+    return predicted == wanted, 2 * precision * recall / (precision + recall)
+
+
+def _normalise_words(text: str) -> str:
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """
+    Wilson's 95 % interval of the accuracy `correct / n`, in points 0..100.
+
+    Raises:
+        ValueError: `n` under 1, or `correct` outside 0..n.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"an interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}")
+    z = 1.959963984540054  # the normal's 97.5 % quantile
+    p = correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)

@@ -1,0 +1,11 @@
+"""
+Phase A: bottlenecked SFT under the block mask (eq. 3).
+
+    accelerate launch --config_file accelerate_configs/single.yaml -m abscot_trl.scripts.bottleneck \
+        --config recipes/qwen3-4b/bottleneck.lora.yaml
+"""
+
+from abscot_trl.phases import main
+
+if __name__ == "__main__":
+    main("bottleneck")

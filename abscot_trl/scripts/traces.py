@@ -1,0 +1,11 @@
+"""
+Make the traces of a phase, initial or on policy.
+
+    python -m abscot_trl.scripts.traces --model runs/qwen3-4b/init --data runs/qwen3-4b/data \
+        --output_dir runs/qwen3-4b/traces --method clusters
+"""
+
+from abscot_trl.phases import main
+
+if __name__ == "__main__":
+    main("traces")

@@ -1,0 +1,12 @@
+"""
+The policy iteration: T rounds of traces, bottleneck, traces, distillation, evaluation.
+
+    python -m abscot_trl.scripts.warmup --config recipes/qwen3-4b/warmup.informed.yaml --run_dir runs/name
+"""
+
+from abscot_trl.phases import exit_with_words, parse
+from abscot_trl.warmup import WarmupArguments, warmup
+
+if __name__ == "__main__":
+    with exit_with_words("warmup"):
+        warmup(*parse((WarmupArguments,)))

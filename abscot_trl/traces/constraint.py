@@ -1,0 +1,55 @@
+"""
+Constrained decoding of a trace (section 3.3): which tokens are allowed, and the policy renormalised over them.
+
+    pi_abs(z_i | ., z_<i) = pi(z_i) / sum_{a in A_i} pi(a),    A_i = V_abs u {<endabstract>}
+
+with <endabstract> out of A_i before m_min codebook tokens, and alone in it after m_max (so its log-probability is 0).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Trace:
+    """
+    One sampled trace.
+
+    Args:
+        token_ids (`list[int]`): codebook token ids, delimiters left out; may be empty when m_min is 0.
+        logps (`list[float]`): log pi_abs of each of them, at the sampling temperature (at 1 for greedy decoding).
+        end_logp (`float`): log pi_abs of `<endabstract>`; 0 when it was forced.
+        forced_end (`bool`): whether m_max ended the trace.
+    """
+
+    token_ids: list[int]
+    logps: list[float] = field(default_factory=list)
+    end_logp: float = 0.0
+    forced_end: bool = False
+
+
+def check_limits(m_min: int, m_max: int) -> None:
+    if m_max < 1 or not 0 <= m_min <= m_max:
+        raise ValueError(f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={m_min}, m_max={m_max}")
+
+
+def constrained_logps(logits: Tensor, written: int, m_min: int, m_max: int, temperature: float = 1.0) -> Tensor:
+    """
+    log pi_abs for the next position, from logits over (V_abs, <endabstract>) in that order.
+
+    Args:
+        logits (`Tensor`): shape (.., M + 1), the end delimiter last.
+        written (`int`): codebook tokens before this position.
+
+    Returns:
+        `Tensor` of shape (.., M + 1) in float32; -inf where not allowed.
+    """
+    logits = logits.float() / temperature
+    forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    if written >= m_max:
+        forbidden[:-1] = True
+    elif written < m_min:
+        forbidden[-1] = True
+    return torch.log_softmax(logits.masked_fill(forbidden, -torch.inf), dim=-1)

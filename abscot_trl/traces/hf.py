@@ -1,0 +1,143 @@
+"""On-policy traces by transformers' `generate`, constrained by a logits processor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from abscot_trl.traces.batching import batches, left_pad
+from abscot_trl.traces.constraint import Trace, check_limits, constrained_logps
+from abscot_trl.vocabulary import AbstractVocabulary
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, cache on, and none of the checkpoint's own generation settings (penalties, top-k, ..)."""
+    training, config, use_cache = model.training, model.generation_config, model.config.use_cache
+    model.eval()
+    model.generation_config, model.config.use_cache = GenerationConfig(), True
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+        model.generation_config, model.config.use_cache = config, use_cache
+
+
+class _TraceProcessor(LogitsProcessor):
+    """Picks each row's next token from pi_abs, notes its log-probability and leaves it the only finite score."""
+
+    def __init__(self, allowed: list[int], start: int, m_min: int, m_max: int, temperature: float, seeds: list):
+        self.allowed, self.start, self.m_min, self.m_max = allowed, start, m_min, m_max
+        self.temperature = temperature
+        # Gumbel noise of the row's own seed: argmax(logp + noise) is a draw from the softmax, and a row's trace does
+        # not depend on which rows stand beside it.
+        self.noise = None
+        if temperature > 0:
+            shape = (m_max + 1, len(allowed))
+            self.noise = torch.from_numpy(
+                np.stack([np.random.default_rng(seed).gumbel(size=shape).astype(np.float32) for seed in seeds])
+            )
+        self.choices: list[torch.Tensor] = []
+        self.logps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        written = input_ids.shape[1] - self.start
+        allowed = torch.tensor(self.allowed, device=scores.device)
+        logps = constrained_logps(scores[:, allowed], written, self.m_min, self.m_max, self.temperature or 1.0)
+        noise = 0 if self.noise is None else self.noise[:, written].to(scores.device)
+        choice = (logps + noise).argmax(dim=-1, keepdim=True)
+        self.choices.append(choice[:, 0])
+        self.logps.append(logps.gather(1, choice)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, allowed[choice], 0.0)
+
+
+class HFTraceSampler:
+    """
+    Samples traces from a transformers model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): an extended checkpoint.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        vocabulary ([`AbstractVocabulary`]): its codebook.
+        batch_tokens (`int`, *optional*, defaults to `32768`): most tokens (prefix and trace) of one batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: AbstractVocabulary,
+        batch_tokens: int = 32768,
+    ):
+        self.model, self.batch_tokens = model, batch_tokens
+        self.codebook = vocabulary.ids(tokenizer)
+        self.begin, self.end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def sample(
+        self,
+        prefixes: list[list[int]],
+        m_max: int,
+        m_min: int = 0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> list[Trace]:
+        """
+        One trace a prefix, z ~ pi_abs(. | prefix).
+
+        Args:
+            prefixes (`list[list[int]]`): token ids of x, or of x and c; the begin delimiter is added here.
+            m_max, m_min (`int`): most and fewest codebook tokens.
+            temperature (`float`): 0 decodes greedily.
+            seed (`int`): with the row's index it fixes the row's draw, whatever the batch.
+            progress (`bool`): show a bar.
+
+        Raises:
+            ValueError: limits that cannot be met, or a prefix that leaves the model no room for `m_max` tokens.
+        """
+        check_limits(m_min, m_max)
+        room = self.model.config.max_position_embeddings - m_max - 2
+        longest = max(map(len, prefixes), default=0)
+        if longest > room:
+            raise ValueError(
+                f"a prefix of {longest} tokens leaves no room for a trace of {m_max} in the model's "
+                f"{self.model.config.max_position_embeddings} positions; drop it (max_total_tokens of the data phase)"
+            )
+        traces: list[Trace | None] = [None] * len(prefixes)
+        lengths = [len(prefix) + m_max + 2 for prefix in prefixes]
+        with plain_generation(self.model), tqdm(total=len(prefixes), unit="trace", disable=not progress) as bar:
+            for rows in batches(lengths, self.batch_tokens):
+                for row, trace in zip(rows, self._batch(prefixes, rows, m_max, m_min, temperature, seed), strict=True):
+                    traces[row] = trace
+                bar.update(len(rows))
+        return traces
+
+    def _batch(self, prefixes, rows, m_max, m_min, temperature, seed) -> Iterator[Trace]:
+        ids, mask = left_pad([[*prefixes[row], self.begin] for row in rows], self.pad)
+        processor = _TraceProcessor(
+            [*self.codebook, self.end], len(ids[0]), m_min, m_max, temperature, [[seed, row] for row in rows]
+        )
+        self.model.generate(
+            torch.tensor(ids, device=self.model.device),
+            attention_mask=torch.tensor(mask, device=self.model.device),
+            logits_processor=[processor],
+            max_new_tokens=m_max + 1,
+            do_sample=False,
+            eos_token_id=self.end,
+            pad_token_id=self.pad,
+        )
+        choices = torch.stack(processor.choices, dim=1).tolist()
+        logps = torch.stack(processor.logps, dim=1).tolist()
+        for chosen, logp in zip(choices, logps, strict=True):
+            length = chosen.index(len(self.codebook))  # the end delimiter; always there, m_max forces it
+            yield Trace(
+                [self.codebook[index] for index in chosen[:length]],
+                logp[:length],
+                logp[length],
+                forced_end=length == m_max,
+            )

@@ -1,0 +1,161 @@
+"""
+The first round's traces (section 3.2): drawn by length only, or clusters of what the base model thinks at each step.
+
+Traces are codebook indices 0..M-1 here, delimiters left out.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from sklearn.cluster import MiniBatchKMeans
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from abscot_trl.traces.batching import batches
+
+CLUSTER_FILE = "clusters.safetensors"
+
+
+def cot_steps(cot: str) -> list[str]:
+    """The steps of a verbal CoT: its non-blank lines."""
+    return [line for line in cot.split("\n") if line.strip()]
+
+
+def _random_length(cot: str, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Sum over steps of rand(1, l/2) for a step of l tokens, cut at `m_max`."""
+    total = 0
+    for step in cot_steps(cot):
+        half = max(1, len(tokenizer(step, add_special_tokens=False)["input_ids"]) // 2)
+        total += 1 + int(rng.random() * half)
+    return min(total, m_max)
+
+
+def uniform_trace(
+    cot: str, vocabulary_size: int, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """
+    Abstract tokens drawn uniformly, rand(1, l/2) for a step of l tokens, the whole cut at `m_max`.
+
+    Args:
+        rng: anything with `random() -> float` in [0, 1): `random.Random` or `numpy.random.Generator`.
+
+    Returns:
+        `list[int]`: codebook indices 0..`vocabulary_size` - 1.
+    """
+    length = _random_length(cot, m_max, rng, tokenizer)
+    return [int(rng.random() * vocabulary_size) for _ in range(length)]
+
+
+def cycle_trace(cot: str, vocabulary_size: int, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """As `uniform_trace`, but cycling through the codebook from its first token."""
+    return [i % vocabulary_size for i in range(_random_length(cot, m_max, rng, tokenizer))]
+
+
+def power_law_trace(
+    cot: str, vocabulary_size: int, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """As `uniform_trace`, but token k with probability proportional to 1 / (k + 1)."""
+    cumulative = np.cumsum(1.0 / np.arange(1, vocabulary_size + 1))
+    length = _random_length(cot, m_max, rng, tokenizer)
+    return [int(np.searchsorted(cumulative, rng.random() * cumulative[-1])) for _ in range(length)]
+
+
+def step_ends(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """For each step of the CoT, the index of its last token (its newline's) among `cot_ids(cot)`."""
+    text = cot.rstrip() + "\n"
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    starts = [start for start, _ in offsets]
+    ends, position = [], 0
+    for line in text.split("\n")[:-1]:
+        position += len(line) + 1
+        if line.strip():
+            ends.append(int(np.searchsorted(starts, position)) - 1)
+    return ends
+
+
+def group_ends(n_steps: int, m_max: int) -> list[int]:
+    """Last step of each of at most `m_max` groups of consecutive steps, sizes equal to within one."""
+    groups = min(n_steps, m_max)
+    return [math.ceil((g + 1) * n_steps / groups) - 1 for g in range(groups)]
+
+
+def _states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    m_max: int,
+    batch_tokens: int,
+    progress: bool,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Per row the last hidden states at the ends of its groups of steps, given x and c: (index, (groups, d))."""
+    backbone, pad = model.base_model, tokenizer.pad_token_id or 0
+    lengths = [len(row["prompt_ids"]) + len(row["cot_ids"]) for row in rows]
+    with torch.inference_mode(), tqdm(total=len(rows), unit="row", desc="step states", disable=not progress) as bar:
+        for indices in batches(lengths, batch_tokens):
+            longest = max(lengths[i] for i in indices)
+            ids = torch.full((len(indices), longest), pad)
+            for k, i in enumerate(indices):
+                ids[k, : lengths[i]] = torch.tensor(rows[i]["prompt_ids"] + rows[i]["cot_ids"])
+            mask = torch.arange(longest)[None] < torch.tensor([lengths[i] for i in indices])[:, None]
+            output = backbone(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device))
+            for hidden, i in zip(output.last_hidden_state, indices, strict=True):
+                row = rows[i]
+                ends = step_ends(row["cot"], tokenizer)
+                if not ends or ends[-1] >= len(row["cot_ids"]):
+                    raise ValueError(
+                        f"row {row.get('id', i)!r}: {len(row['cot_ids'])} CoT tokens do not match its {len(ends)} "
+                        "steps; prepare the data again with this checkpoint's tokenizer"
+                    )
+                at = [len(row["prompt_ids"]) + ends[step] for step in group_ends(len(ends), m_max)]
+                yield i, hidden[at].float().cpu().numpy()
+            bar.update(len(indices))
+
+
+def cluster_traces(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    vocabulary_size: int,
+    m_max: int,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    fit_rows: int = 4096,
+    batch_tokens: int = 32768,
+    progress: bool = False,
+) -> list[list[int]]:
+    """
+    A step's token is the k-means cluster of the base model's last hidden state at the step's end.
+
+    Consecutive steps are grouped so that a trace fits `m_max`; the last state of a group stands for it.
+
+    Args:
+        rows (`list[dict]`): prepared rows with `cot`, `prompt_ids` and `cot_ids`.
+        folder (`str` or `Path`, *optional*): where the centroids (M, d) are kept, as `clusters.safetensors`.
+        fit_rows (`int`): rows the clusters are fitted on; all rows are then assigned.
+
+    Raises:
+        ValueError: fewer step states than clusters, or rows tokenised by another tokenizer.
+    """
+    training = model.training
+    model.eval()
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:fit_rows]
+    options = {"m_max": m_max, "batch_tokens": batch_tokens, "progress": progress}
+    sample = np.concatenate([s for _, s in _states(model, tokenizer, [rows[i] for i in chosen], **options)])
+    if len(sample) < vocabulary_size:
+        raise ValueError(
+            f"{len(sample)} CoT steps in {len(chosen)} rows cannot form {vocabulary_size} clusters; give more rows "
+            "or a smaller codebook"
+        )
+    kmeans = MiniBatchKMeans(vocabulary_size, random_state=seed, n_init=10, batch_size=4096, max_iter=300).fit(sample)
+    traces: list[list[int]] = [[]] * len(rows)
+    for i, states in _states(model, tokenizer, rows, **options):
+        traces[i] = kmeans.predict(states).tolist()
+    model.train(training)
+    if folder is not None:
+        save_file({"centroids": torch.tensor(kmeans.cluster_centers_)}, Path(folder) / CLUSTER_FILE)
+    return traces

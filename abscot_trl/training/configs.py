@@ -1,0 +1,71 @@
+"""Fields of the two SFT phases beyond trl's own."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class BottleneckConfig(SFTConfig):
+    """
+    Configuration of [`BottleneckSFTTrainer`]: trl's `SFTConfig` and the fields below.
+
+    `max_length` is the longest row (and the length of a packed one); rows are never cut. `packing` packs whole
+    documents, best fit first, under the same mask; trl's own packing is not used.
+
+    Args:
+        channel (`str`, *optional*, defaults to `"hidden"`):
+            What y may read of the trace: `"hidden"`, its hidden states (the paper's single masked pass), or
+            `"discrete"`, only what the tokens themselves say.
+        supervise_end (`bool`, *optional*, defaults to `True`):
+            Train on `<endabstract>`. Eq. 3 to the letter does not, and then stopping is never learnt.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            Rows longer than `max_length`: `"error"` refuses to start, `"drop"` leaves them out and counts them.
+    """
+
+    max_length: int | None = field(
+        default=8192, metadata={"help": "Longest row in tokens, trace included; also the length of a packed row."}
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default=128, metadata={"help": "Rows are padded to a multiple of this; flex attention needs 128."}
+    )
+    channel: str = field(
+        default="hidden",
+        metadata={
+            "help": "'hidden': y reads the trace's hidden states (the paper); 'discrete': only its tokens.",
+            "choices": ["hidden", "discrete"],
+        },
+    )
+    supervise_end: bool = field(default=True, metadata={"help": "Train on <endabstract> (eq. 3 to the letter: no)."})
+    overlong: str = field(
+        default="error",
+        metadata={"help": "Rows longer than max_length: refuse to start, or drop them.", "choices": ["error", "drop"]},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length is None or not self.pad_to_multiple_of:
+            raise ValueError(
+                "max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)"
+            )
+
+
+@dataclass
+class DistillationConfig(BottleneckConfig):
+    """
+    Configuration of [`SelfDistillationTrainer`].
+
+    Args:
+        rehearsal (`float`, *optional*, defaults to `0.0`):
+            Loss weight of the masked row [x; c; z~; y] trained beside each [x; z~; y]; keeps the policy given (x, c)
+            alive for the next round. `0` leaves it out, as the paper does.
+    """
+
+    rehearsal: float = field(
+        default=0.0, metadata={"help": "Loss weight of the masked row of the same example; 0 leaves it out."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rehearsal < 0:
+            raise ValueError(f"rehearsal is a loss weight and cannot be negative, got {self.rehearsal}")

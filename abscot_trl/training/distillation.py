@@ -1,0 +1,36 @@
+"""
+Phase B, self-distillation (eq. 4): plain causal SFT on [x; z~'; y].
+
+    L = - sum_{i in Z_abs} log pi(z_i | x, z_<i)  -  sum_{j in Y} log pi(y_j | x, z, y_<j)
+
+Without C in the row the block mask is the causal one, so this is the bottleneck trainer on other rows. Rehearsal adds
+the masked row of the same example with its own loss weight (METHOD: phase B alone forgets the policy given (x, c)).
+"""
+
+from torch import Tensor
+
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+
+
+class SelfDistillationTrainer(BottleneckSFTTrainer):
+    """
+    Supervised fine-tuning on [x; z~; y], and on [x; c; z~; y] with weight `args.rehearsal`.
+
+    Arguments as in [`BottleneckSFTTrainer`], with a [`DistillationConfig`]; rows with a null `trace` are trained as
+    [x; y] (SFT without CoT).
+    """
+
+    _name = "Self-distillation"
+
+    def encode(self, row: dict) -> list[dict[str, list]]:
+        """The row of eq. 4 and, with rehearsal, the one of eq. 3."""
+        rows = [self.encoder(row["prompt_ids"], None, row["trace"], row["answer_ids"])]
+        if self.args.rehearsal and row["trace"] is not None:
+            masked = self.encoder(
+                row["prompt_ids"], row["cot_ids"], row["trace"], row["answer_ids"], weight=self.args.rehearsal
+            )
+            rows.append(masked)
+        return rows
+
+    def _own_rows(self, given_cot: Tensor) -> Tensor:
+        return ~given_cot

@@ -1,0 +1,96 @@
+"""`abscot bottleneck` and `abscot distill`: load the inputs of a training phase, train, save."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import ModelConfig
+
+from abscot_trl.data.prepare import load_prepared
+from abscot_trl.traces.files import read_traces
+from abscot_trl.traces.make import part_rows
+from abscot_trl.training.adapters import lora_config
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
+from abscot_trl.training.distillation import SelfDistillationTrainer
+from abscot_trl.vocabulary import AbstractVocabulary
+
+
+@dataclass
+class TrainArguments:
+    """
+    Inputs of a training phase.
+
+    Args:
+        data (`str`): prepared data (`abscot data`).
+        traces (`str`, *optional*): folder written by `abscot traces`; its rows are trained. Without it, rows of
+            `part` are trained without a trace: SFT with CoT by `abscot bottleneck`, without CoT by `abscot distill`.
+        splits, part (`str`, *optional*): staged splits and part, where no traces choose the rows.
+    """
+
+    data: str = field(metadata={"help": "Prepared data (abscot data)."})
+    traces: str | None = field(default=None, metadata={"help": "Folder written by abscot traces; none: plain SFT."})
+    splits: str | None = field(default=None, metadata={"help": "Staged splits, where no traces choose the rows."})
+    part: str | None = field(default=None, metadata={"help": "Part of the splits, where no traces choose the rows."})
+
+
+def training_rows(args: TrainArguments, vocabulary: AbstractVocabulary) -> Dataset:
+    """The prepared rows of a phase with their `trace` column, as the trainers take them."""
+    data, _ = load_prepared(args.data)
+    if args.traces is None:
+        rows = part_rows(args.splits, args.part, len(data))
+        traces = [None] * len(rows)
+    else:
+        records = read_traces(args.traces, data["id"], vocabulary.size)
+        rows, traces = [r["row"] for r in records], [r["trace"] for r in records]
+    chosen = data.select(rows).select_columns(["prompt_ids", "cot_ids", "answer_ids"])
+    return chosen.add_column("trace", traces)
+
+
+def train(
+    trainer_class: type[BottleneckSFTTrainer],
+    args: TrainArguments,
+    training_args: BottleneckConfig,
+    model_args: ModelConfig,
+) -> dict:
+    """
+    Train one phase and save a full checkpoint, or an adapter to be merged, in `training_args.output_dir`.
+
+    Returns:
+        `dict`: the trainer's final metrics.
+    """
+    path = model_args.model_name_or_path
+    vocabulary = AbstractVocabulary.load(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    token_ids = [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    training_args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation or "sdpa",
+    }
+    trainer = trainer_class(
+        model=path,
+        args=training_args,
+        train_dataset=training_rows(args, vocabulary),
+        vocabulary=vocabulary,
+        processing_class=tokenizer,
+        peft_config=lora_config(model_args, token_ids),
+    )
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        vocabulary.save(training_args.output_dir)
+        log = {"rows": trainer.row_counts, "log": trainer.state.log_history}
+        (Path(training_args.output_dir) / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
+    return trainer.state.log_history[-1]
+
+
+def train_bottleneck(args: TrainArguments, training_args: BottleneckConfig, model_args: ModelConfig) -> dict:
+    """`abscot bottleneck`: phase A (eq. 3)."""
+    return train(BottleneckSFTTrainer, args, training_args, model_args)
+
+
+def train_distill(args: TrainArguments, training_args: DistillationConfig, model_args: ModelConfig) -> dict:
+    """`abscot distill`: phase B (eq. 4)."""
+    return train(SelfDistillationTrainer, args, training_args, model_args)

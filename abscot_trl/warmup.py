@@ -1,0 +1,250 @@
+"""
+The warm-up by policy iteration (Stage 1): T rounds of
+
+    traces -> bottleneck (eq. 3) -> merge -> traces -> distill (eq. 4) -> merge -> evaluate
+
+`paper` and `informed` are the same loop with other fields: where the first traces come from (`initial`), what the
+policy sees when it writes those of phase B (`distill_from`), and whether phase B rehearses the masked row.
+Every stage reads files and writes a folder; it is done when its `manifest.json` is there, and is then skipped.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.data.prepare import load_prepared
+from abscot_trl.data.splits import save_splits, staged_splits
+from abscot_trl.evaluation.report import results_table, write_results
+from abscot_trl.phases import PHASES, check_fields, read_yaml, run_phase
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class WarmupArguments:
+    """
+    The policy iteration.
+
+    Args:
+        run_dir (`str`): folder of the run; a second call continues it.
+        model (`str`): extended checkpoint (`abscot init`).
+        data (`str`): prepared data (`abscot data`).
+        bottleneck, distill, evaluate (`str`): recipes of the phases; `evaluate` may be left out.
+        name (`str`): the recipe's name in results: `informed`, `paper`.
+        rounds (`int`): T.
+        rows_per_phase (`int`): size of each part D_{t,1}, D_{t,2}.
+        initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`.
+        distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided).
+        rehearsal (`float`): loss weight of the masked row in phase B.
+        launch (`str`): `accelerate`, each phase in a process of its own, or `inline`, all in this one.
+    """
+
+    run_dir: str = field(metadata={"help": "Folder of the run; a second call continues it."})
+    model: str = field(metadata={"help": "Extended checkpoint (abscot init)."})
+    data: str = field(metadata={"help": "Prepared data (abscot data)."})
+    bottleneck: str = field(metadata={"help": "Recipe of phase A."})
+    distill: str = field(metadata={"help": "Recipe of phase B."})
+    evaluate: str | None = field(default=None, metadata={"help": "Recipe of the evaluation after each round."})
+    name: str = field(default="informed", metadata={"help": "The recipe's name in results.json."})
+    rounds: int = field(default=3, metadata={"help": "Rounds T."})
+    rows_per_phase: int = field(default=5000, metadata={"help": "Rows of each part D_t,1 and D_t,2."})
+    initial: str = field(
+        default="clusters",
+        metadata={
+            "help": "Traces of the first round.",
+            "choices": ["uniform", "cycle", "power_law", "clusters"],
+        },
+    )
+    distill_from: str = field(
+        default="cot",
+        metadata={"help": "What phase B's traces are drawn from: prompt or cot.", "choices": ["prompt", "cot"]},
+    )
+    rehearsal: float = field(default=1.0, metadata={"help": "Loss weight of the masked row in phase B."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
+    batch_tokens: int = field(default=65536, metadata={"help": "Most tokens of one sampling batch."})
+    seed: int = field(default=0, metadata={"help": "Seed of splits, traces and training."})
+    launch: str = field(
+        default="accelerate",
+        metadata={"help": "A process a phase, or all in this one.", "choices": ["accelerate", "inline"]},
+    )
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "accelerate configuration of the training phases: a file, or a name."}
+    )
+
+    def __post_init__(self):
+        if self.rounds < 1 or self.rows_per_phase < 1:
+            raise ValueError(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")
+
+
+@dataclass
+class Stage:
+    """One step of the loop: a phase, its settings, and the folder (`output_dir` of the settings) it writes."""
+
+    name: str
+    phase: str
+    settings: dict
+
+
+def stages(args: WarmupArguments) -> Iterator[Stage]:
+    """The stages in order. Reads the phase recipes; what a stage needs of an earlier one is a path."""
+    recipes = {phase: read_yaml(getattr(args, phase)) for phase in (*TRAINING, "evaluate") if getattr(args, phase)}
+    for phase, recipe in recipes.items():
+        check_fields(recipe, PHASES[phase][1], getattr(args, phase))
+    run, policy = Path(args.run_dir), args.model
+    for t in range(1, args.rounds + 1):
+        for phase, part in zip(TRAINING, ("bottleneck", "distill"), strict=True):
+            seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
+            first = t == 1 and phase == "bottleneck"
+            traces = run / f"round{t}" / f"{phase}-traces"
+            yield Stage(
+                f"round{t}/{phase}-traces",
+                "traces",
+                {
+                    "model": policy,
+                    "data": args.data,
+                    "output_dir": str(traces),
+                    "splits": str(run / "splits.json"),
+                    "part": f"{t}.{part}",
+                    "method": args.initial if first else "policy",
+                    "given": "cot" if phase == "bottleneck" else args.distill_from,
+                    "temperature": args.temperature,
+                    "batch_tokens": args.batch_tokens,
+                    "seed": seed,
+                },
+            )
+            model = run / f"round{t}" / phase
+            settings = recipes[phase] | {
+                "model_name_or_path": policy,
+                "data": args.data,
+                "traces": str(traces),
+                "output_dir": str(model),
+                "seed": seed,
+            }
+            if phase == "distill":
+                settings["rehearsal"] = args.rehearsal
+            yield Stage(f"round{t}/{phase}", phase, settings)
+            if recipes[phase].get("use_peft"):
+                merged = run / f"round{t}" / f"{phase}-merged"
+                yield Stage(f"round{t}/{phase}-merge", "merge", {"adapter": str(model), "output_dir": str(merged)})
+                model = merged
+            policy = str(model)
+        if args.evaluate:
+            output = run / f"round{t}" / "evaluate"
+            settings = recipes["evaluate"] | {"model": policy, "output_dir": str(output), "name": args.name}
+            yield Stage(f"round{t}/evaluate", "evaluate", settings)
+
+
+def launch(stage: Stage, config: Path, args: WarmupArguments) -> None:
+    """
+    Run a stage from its configuration file.
+
+    Raises:
+        RuntimeError: the stage's process failed.
+    """
+    if args.launch == "inline":
+        run_phase(stage.phase, ["--config", str(config)])
+        return
+    module = ["-m", f"abscot_trl.scripts.{stage.phase}", "--config", str(config)]
+    command = [sys.executable, *module]
+    if stage.phase in TRAINING:
+        accelerate = (
+            ["--config_file", accelerate_config_path(args.accelerate_config)] if args.accelerate_config else []
+        )
+        command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate, *module]
+    code = subprocess.run(command).returncode
+    if code:
+        raise RuntimeError(f"stage {stage.name} failed with exit code {code}; run again to continue from it: {config}")
+
+
+def run_stage(stage: Stage, args: WarmupArguments) -> float:
+    """
+    Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
+
+    Raises:
+        ValueError: the stage was done with other settings; nothing is mixed or overwritten.
+    """
+    output = Path(stage.settings["output_dir"])
+    manifest = output / MANIFEST
+    if manifest.is_file():
+        done = json.loads(manifest.read_text())
+        keys = sorted(done["settings"].keys() | stage.settings.keys())
+        other = [key for key in keys if done["settings"].get(key) != stage.settings.get(key)]
+        if other:
+            differences = ", ".join(f"{k}: {done['settings'].get(k)!r} -> {stage.settings.get(k)!r}" for k in other)
+            raise ValueError(f"{output} was made with other settings ({differences}); use another run_dir")
+        return done["wall_s"]
+    if output.exists():  # left by a stage that did not end; its manifest would be there otherwise
+        shutil.rmtree(output)
+    config = output.with_name(output.name + ".yaml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(stage.settings, sort_keys=False))
+    start = time.monotonic()
+    launch(stage, config, args)
+    wall = round(time.monotonic() - start, 1)
+    record = {"stage": stage.name, "phase": stage.phase, "settings": stage.settings, "wall_s": wall}
+    temporary = output / (MANIFEST + ".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(manifest)
+    return wall
+
+
+def collect_results(args: WarmupArguments) -> list[dict]:
+    """Rows of all evaluated rounds, each with its `round`."""
+    results = []
+    for t in range(1, args.rounds + 1):
+        path = Path(args.run_dir) / f"round{t}" / "evaluate" / "results.json"
+        if path.is_file():
+            results += [{**row, "round": t} for row in json.loads(path.read_text())]
+    return results
+
+
+def lost_rounds(results: list[dict]) -> list[str]:
+    """A sentence for each round whose own-trace accuracy lies below its predecessor's interval."""
+    own = {r["round"]: r for r in results if r["mode"] == "abstract" and r["swap"] == "own"}
+    return [
+        f"round {t} ({own[t]['accuracy']:.1f}) lost to round {t - 1} ({own[t - 1]['accuracy']:.1f}): use round {t - 1}"
+        for t in own
+        if t - 1 in own and own[t]["accuracy"] < own[t - 1]["ci95"][0]
+    ]
+
+
+def warmup(args: WarmupArguments) -> list[dict]:
+    """
+    `abscot warmup`: run all stages that are not done, and print results and wall times.
+
+    Returns:
+        The rows of `results.json`.
+
+    Raises:
+        ValueError: recipes with unknown keys, too few rows, or a run that was started with other settings.
+    """
+    todo = list(stages(args))
+    data, _ = load_prepared(args.data)
+    run = Path(args.run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
+    save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
+    times = []
+    for number, stage in enumerate(todo, 1):
+        print(f"[{number}/{len(todo)}] {args.name} {stage.name}", flush=True)  # noqa: T201
+        times.append((stage.name, run_stage(stage, args)))
+        if stage.phase == "evaluate":
+            results = collect_results(args)
+            write_results(run / "results.json", results)
+            for sentence in lost_rounds(results):
+                print(f"WARNING: {sentence}", flush=True)  # noqa: T201
+    results = collect_results(args)
+    if results:
+        print(results_table(results))  # noqa: T201
+    width = max(len(name) for name, _ in times)
+    for name, seconds in [*times, ("total", sum(seconds for _, seconds in times))]:
+        print(f"{name:<{width}} {seconds:>9.1f} s")  # noqa: T201
+    return results
