@@ -1,9 +1,10 @@
 """Problems with a gold answer: GSM8K, MATH, MATH-500, AIME and HotpotQA rows, told apart by their columns."""
 
 import re
+from itertools import islice
 from typing import Any
 
-from abscot_trl.data.dolci import RowRejected
+from abscot_trl.data.dolci import RowRejected, iter_rows
 from abscot_trl.examples import Example
 
 HOTPOTQA = "hotpotqa"
@@ -61,36 +62,36 @@ def problem_to_example(row: dict[str, Any]) -> Example:
     if not isinstance(row, dict):
         raise RowRejected("malformed", "not an object with columns")
     columns = {name for name, value in row.items() if value is not None}
-    identifier = _identifier(row)
+
+    def example(prompt: str, cot: str, answer: str, gold: str, source: str = "") -> Example:
+        identifier = _first(row, "id", "unique_id")
+        named = next((name for name in ("gsm8k", "aime") if identifier.startswith(name)), "math")
+        source = source or _first(row, "dataset_source", "source") or named
+        return Example([{"role": "user", "content": prompt}], cot, answer, gold, identifier, source)
+
     if {"prompt", "cot", "answer", "gold"} <= columns:
-        prompt, cot, answer, gold = (_text(row, name) for name in ("prompt", "cot", "answer", "gold"))
-        return _example(prompt, cot, answer, gold, identifier)
+        return example(*(_text(row, name) for name in ("prompt", "cot", "answer", "gold")))
     if {"question", "context", "answer"} <= columns:
         answer = _text(row, "answer")
-        return _example(_hotpot_prompt(row), "", f"Answer: {answer}", answer, identifier, HOTPOTQA)
+        return example(_hotpot_prompt(row), "", f"Answer: {answer}", answer, HOTPOTQA)
     if {"question", "answer"} <= columns:
         solution, mark, number = _text(row, "answer").rpartition("####")
         gold = number.strip().replace(",", "")
         cot = _CALCULATOR_MARK.sub("", solution).strip()
         if not (mark and gold and cot):
             raise RowRejected("malformed", "the answer lacks its solution or its '#### n'")
-        return _example(_text(row, "question"), cot, _boxed(gold), gold, identifier, "gsm8k")
+        return example(_text(row, "question"), cot, _boxed(gold), gold, "gsm8k")
     if "problem" in columns and columns & {"answer", "solution"}:
         cot = _text(row, "solution") if "solution" in columns else ""
         gold = _text(row, "answer") if "answer" in columns else last_boxed(cot)
         if not gold:
             raise RowRejected("malformed", "the solution holds no \\boxed{} result")
-        return _example(_text(row, "problem"), cot, _boxed(gold), gold, identifier)
+        return example(_text(row, "problem"), cot, _boxed(gold), gold)
     raise RowRejected("malformed", f"columns {sorted(columns)} are those of no known problem set")
 
 
-def _example(prompt: str, cot: str, answer: str, gold: str, identifier: str, source: str | None = None) -> Example:
-    source = source or next((name for name in ("gsm8k", "aime") if identifier.startswith(name)), "math")
-    return Example([{"role": "user", "content": prompt}], cot, answer, gold, identifier, source)
-
-
-def _identifier(row: dict[str, Any]) -> str:
-    return next((str(row[name]) for name in ("id", "unique_id") if row.get(name) is not None), "")
+def _first(row: dict[str, Any], *columns: str) -> str:
+    return next((str(row[name]) for name in columns if row.get(name) is not None), "")
 
 
 def _text(row: dict[str, Any], column: str) -> str:
@@ -113,6 +114,24 @@ def _hotpot_prompt(row: dict[str, Any]) -> str:
     except (TypeError, KeyError, ValueError) as error:
         raise RowRejected("malformed", f"context is not titles and their sentences ({error})") from error
     return "\n\n".join([*paragraphs, f"Question: {_text(row, 'question')}"])
+
+
+def load_problems(
+    data: str | list[str], split: str = "test", config: str | None = None, limit: int | None = None
+) -> list[Example]:
+    """
+    The problems of local files or of a hub dataset (see `iter_rows`), in their order, the first `limit` at most.
+
+    Raises:
+        ValueError: a row that is no problem; leaving it out would change the score. The message says which.
+    """
+    examples = []
+    for number, row in enumerate(islice(iter_rows(data, split, config, shuffle_buffer=0), limit), 1):
+        try:
+            examples.append(problem_to_example(row))
+        except RowRejected as rejection:
+            raise ValueError(f"{data}: row {number} is no problem to evaluate ({rejection})") from rejection
+    return examples
 
 
 def with_instruction(example: Example, mode: str) -> list[dict[str, str]]:

@@ -46,9 +46,15 @@ def save_splits(path: str | Path, splits: dict[str, list[int]], n_rows: int, see
     temporary.replace(path)
 
 
-def load_splits(path: str | Path, n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> dict[str, list[int]]:
+def load_splits(
+    path: str | Path,
+    n_rows: int,
+    rounds: int | None = None,
+    rows_per_phase: int | None = None,
+    seed: int | None = None,
+) -> dict[str, list[int]]:
     """
-    Read splits written by `save_splits`.
+    Read splits written by `save_splits`; settings left `None` are not compared.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,7 +67,9 @@ def load_splits(path: str | Path, n_rows: int, rounds: int, rows_per_phase: int,
         raise ValueError(f"{path} is not a file of staged splits ({error!r}); remove it to draw them anew") from error
     asked = {"n_rows": n_rows, "rounds": rounds, "rows_per_phase": rows_per_phase, "seed": seed}
     different = [
-        f"{name} {kept.get(name)} there, {value} asked for" for name, value in asked.items() if kept.get(name) != value
+        f"{name} {kept.get(name)} there, {value} asked for"
+        for name, value in asked.items()
+        if value is not None and kept.get(name) != value
     ]
     if different:
         raise ValueError(

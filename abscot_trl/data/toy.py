@@ -2,7 +2,7 @@
 Chain arithmetic: a task whose answer needs its steps, small enough for a laptop.
 
     prompt  3+4-1+2=          k additions and subtractions mod n, left to right
-    cot     3+4=2 / 2-1=1 / 1+2=3    one line a step
+    cot     3+4=2; / 2-1=1; / 1+2=3;    one line a step
     answer  \\boxed{3}
 """
 
@@ -35,7 +35,7 @@ def chain_arithmetic(n: int, steps: int, modulus: int, seed: int) -> list[Exampl
             result = int((value + operand if sign else value - operand) % modulus)
             step = f"{'+' if sign else '-'}{operand}"
             prompt += step
-            lines.append(f"{value}{step}={result}")
+            lines.append(f"{value}{step}={result};")
             value = result
         prompt += "="
         problems.setdefault(
@@ -53,11 +53,12 @@ def chain_arithmetic(n: int, steps: int, modulus: int, seed: int) -> list[Exampl
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of 24 tokens for the task: a character a token, `\\boxed{` one token."""
+    """A word-level tokenizer for the task: a character a token, but `+4`, `-1` and `\\boxed{` are one token each."""
     special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
-    words = [*"0123456789+-=}", "\n", "\\boxed{"]
+    operations = [sign + digit for sign in "+-" for digit in "0123456789"]
+    words = [*"0123456789=;}", "\n", "\\boxed{", *operations]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[+-][0-9]|[\s\S]"), behavior="isolated")
     tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

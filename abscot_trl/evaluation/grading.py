@@ -25,6 +25,7 @@ _NORMALISATIONS = (
     (re.compile(r"\^\s*\{?\s*" + _TEXT + r"\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"), ""),  # 12^{\text{th}}
     (re.compile(_TEXT + r"\{\s*(-?[\d.,]*\d)\s*\}"), r"\1"),  # \text{4.5}
     (re.compile(_TEXT + r"\{\s*(-?[\d.,]*\d)\s+([A-Za-z][^{}]*)\}"), r"\1 \\text{ \2}"),  # \text{18 dollars}
+    (re.compile(r"^(\\?\$?-?\d[\d.,]*)((?:\s+[A-Za-z]{3,})+\.?)$"), r"\1 \\text{\2}"),  # 18 dollars
 )
 _BASE = re.compile(r"_\s*\{?\s*(\d+)\s*\}?$")
 
@@ -51,8 +52,8 @@ def is_correct(response: str, gold: str) -> bool:
             "is_correct needs the main thread (math-verify's timeouts are signals); use processes instead"
         )
     answer = last_boxed(response)
-    if answer is None:
-        answer = _stated_answer(response)
+    if answer is None:  # a box cut off at the token limit states nothing
+        answer = "" if "\\boxed" in response else _stated_answer(response)
     answer, gold = _normalise(answer), _normalise(gold)
     if not answer or len(answer) > LENGTH:
         return False
@@ -92,7 +93,7 @@ def _plain(answer: str) -> str:
 
 
 def short_answer(response: str) -> str:
-    """What HotpotQA's rules are given of a response: after the last "Answer:", to the end of that line, or its last line."""
+    """The part of a response that HotpotQA's rules see: what follows the last "Answer:", or else the last line."""
     before, mark, after = response.rpartition("Answer:")
     lines = (after if mark else response).strip().splitlines() or [""]
     return (lines[0] if mark else lines[-1]).strip().strip("*").strip()

@@ -57,12 +57,12 @@ def demo(args: DemoArguments) -> list[dict]:
     train = write_problems(run / "train.jsonl", rows[:n_train])
     test = write_problems(run / "test.jsonl", rows[n_train:])
 
-    def phase(name: str, recipe: str | None, output: str, **fields) -> str:
+    def phase(phase_name: str, recipe: str | None, output: str, **fields) -> str:
         arguments = ["--config", str(recipes / recipe)] if recipe else []
         for key, value in {"output_dir": run / output, **fields}.items():
             arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         print(f"[{time.monotonic() - start:5.0f} s] {output}", flush=True)
-        run_phase(name, arguments)
+        run_phase(phase_name, arguments)
         return str(run / output)
 
     base = phase("init", "init.yaml", "init", base_model=recipes / "base")

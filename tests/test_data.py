@@ -1,0 +1,581 @@
+"""Rows in, prepared data out: what is kept, what is refused, and that nothing goes missing between."""
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets import IterableDataset
+from transformers import HfArgumentParser
+
+from abscot_trl.data import dolci
+from abscot_trl.data.dolci import RowRejected, iter_rows, parse_row
+from abscot_trl.data.prepare import DataArguments, cut_cot, load_prepared, prepare
+from abscot_trl.data.problems import last_boxed, load_problems, problem_to_example, with_instruction
+from abscot_trl.data.splits import load_splits, save_splits, staged_splits
+from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.vocabulary import AbstractVocabulary
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+
+SHAPE_OUTCOMES = {
+    "ok": "kept",
+    "ok+system": "kept",
+    "tool_role+system": "kept",
+    "answer_truncated": "kept",
+    "empty_think": "empty_think",
+    "empty_answer": "empty_answer",
+    "no_think_tags": "no_think",
+    "no_close_think": "unclosed_think",
+}
+
+
+def row(content="<think>\n1+1=2\n</think>\n\n2", earlier=(("user", "1+1"),), **kwargs):
+    turns = [*earlier, ("assistant", content)]
+    messages = [{"content": content, "role": role} for role, content in turns]
+    return {"messages": messages, "dataset_source": "sums", "id": "a", **kwargs}
+
+
+def outcome(value):
+    try:
+        parse_row(value)
+    except RowRejected as rejection:
+        return rejection.reason
+    return "kept"
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """One token a character, so that lengths can be counted by hand; a trace takes 6 + 2 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_max=6)
+    vocabulary.extend(tokenizer)
+    tokenizer.save_pretrained(folder)
+    vocabulary.save(folder)
+    return str(folder)
+
+
+# parse_row
+
+
+@real_data
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_every_real_row_comes_out_as_its_shape_says(suffix):
+    shapes = {meta["id"]: meta["shape"] for meta in read_jsonl(DATA / "think_sft_sample.meta.jsonl")}
+    wrong = [
+        (value["id"], shapes[value["id"]], outcome(value))
+        for value in iter_rows(str(DATA / f"think_sft_sample.{suffix}"))
+        if outcome(value) != SHAPE_OUTCOMES[shapes[value["id"]]]
+    ]
+    assert wrong == []
+
+
+@real_data
+@pytest.mark.parametrize("name", ["think_sft_sample", "think_sft_long_aime24"])
+def test_real_rows_lose_no_text(name):
+    kept = 0
+    for value in read_jsonl(DATA / f"{name}.jsonl"):
+        if outcome(value) != "kept":
+            continue
+        kept += 1
+        example = parse_row(value)
+        target = value["messages"][-1]["content"]
+        rebuilt = f"<think>\n{example.cot}\n</think>\n\n{example.answer}"
+        assert rebuilt.split() == target.removesuffix("</think>").split()
+        assert [turn["role"] for turn in example.prompt] == [turn["role"] for turn in value["messages"][:-1]]
+        assert "think>" not in json.dumps(example.prompt) + example.cot + example.answer
+        assert (example.id, example.source) == (value["id"], value["dataset_source"])
+    assert kept == {"think_sft_sample": 588, "think_sft_long_aime24": 128}[name]
+
+
+def test_earlier_turns_stay_but_lose_their_thoughts():
+    example = parse_row(
+        row(
+            earlier=[
+                ("system", "Use <think> tags."),
+                ("user", " hi "),
+                ("assistant", "<think>greet</think>\n\nHello"),
+                ("tool", "7"),
+                ("assistant", "<think>never closed"),
+                ("user", "1+1"),
+            ]
+        )
+    )
+    assert [turn["content"] for turn in example.prompt] == ["Use <think> tags.", " hi ", "Hello", "7", "", "1+1"]
+    assert (example.cot, example.answer, example.gold) == ("1+1=2", "2", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("  <think>a</think>b  ", ("a", "b")),
+        ("<think>a<think>b</think>c</think>d", ("abc", "d")),  # nested: nothing of the thought leaks into the answer
+        ("<think>the tag <think> opens it</think>d", ("the tag  opens it", "d")),  # quoted, never balanced
+        ("<think>a</think>b</think>", ("a", "b")),  # a stray closing tag
+        ("2", "no_think"),
+        ("a</think>b", "no_think"),
+        ("Well. <think>a</think>b", "no_think"),
+        ("<think>a", "unclosed_think"),
+        ("<think>", "unclosed_think"),
+        ("<think> \n </think>b", "empty_think"),
+        ("<think></think>", "empty_think"),
+        ("<think>a</think> \n", "empty_answer"),
+        ("<think>a</think></think>", "empty_answer"),
+        ("<think>a</think>b<think>c</think>d", "malformed"),  # a verbal thought must not become answer
+        ("", "no_think"),
+    ],
+)
+def test_think_tags(content, expected):
+    if isinstance(expected, str):
+        assert outcome(row(content)) == expected
+    else:
+        example = parse_row(row(content))
+        assert (example.cot, example.answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({}, "malformed"),
+        (None, "malformed"),
+        ({"messages": []}, "malformed"),
+        ({"messages": None}, "malformed"),
+        ({"messages": "<think>a</think>b"}, "malformed"),
+        ({"messages": ["hi"]}, "malformed"),
+        ({"messages": [{"role": "user"}]}, "malformed"),
+        (row(earlier=[("user", None)]), "malformed"),
+        (row(earlier=[(None, "hi")]), "malformed"),
+        (row(None), "malformed"),
+        (row(earlier=[]), "no_user_turn"),
+        (row(earlier=[("system", "hi")]), "no_user_turn"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no_assistant_turn"),
+        ({"messages": [*row()["messages"], {"role": "user", "content": "thanks"}]}, "no_assistant_turn"),
+    ],
+)
+def test_rows_without_a_dialogue(value, reason):
+    assert outcome(value) == reason
+
+
+# reading
+
+
+def test_reading_keeps_or_shuffles_the_order(tmp_path):
+    rows = [{"i": i} for i in range(60)]
+    write_jsonl(tmp_path / "b.jsonl", rows[30:])
+    write_jsonl(tmp_path / "a.jsonl", rows[:30])
+    assert list(iter_rows(str(tmp_path), shuffle_buffer=0)) == rows
+    first, again, other = (list(iter_rows(str(tmp_path), seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first != rows
+    assert sorted(first, key=lambda r: r["i"]) == rows
+
+
+@real_data
+def test_a_buffer_gets_past_the_first_source():
+    path = str(DATA / "think_sft_sample.jsonl")
+    in_order = Counter(outcome(value) for value in islice(iter_rows(path, shuffle_buffer=0), 10))
+    shuffled = Counter(outcome(value) for value in islice(iter_rows(path), 100))
+    assert in_order == {"empty_think": 10}
+    assert shuffled["kept"] > 70
+
+
+def test_hub_ids_are_streamed_and_shuffled(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return IterableDataset.from_generator(lambda: ({"i": i} for i in range(50)))
+
+    monkeypatch.setattr(dolci, "load_dataset", load_dataset)
+    rows = list(iter_rows("openai/gsm8k", "test", "main", seed=3))
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test", "streaming": True})]
+    assert sorted(r["i"] for r in rows) == list(range(50)) != [r["i"] for r in rows]
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(dolci, "load_dataset", offline)
+    with pytest.raises(ValueError, match="'allenai/Dolci' is no file or folder here.*no network"):
+        iter_rows("allenai/Dolci")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("x.jsonl", '{"a": 1}\n\n{"a":\n', ValueError, r"x\.jsonl, line 3: not JSON"),
+        ("x.jsonl", "[1]\n", ValueError, r"x\.jsonl, line 1: a list"),
+        ("x.parquet", "PAR1 and no more", ValueError, r"x\.parquet: not a readable parquet file .*copy it again"),
+        ("x.csv", "a,b\n", ValueError, r"x\.csv: cannot read \.csv"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, error, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=message):
+        list(iter_rows(str(tmp_path / name)))
+
+
+def test_a_truncated_parquet_file_is_named_before_any_row(tmp_path):
+    for name in ("a.parquet", "b.parquet"):
+        pa.parquet.write_table(pa.Table.from_pylist([{"i": i} for i in range(1000)]), tmp_path / name)
+    whole = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"b\.parquet: not a readable parquet file .*copy it again"):
+        iter_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nowhere/x.jsonl", "./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_missing_paths(name):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        iter_rows(name)
+
+
+def test_a_folder_must_say_which_files_it_means(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \.parquet or \.jsonl file"):
+        iter_rows(str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", [{"i": 1}])
+    pa.parquet.write_table(pa.Table.from_pylist([{"i": 1}]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="both"):
+        iter_rows(str(tmp_path))
+
+
+# problems
+
+
+def test_columns_of_the_hub():
+    gsm8k = problem_to_example(
+        {"question": "How much?", "answer": "It is 2*600=<<2*600=1200>>1200 in all.\n#### 1,200"}
+    )
+    assert (gsm8k.cot, gsm8k.gold) == ("It is 2*600=1200 in all.", "1200")
+    assert (gsm8k.answer, gsm8k.source) == ("The answer is \\boxed{1200}.", "gsm8k")
+    math = problem_to_example({"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}", "level": 5})
+    assert (math.gold, math.cot, math.prompt) == (
+        "\\frac{1}{2}",
+        "so \\boxed{\\frac{1}{2}}",
+        [{"role": "user", "content": "p"}],
+    )
+    aime = problem_to_example({"id": "aime24-I-01", "problem": "p", "answer": 204, "url": None})
+    assert (aime.gold, aime.cot, aime.source) == ("204", "", "aime")
+    context = {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]}
+    hotpot = problem_to_example({"id": "5", "question": "Who?", "answer": "yes", "context": context})
+    assert hotpot.prompt[0]["content"] == "A: One. Two.\n\nB: Three.\n\nQuestion: Who?"
+    assert (hotpot.gold, hotpot.source) == ("yes", "hotpotqa")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        None,
+        {"prompt": "p", "cot": "", "answer": "a", "gold": "1"},
+        {"prompt": "p", "cot": "c", "answer": "a", "gold": None},
+        {"question": "q", "answer": "no mark"},
+        {"question": "q", "answer": "#### 3"},
+        {"problem": "p", "solution": "no box"},
+        {"problem": "p", "answer": True},
+        {"problem": ["p"], "answer": "3"},
+        {"question": "q", "answer": "a", "context": [["A", ["One."]]]},
+        {"instruction": "i", "output": "o"},
+    ],
+)
+def test_unusable_problems(value):
+    with pytest.raises(RowRejected) as rejection:
+        problem_to_example(value)
+    assert rejection.value.reason == "malformed"
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("gsm8k_train", 7473),
+        ("gsm8k_test", 1319),
+        ("math500_test", 500),
+        ("math_train_4500", 4500),
+        ("aime24", 30),
+        ("aime25", 30),
+        ("hotpotqa_dev_500", 500),
+    ],
+)
+def test_real_problems_all_load(name, n):
+    problems = load_problems(str(DATA / f"{name}.jsonl"))
+    assert len(problems) == n
+    assert len({p.id for p in problems}) == n
+    if name != "hotpotqa_dev_500":
+        assert all(last_boxed(p.answer) == p.gold for p in problems)
+    assert len(load_problems(str(DATA / f"{name}.jsonl"), limit=7)) == 7
+
+
+def test_a_bad_problem_is_not_left_out_of_a_score(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"problem": "p", "answer": "1"}, {"problem": "p"}])
+    with pytest.raises(ValueError, match="row 2 is no problem"):
+        load_problems(path)
+
+
+def test_instructions():
+    maths = problem_to_example({"problem": "p", "answer": "1"})
+    verbal, direct, abstract = (with_instruction(maths, m)[0]["content"] for m in ("verbal", "direct", "abstract"))
+    assert verbal.startswith("p\n\n") and "step by step" in verbal and "\\boxed{}" in verbal
+    assert direct == abstract and direct.startswith("p\n\n") and "step" not in direct and "\\boxed{}" in direct
+    assert maths.prompt == [{"role": "user", "content": "p"}]
+    hotpot = problem_to_example({"question": "q", "answer": "a", "context": {"title": ["A"], "sentences": [["One."]]}})
+    assert all("short answer" in with_instruction(hotpot, m)[0]["content"] for m in ("verbal", "abstract"))
+    assert "boxed" not in with_instruction(hotpot, "verbal")[0]["content"]
+    assert "step" not in with_instruction(hotpot, "abstract")[0]["content"]
+    with pytest.raises(ValueError, match="mode must be one of verbal, direct, abstract, got 'cot'"):
+        with_instruction(maths, "cot")
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("\\boxed{1} and \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{4}, then \\boxed{5", "4"),
+        ("\\fbox{ 3 }", "3"),
+        ("\\boxed{}", ""),
+        ("boxed{5}", None),
+        ("\\boxed{" * 100_000, None),
+    ],
+)
+def test_last_boxed(text, box):
+    assert last_boxed(text) == box
+
+
+# splits
+
+
+def test_splits_are_disjoint_and_seeded():
+    splits = staged_splits(100, rounds=3, rows_per_phase=16, seed=1)
+    assert list(splits) == ["1.bottleneck", "1.distill", "2.bottleneck", "2.distill", "3.bottleneck", "3.distill"]
+    drawn = [index for part in splits.values() for index in part]
+    assert {len(part) for part in splits.values()} == {16}
+    assert len(set(drawn)) == 96 and set(drawn) <= set(range(100))
+    assert splits == staged_splits(100, 3, 16, 1) != staged_splits(100, 3, 16, 2)
+
+
+def test_splits_that_do_not_fit():
+    with pytest.raises(ValueError, match="need 120 rows, the data has 119: set rows_per_phase to at most 19"):
+        staged_splits(119, rounds=3, rows_per_phase=20, seed=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        staged_splits(10, rounds=0, rows_per_phase=1, seed=0)
+
+
+def test_splits_file_refuses_other_settings(tmp_path):
+    path = tmp_path / "splits.json"
+    splits = staged_splits(40, rounds=2, rows_per_phase=5, seed=1)
+    save_splits(path, splits, n_rows=40, seed=1)
+    assert load_splits(path, n_rows=40) == splits
+    assert load_splits(path, n_rows=40, rounds=2, rows_per_phase=5, seed=1) == splits
+    with pytest.raises(ValueError, match="n_rows 40 there, 41 asked for; seed 1 there, 2 asked for"):
+        load_splits(path, n_rows=41, rounds=2, rows_per_phase=5, seed=2)
+    with pytest.raises(ValueError, match="rounds 2 there, 3 asked for"):
+        load_splits(path, n_rows=40, rounds=3)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not a file of staged splits"):
+        load_splits(path, n_rows=40)
+
+
+# prepare
+
+# Lengths by the toy tokenizer: prompt <user> + characters + <assistant>; cot + newline; answer + <eos>.
+ROWS = [
+    row("<think>12345</think>6", id="short"),  # 5, 6, 2
+    row("<think>0123456789</think>6", id="long cot"),  # 5, 11, 2
+    row("<think>1</think>6", id="tiny cot"),  # 5, 2, 2
+    row("<think>12345</think>1234567", id="long answer"),  # 5, 6, 8
+    row("<think>12345</think>6", earlier=[("user", "1234567890")], id="long prompt"),  # 12, 6, 2
+    row("<think>12345</think>6", dataset_source="chat", id="other source"),
+    row("6", id="no thought"),
+    row("<think></think>6", id="empty thought"),
+    {"messages": None, "id": "broken"},
+]
+
+
+def arguments(tmp_path, tokenizer_folder, rows=ROWS, **kwargs):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    return DataArguments(
+        data=path, tokenizer=tokenizer_folder, output_dir=str(tmp_path / "out"), shuffle_buffer=0, **kwargs
+    )
+
+
+def assert_adds_up(counts):
+    assert counts["rows_read"] == counts["rows_kept"] + sum(counts["rejected"].values()) + sum(
+        counts["filtered"].values()
+    )
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_prepare_counts_every_row(tmp_path, tokenizer_folder, num_proc):
+    args = arguments(
+        tmp_path,
+        tokenizer_folder,
+        sources=["sums"],
+        max_prompt_tokens=11,
+        max_cot_tokens=10,
+        min_cot_tokens=3,
+        max_answer_tokens=7,
+        num_proc=num_proc,
+    )
+    counts = prepare(args)
+    assert counts["rows_read"] == 9 and counts["rows_kept"] == 1 and counts["cut"] == 0
+    assert counts["rejected"] == {"no_think": 1, "empty_think": 1, "malformed": 1}
+    assert counts["filtered"] == {
+        "source": 1,
+        "prompt_too_long": 1,
+        "cot_too_long": 1,
+        "cot_too_short": 1,
+        "answer_too_long": 1,
+    }
+    assert counts["sources"] == {"sums": 1}
+    lengths = {name: values["max"] for name, values in counts["lengths"].items()}
+    assert lengths == {"prompt": 5, "cot": 6, "answer": 2, "total": 5 + 6 + 2 + 8}
+    assert counts["settings"]["max_prompt_tokens"] == 11
+    data, read_back = load_prepared(args.output_dir)
+    assert read_back == counts
+    tokenizer = toy_tokenizer()
+    (kept,) = data
+    assert (kept["id"], kept["source"], kept["gold"]) == ("short", "sums", None)
+    assert json.loads(kept["prompt"]) == [{"role": "user", "content": "1+1"}]
+    decoded = {name: tokenizer.decode(kept[f"{name}_ids"]) for name in ("prompt", "cot", "answer")}
+    assert {name: text.replace(" ", "") for name, text in decoded.items()} == {
+        "prompt": "<user>1+1<assistant>",
+        "cot": "12345\n",
+        "answer": "6<eos>",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overlong", "cot"), [("cut_cot_head", "6789"), ("cut_cot_middle", "0129"), ("cut_cot_tail", "01234")]
+)
+def test_only_the_cot_is_cut_to_fit_beside_the_trace(tmp_path, tokenizer_folder, overlong, cot):
+    # 5 of the prompt, 2 of the answer and 8 of the trace leave 5 of 20 tokens
+    counts = prepare(arguments(tmp_path, tokenizer_folder, max_total_tokens=20, overlong=overlong))
+    data, _ = load_prepared(tmp_path / "out")
+    kept = {r["id"]: r for r in data}
+    assert set(kept) == {"short", "long cot", "tiny cot", "other source"}
+    assert len(kept["long cot"]["cot_ids"]) == 5
+    assert kept["long cot"]["cot"].replace(" ", "").replace("\n", "") == cot
+    assert counts["lengths"]["total"]["max"] == 20
+    assert counts["filtered"]["total_too_long"] == 2 and counts["cut"] == 3
+    assert_adds_up(counts)
+
+
+def test_total_leaves_room_for_the_trace(tmp_path, tokenizer_folder):
+    counts = prepare(arguments(tmp_path, tokenizer_folder, rows=ROWS[:2], max_total_tokens=5 + 6 + 2 + 8))
+    assert counts["rows_kept"] == 1 and counts["filtered"] == {"total_too_long": 1}
+
+
+def test_cut_cot():
+    ids = list(range(10))
+    assert cut_cot(ids, 3, "cut_cot_head") == [7, 8, 9]
+    assert cut_cot(ids, 3, "cut_cot_middle") == [0, 1, 9]
+    assert cut_cot(ids, 1, "cut_cot_middle") == [0]
+    assert cut_cot(ids, 3, "cut_cot_tail") == [0, 1, 2]
+
+
+def test_a_limit_stops_early(tmp_path, tokenizer_folder):
+    rows = [r for i in range(300) for r in (row(id=f"{i}"), row("none"))]
+    counts = prepare(arguments(tmp_path, tokenizer_folder, rows=rows, limit=50))
+    assert (counts["rows_kept"], counts["rows_read"], counts["rejected"]) == (50, 99, {"no_think": 49})
+    data, _ = load_prepared(tmp_path / "out")
+    assert data["id"][:] == [str(i) for i in range(50)]
+
+
+def test_nothing_kept_says_why_and_leaves_nothing(tmp_path, tokenizer_folder):
+    args = arguments(tmp_path, tokenizer_folder, max_prompt_tokens=1)
+    with pytest.raises(ValueError, match='no row of .*rows.jsonl is kept: .*"rows_read": 9.*"prompt_too_long": 6'):
+        prepare(args)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_output_is_never_overwritten_nor_half_written(tmp_path, tokenizer_folder):
+    args = arguments(tmp_path, tokenizer_folder)
+    prepare(args)
+    before = (tmp_path / "out" / "counts.json").read_text()
+    with pytest.raises(FileExistsError, match="out exists already"):
+        prepare(args)
+    assert (tmp_path / "out" / "counts.json").read_text() == before
+    broken = DataArguments(str(tmp_path / "broken.jsonl"), tokenizer_folder, str(tmp_path / "other"))
+    Path(broken.data[0]).write_text(json.dumps(row()) + "\n{")
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 2"):
+        prepare(broken)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.jsonl", "out", "rows.jsonl"]
+
+
+def test_a_second_preparation_reuses_nothing(tmp_path, tokenizer_folder):
+    first = prepare(arguments(tmp_path, tokenizer_folder, rows=ROWS[:1]))
+    (tmp_path / "out").rename(tmp_path / "first")
+    second = prepare(arguments(tmp_path, tokenizer_folder, rows=ROWS[1:3]))
+    assert (first["rows_kept"], second["rows_kept"]) == (1, 2)
+    assert [len(load_prepared(tmp_path / name)[0]) for name in ("first", "out")] == [1, 2]
+
+
+def test_prompts_the_chat_template_refuses_are_counted(tmp_path, tokenizer_folder):
+    tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_max=6)
+    vocabulary.extend(tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(tmp_path / "strict")
+    vocabulary.save(tmp_path / "strict")
+    rows = [row(earlier=[("system", "1"), ("user", "1")]), row()]
+    counts = prepare(arguments(tmp_path, str(tmp_path / "strict"), rows=rows))
+    assert counts["rows_kept"] == 1 and counts["filtered"] == {"chat_template": 1}
+
+
+def test_problems_without_a_solution_are_not_trained_on(tmp_path, tokenizer_folder):
+    rows = [
+        {"id": "g", "prompt": "1+1=", "cot": "1+1=2", "answer": "\\boxed{2}", "gold": "2"},
+        {"problem": "1+2=", "answer": "3"},
+        {"nothing": 1},
+    ]
+    counts = prepare(arguments(tmp_path, tokenizer_folder, rows=rows, data_format="problems"))
+    assert counts["rejected"] == {"empty_think": 1, "malformed": 1}
+    data, _ = load_prepared(tmp_path / "out")
+    assert data["gold"][:] == ["2"] and len(data[0]["answer_ids"]) == 4
+
+
+@real_data
+def test_prepare_real_rows(tmp_path, tokenizer_folder):
+    counts = prepare(
+        DataArguments(
+            data=str(DATA / "think_sft_sample.parquet"),
+            tokenizer=tokenizer_folder,
+            output_dir=str(tmp_path / "out"),
+            max_total_tokens=4096,
+        )
+    )
+    assert counts["rows_read"] == 651
+    assert counts["rejected"] == {"empty_think": 24, "no_think": 15, "unclosed_think": 14, "empty_answer": 10}
+    assert counts["lengths"]["total"]["max"] <= 4096
+    assert_adds_up(counts)
+    assert sum(counts["sources"].values()) == counts["rows_kept"] == len(load_prepared(tmp_path / "out")[0]) > 100
+
+
+def test_bad_arguments(tmp_path, tokenizer_folder):
+    with pytest.raises(ValueError, match="overlong must be one of drop, .*got 'cut'"):
+        arguments(tmp_path, tokenizer_folder, overlong="cut")
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        arguments(tmp_path, tokenizer_folder, limit=0)
+    with pytest.raises(FileNotFoundError, match="run `abscot init` first"):
+        prepare(arguments(tmp_path, str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="is not prepared data .*run `abscot data` first"):
+        load_prepared(tmp_path)
+    (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(
+        ["--data", "a.jsonl", "b.jsonl", "--tokenizer", "t", "--output_dir", "o", "--limit", "5", "--sources", "s"]
+    )
+    assert (args.data, args.limit, args.sources) == (["a.jsonl", "b.jsonl"], 5, ["s"])

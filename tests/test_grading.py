@@ -1,0 +1,192 @@
+"""Grading against reviewed answers, HotpotQA's rules worked by hand, and scipy's interval."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from scipy.stats import binomtest
+
+from abscot_trl.evaluation.grading import hotpot_scores, is_correct, short_answer, wilson_interval
+
+GRADED = Path(__file__).resolve().parents[2] / "shared" / "data" / "math500_graded_outputs.jsonl"
+
+
+@pytest.mark.skipif(not GRADED.is_file(), reason=f"{GRADED} is not there")
+def test_agrees_with_the_reviewed_grades_of_math500():
+    rows = [json.loads(line) for line in GRADED.read_text().splitlines()]
+    wrong = [row["unique_id"] for row in rows if is_correct(row["response"], row["gold"]) != row["correct"]]
+    assert len(rows) == 500 and sum(row["correct"] for row in rows) == 404
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("10080", "10,\\!080"),
+        ("10{,}080", "10,\\!080"),
+        ("10,\\!080", "10080"),
+        ("28\\,800", "28,800"),
+        ("11111111100", "11,\\! 111,\\! 111,\\! 100"),
+        ("4.5", "\\text{4.5}"),
+        ("\\text{4.5}", "\\frac{9}{2}"),
+        ("\\text{18 dollars}", "18"),
+        ("18 dollars", "18"),
+        ("12^{\\mathrm{th}} \\text{ grade}", "12"),
+        ("18.", "18"),
+        ("x \\ge 2", "[2,\\infty)"),
+        ("[2,\\infty)", "x \\ge 2"),
+        ("x \\in [2,\\infty)", "[2,\\infty)"),
+        ("1 < x \\le 2", "(1,2]"),
+        ("3 + 2\\sqrt{2}, 3 - 2\\sqrt{2}", "3 \\pm 2\\sqrt{2}"),
+        ("x = 3 \\pm 2\\sqrt{2}", "3 - 2\\sqrt{2}, 3 + 2\\sqrt{2}"),
+        ("2, 1", "1,2"),
+        ("x = 5", "5"),
+        ("0.5", "\\frac12"),
+        ("\\$1{,}000", "1000"),
+        ("90", "90^\\circ"),
+        ("(3,\\frac{\\pi}{2})", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("C", "\\text{(C)}"),
+        ("evelyn", "\\text{Evelyn}"),
+        ("\\text{10:30}", "10:30"),
+        ("2516", "2516_8"),
+        ("1+x^2", "x^2 + 1"),
+    ],
+)
+def test_same_answer_in_another_form(answer, gold):
+    assert is_correct(f"So \\boxed{{{answer}}}.", gold)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("[2,\\infty)", "(2,\\infty)"),
+        ("(2,\\infty)", "[2,\\infty)"),
+        ("x > 2", "[2,\\infty)"),
+        ("(1,2)", "[1,2]"),
+        ("(2,1)", "(1,2)"),
+        ("3 + 2\\sqrt{2}", "3 \\pm 2\\sqrt{2}"),
+        ("5", "5,6"),
+        ("y = 5", "x = 5"),
+        ("0.33", "\\frac13"),
+        ("3.14", "\\pi"),
+        ("108", "10,\\!080"),
+        ("\\text{even}", "\\text{odd}"),
+        ("2516_9", "2516_8"),
+        ("\\text{10:31}", "10:30"),
+        ("\\frac{1}{23}", "\\frac{12}{3}"),
+        ("", "5"),
+        ("\\frac{1", "1"),
+    ],
+)
+def test_another_answer(answer, gold):
+    assert not is_correct(f"So \\boxed{{{answer}}}.", gold)
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("First \\boxed{18}, no: \\boxed{17}", False),
+        ("First \\boxed{17}, no: \\boxed{18}", True),
+        ("The answer is 17, so \\boxed{18}", True),
+        ("The answer is 18.", True),
+        ("6 * 3 = 18\nSo the answer is $18$. Since 6 + 3 = 9, it is even.", True),
+        ("**Answer:** 18", True),
+        ("Final answer: \\(18\\)", True),
+        ("18", True),
+        ("The answer is 17.", False),
+        ("The answer is not known. 18", False),
+        ("I count 17.\nOr is it 18", False),  # no box and nothing stated
+        ("The answer is 18. " + "Wait. " * 100, False),  # went on, and never came back to it
+        ("\\boxed{18", False),  # cut off: it may have become 180
+        ("", False),
+    ],
+)
+def test_what_of_a_response_is_graded(response, right):
+    assert is_correct(response, "18") is right
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "x" * 1_000_000,
+        "{" * 1_000_000,
+        " " * 1_000_000,
+        "\\boxed{" * 150_000,
+        "\\boxed{" + "9" * 1_000_000 + "}",
+        "the answer is " * 70_000,
+        "wait, 5 + 5 = 10. " * 50_000,
+        "\\boxed{9^{9^{9^{9}}}}",
+        "\\boxed{100000000!}",
+        "\\boxed{\\frac{\\sqrt{}}{^_}}",
+        "\\boxed{" + "(" * 200 + "1" + ")" * 200 + "}",
+        "\x00\ud800\\boxed{\ud800}",
+    ],
+)
+def test_garbage_is_wrong_in_bounded_time(response):
+    start = time.monotonic()
+    assert not is_correct(response, "5")
+    assert time.monotonic() - start < 10
+
+
+def test_an_empty_gold_is_an_error():
+    with pytest.raises(ValueError, match="gold is empty"):
+        is_correct("\\boxed{5}", " ")
+
+
+def test_off_the_main_thread_is_an_error_not_a_zero():
+    errors = []
+
+    def grade():
+        try:
+            is_correct("\\boxed{5}", "5")
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=grade)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1 and "main thread" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "exact", "f1"),
+    [
+        ("Chief of Protocol", "chief of protocol", True, 1.0),
+        ("the Chief of Protocol.", "Chief of Protocol", True, 1.0),
+        ("An apple, a pear", "apple pear", True, 1.0),
+        ("Chief", "Chief of Protocol", False, 0.5),  # precision 1, recall 1/3
+        ("U.S. Chief of Protocol", "Chief of Protocol", False, 6 / 7),  # precision 3/4, recall 1
+        ("red red blue", "red green", False, 0.4),  # one shared word: precision 1/3, recall 1/2
+        ("1,000", "1000", True, 1.0),  # punctuation goes before words are split
+        ("Theodore", "odore", False, 0.0),  # articles are whole words
+        ("Yes", "yes.", True, 1.0),
+        ("yes it is", "yes", False, 0.0),
+        ("no", "no way", False, 0.0),
+        ("yes", "no", False, 0.0),
+        ("noanswer", "none", False, 0.0),
+        ("", "Paris", False, 0.0),
+        ("Lyon", "Paris", False, 0.0),
+    ],
+)
+def test_hotpot_rules(prediction, gold, exact, f1):
+    assert hotpot_scores(prediction, gold) == (exact, pytest.approx(f1))
+
+
+def test_short_answer():
+    assert short_answer("Answer: first\nno\n**Answer:** Shirley Temple\nas said") == "Shirley Temple"
+    assert short_answer("She was an actress.\nShirley Temple\n") == "Shirley Temple"
+    assert short_answer("") == short_answer("Answer:") == ""
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (1, 1), (404, 500), (25, 30), (1, 1319)])
+def test_wilson_interval_is_scipys(correct, n):
+    expected = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    assert wilson_interval(correct, n) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_no_interval_without_answers(correct, n):
+    with pytest.raises(ValueError, match="correct <= n"):
+        wilson_interval(correct, n)
