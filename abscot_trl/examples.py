@@ -55,6 +55,8 @@ def cot_ids(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def answer_ids(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The answer and EOS."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; an answer could never end")
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.splits import save_splits, staged_splits
+from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.evaluation.report import results_table, write_results
 from abscot_trl.phases import PHASES, check_fields, read_yaml, run_phase
 
@@ -230,8 +230,11 @@ def warmup(args: WarmupArguments) -> list[dict]:
     data, _ = load_prepared(args.data)
     run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
-    save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
+    if (run / "splits.json").is_file():
+        load_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+    else:
+        splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
+        save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
     times = []
     for number, stage in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {args.name} {stage.name}", flush=True)  # noqa: T201

@@ -7,7 +7,7 @@ Chain arithmetic: a task whose answer needs its steps, small enough for a laptop
 """
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from abscot_trl.examples import Example
@@ -59,6 +59,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     words = [*"0123456789=;}", "\n", "\\boxed{", *operations]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[+-][0-9]|[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.problems import load_problems, with_instruction
 from abscot_trl.evaluation.decoding import Continuation, continue_prefixes
-from abscot_trl.evaluation.grading import hotpot_scores, is_correct, wilson_interval
+from abscot_trl.evaluation.grading import hotpot_scores, is_correct, short_answer, wilson_interval
 from abscot_trl.evaluation.swaps import check_swap, swap_traces
 from abscot_trl.examples import Example, prompt_ids
 from abscot_trl.traces.hf import HFTraceSampler
@@ -45,6 +45,7 @@ class EvaluateArguments:
     name: str = field(default="model", metadata={"help": "The model's name in results.json."})
     task: str = field(default="math", metadata={"help": "The task's name in results.json."})
     problems_split: str = field(default="test", metadata={"help": "Split, for a hub id."})
+    problems_config: str | None = field(default=None, metadata={"help": "Configuration, for a hub id (gsm8k: main)."})
     modes: list[str] = field(
         default_factory=lambda: ["abstract"], metadata={"help": "Any of verbal, direct, abstract."}
     )
@@ -87,7 +88,7 @@ def verbal_reasoning_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizer
 
 def score(response: str, gold: str, task: str) -> float:
     """1 or 0 for boxed answers, F1 in 0..1 for HotpotQA."""
-    return hotpot_scores(response, gold)[1] if task == "hotpotqa" else float(is_correct(response, gold))
+    return hotpot_scores(short_answer(response), gold)[1] if task == "hotpotqa" else float(is_correct(response, gold))
 
 
 def evaluate_model(
@@ -196,7 +197,7 @@ def summarise(records: list[dict], args: EvaluateArguments) -> dict:
 def evaluate(args: EvaluateArguments) -> list[dict]:
     """`abscot evaluate`: load, run, write `results.json` and `answers.jsonl`; returns the results."""
     vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
-    problems = load_problems(args.problems, split=args.problems_split, limit=args.limit)
+    problems = load_problems(args.problems, args.problems_split, args.problems_config, args.limit)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto")
     with written_whole(args.output_dir) as folder:

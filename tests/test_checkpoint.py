@@ -1,0 +1,126 @@
+"""The vocabulary in a tokenizer, and what `abscot init` writes."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint, written_whole
+from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.vocabulary import AbstractVocabulary
+
+
+def base(folder, vocabulary: int, tied: bool = True):
+    """A base model on disk; the toy tokenizer has 40 tokens."""
+    tiny_model(vocabulary=vocabulary, tied=tied).save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_names_and_ids():
+    vocabulary = AbstractVocabulary()
+    assert vocabulary.tokens[0] == "<TOKEN_A>" and vocabulary.tokens[25:28] == [
+        "<TOKEN_Z>",
+        "<TOKEN_AA>",
+        "<TOKEN_AB>",
+    ]
+    assert vocabulary.tokens[-1] == "<TOKEN_BL>" and len(set(vocabulary.tokens)) == 64
+    assert AbstractVocabulary(size=703).tokens[-1] == "<TOKEN_AAA>"
+    tokenizer = toy_tokenizer()
+    size = len(tokenizer)
+    assert vocabulary.extend(tokenizer) == 66 and len(tokenizer) == size + 66
+    ids = [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    assert sorted(ids) == list(range(size, size + 66))
+    text = f"{vocabulary.begin}<TOKEN_BL><TOKEN_A>{vocabulary.end}7"
+    encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoded[:4] == [ids[64], ids[63], ids[0], ids[65]]
+    assert tokenizer.decode(encoded) == text and tokenizer.decode(encoded, skip_special_tokens=True) == "7"
+
+
+@pytest.mark.parametrize("limits", [{"m_min": 5, "m_max": 4}, {"m_min": -1}, {"m_max": 0}, {"size": 0}])
+def test_bad_limits(limits):
+    with pytest.raises(ValueError, match="m_min|at least one"):
+        AbstractVocabulary(**limits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [40, 64, 200])
+def test_init_grows_never_shrinks_and_keeps_the_tie(tmp_path, rows, tied):
+    source = base(tmp_path / "base", rows, tied)
+    out = init_checkpoint(InitArguments(source, str(tmp_path / "out"), codebook_size=16, m_max=9, m_min=2))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (source, out))
+    old, new = before.get_input_embeddings().weight, after.get_input_embeddings().weight
+    assert len(new) == max(rows, 40 + 18)
+    assert torch.equal(new[:40], old[:40])
+    assert torch.equal(new[58:], old[58:])
+    head = after.get_output_embeddings().weight
+    assert (head.data_ptr() == new.data_ptr()) == tied
+    if not tied:
+        assert torch.equal(head[:40], before.get_output_embeddings().weight[:40])
+        fresh = head[40:58]
+        assert fresh.norm(dim=1).min() > 0 and not torch.equal(fresh, new[40:58])
+    assert AbstractVocabulary.load(out) == AbstractVocabulary(16, 2, 9)
+    assert after.config.vocab_size == len(new)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == toy_tokenizer().chat_template and len(tokenizer) == 58
+
+
+def test_initialisations():
+    rows = torch.randn(500, 32) * 3 + 1
+    fresh = {name: initial_rows(rows, 64, name, torch.Generator().manual_seed(0)) for name in ("mean+noise", "normal")}
+    assert (fresh["mean+noise"].mean(0) - rows.mean(0)).abs().max() < 0.3
+    assert torch.allclose(fresh["mean+noise"].std(0).mean() / rows.std(0).mean(), torch.tensor(0.1), atol=0.01)
+    assert torch.allclose(fresh["normal"].norm(dim=1), rows.norm(dim=1).mean())
+    assert len(torch.unique(fresh["mean+noise"], dim=0)) == 64
+    assert not initial_rows(rows, 3, "zeros", torch.Generator()).any()
+    with pytest.raises(ValueError, match="initialisation"):
+        initial_rows(rows, 3, "ones", torch.Generator())
+
+
+def test_bad_bases_are_refused_and_leave_nothing(tmp_path):
+    source = base(tmp_path / "base", 64)
+    first = init_checkpoint(InitArguments(source, str(tmp_path / "once"), codebook_size=8))
+    with pytest.raises(ValueError, match=r"already holds '<TOKEN_A>' \(10 of 10"):
+        init_checkpoint(InitArguments(str(first), str(tmp_path / "twice"), codebook_size=8))
+    with pytest.raises(FileExistsError, match="once"):
+        init_checkpoint(InitArguments(source, str(first), codebook_size=8))
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    tiny_model().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="no chat template"):
+        init_checkpoint(InitArguments(str(tmp_path / "plain"), str(tmp_path / "twice")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "once", "plain"]
+
+
+def test_checkpoints_that_do_not_agree(checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match="abstract_vocabulary.json is missing.*abscot init"):
+        verify_checkpoint(base(tmp_path / "base", 64))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "abstract_vocabulary.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        AbstractVocabulary.load(broken)
+    AbstractVocabulary(size=9).save(broken)
+    with pytest.raises(ValueError, match="has no '<TOKEN_I>'"):
+        verify_checkpoint(broken)
+    AbstractVocabulary(size=8).save(broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint).get_input_embeddings().weight[40:50] + 1
+    with pytest.raises(ValueError):
+        verify_checkpoint(broken, expected)
+
+
+def test_written_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "out") as folder:
+        (folder / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with written_whole(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "out" / "file").read_text() == "whole"

@@ -1,0 +1,282 @@
+"""The trainers on tiny models: which losses, which parameters, and the same result however the batch is cut."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+from abscot_trl.checkpoint import MergeArguments, merge_adapter
+from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.examples import answer_ids, cot_ids, prompt_ids
+from abscot_trl.training.adapters import lora_config
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
+from abscot_trl.training.distillation import SelfDistillationTrainer
+from abscot_trl.vocabulary import AbstractVocabulary
+
+
+def rows(checkpoint, n: int = 16, trace: bool = True) -> Dataset:
+    tokenizer, rng = AutoTokenizer.from_pretrained(checkpoint), np.random.default_rng(0)
+    examples = [chain_arithmetic(1, 2 + i % 3, 5, seed=i)[0] for i in range(n)]
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [prompt_ids(e.prompt, tokenizer) for e in examples],
+            "cot_ids": [cot_ids(e.cot, tokenizer) for e in examples],
+            "answer_ids": [answer_ids(e.answer, tokenizer) for e in examples],
+            "trace": [rng.integers(8, size=1 + i % 6).tolist() if trace else None for i in range(n)],
+        }
+    )
+
+
+def settings(folder, **fields) -> dict:
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1.0e-2,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "pad_to_multiple_of": 8,
+        "max_length": 128,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    return {**defaults, **fields}
+
+
+def token_ids(checkpoint) -> list[int]:
+    vocabulary, tokenizer = AbstractVocabulary.load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    return [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+
+
+def run(checkpoint, folder, trainer=BottleneckSFTTrainer, data=None, peft_config=None, **fields):
+    config = DistillationConfig if trainer is SelfDistillationTrainer else BottleneckConfig
+    built = trainer(
+        str(checkpoint),
+        config(**settings(folder, **fields)),
+        rows(checkpoint) if data is None else data,
+        peft_config=peft_config,
+    )
+    built.train()
+    return built
+
+
+def by_hand(checkpoint, data, cot: bool) -> dict[str, float]:
+    """Mean losses of trace and answer by plain transformers: a 4-D mask written out with loops, all logits, row by row."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    *codebook, begin, end = token_ids(checkpoint)
+    losses = {"trace": [], "answer": []}
+    for row in data:
+        z = [begin, *(codebook[i] for i in row["trace"]), end]
+        c = row["cot_ids"] if cot else []
+        ids = row["prompt_ids"] + c + z + row["answer_ids"]
+        n, first_c = len(ids), len(row["prompt_ids"])
+        first_z, first_y = first_c + len(c), first_c + len(c) + len(z)
+        mask = torch.full((1, 1, n, n), torch.finfo(torch.float32).min)
+        for q in range(n):
+            for k in range(q + 1):
+                if not (q >= first_y and first_c <= k < first_z):
+                    mask[0, 0, q, k] = 0.0
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), attention_mask={"full_attention": mask}).logits[0]
+        logps = torch.log_softmax(logits, dim=-1)
+        losses["trace"] += [-logps[i - 1, ids[i]].item() for i in range(first_z + 1, first_y)]
+        losses["answer"] += [-logps[i - 1, ids[i]].item() for i in range(first_y, n)]
+    everything = losses["trace"] + losses["answer"]
+    return {name: sum(values) / len(values) for name, values in {**losses, "all": everything}.items()}
+
+
+def test_bottleneck_loss_is_equation_3(checkpoint, tmp_path):
+    trainer = run(checkpoint, tmp_path, per_device_train_batch_size=16)
+    log, expected = trainer.state.log_history[0], by_hand(checkpoint, rows(checkpoint), cot=True)
+    assert abs(log["loss_trace"] - expected["trace"]) < 1e-4
+    assert abs(log["loss_answer"] - expected["answer"]) < 1e-4
+    assert abs(log["loss"] - expected["all"]) < 1e-4
+    assert log["loss_trace_uniform"] == pytest.approx(math.log(8))
+
+
+def test_distillation_loss_is_equation_4(checkpoint, tmp_path):
+    trainer = run(checkpoint, tmp_path, SelfDistillationTrainer, per_device_train_batch_size=16)
+    log, expected = trainer.state.log_history[0], by_hand(checkpoint, rows(checkpoint), cot=False)
+    assert abs(log["loss_trace"] - expected["trace"]) < 1e-4 and abs(log["loss_answer"] - expected["answer"]) < 1e-4
+
+
+def test_rehearsal_adds_the_masked_rows(checkpoint, tmp_path):
+    trainer = run(checkpoint, tmp_path, SelfDistillationTrainer, per_device_train_batch_size=32, rehearsal=0.5)
+    log = trainer.state.log_history[0]
+    blind, masked = (by_hand(checkpoint, rows(checkpoint), cot=cot) for cot in (False, True))
+    assert abs(log["loss_trace"] - blind["trace"]) < 1e-4
+    assert abs(log["loss_answer_given_cot"] - masked["answer"]) < 1e-4
+    assert abs(log["loss"] - (blind["all"] + 0.5 * masked["all"]) / 2) < 1e-4
+    with pytest.raises(ValueError, match="rehearsal"):
+        DistillationConfig(**settings(tmp_path, rehearsal=-1.0))
+
+
+def test_rows_without_trace_are_plain_sft(checkpoint, tmp_path):
+    data = rows(checkpoint, trace=False)
+    trainer = run(checkpoint, tmp_path, SelfDistillationTrainer, data=data, per_device_train_batch_size=16)
+    model, nll = AutoModelForCausalLM.from_pretrained(checkpoint), []
+    for row in data:
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+        labels = ids.clone()
+        labels[0, : len(row["prompt_ids"])] = -100
+        nll += [model(ids, labels=labels).loss.item()] * len(row["answer_ids"])
+    log = trainer.state.log_history[0]
+    assert abs(log["loss_answer"] - sum(nll) / len(nll)) < 1e-4 and "loss_trace" not in log
+
+
+def weights(trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("trainer", [BottleneckSFTTrainer, SelfDistillationTrainer])
+def test_every_parameter_moves(checkpoint, tmp_path, trainer):
+    before = AutoModelForCausalLM.from_pretrained(checkpoint)
+    after = run(checkpoint, tmp_path, trainer, max_steps=2).model
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert new.requires_grad and not torch.equal(old, new), name
+
+
+def test_batch_of_eight_equals_eight_accumulated(checkpoint, tmp_path):
+    """Rows of different lengths: only a mean over the step's tokens, not over its micro-batches, agrees."""
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    one, eight = (run(checkpoint, tmp_path / str(i), **options, **f) for i, f in enumerate(({}, cut)))
+    for a, b in zip(weights(one), weights(eight), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    for key in ("loss", "loss_trace", "loss_answer"):
+        assert one.state.log_history[1][key] == pytest.approx(eight.state.log_history[1][key], abs=1e-5)
+
+
+@pytest.mark.parametrize("channel", ["hidden", "discrete"])
+def test_packed_training_equals_unpacked(checkpoint, tmp_path, channel):
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_length": 512, "channel": channel}
+    alone = run(checkpoint, tmp_path / "a", per_device_train_batch_size=16, **options)
+    packed = run(checkpoint, tmp_path / "b", packing=True, per_device_train_batch_size=4, **options)
+    assert len(packed.train_dataset) < 4 and len(alone.train_dataset) == 16
+    for a, b in zip(weights(alone), weights(packed), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(checkpoint, tmp_path):
+    plain, saved = (run(checkpoint, tmp_path / str(c), max_steps=3, gradient_checkpointing=c) for c in (False, True))
+    for a, b in zip(plain.state.log_history[:3], saved.state.log_history[:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+
+
+def lora(checkpoint):
+    arguments = ModelConfig(
+        model_name_or_path=str(checkpoint),
+        use_peft=True,
+        lora_r=4,
+        lora_dropout=0.0,
+        lora_target_modules=["q_proj", "down_proj"],
+    )
+    return lora_config(arguments, token_ids(checkpoint))
+
+
+def test_lora_trains_its_matrices_and_the_token_rows_only(checkpoint, tmp_path):
+    trainer = run(checkpoint, tmp_path, peft_config=lora(checkpoint), max_steps=3)
+    base = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert {n.split(".")[-3] if "lora" in n else n.split(".")[-2] for n in trained} >= {"lora_A", "lora_B"} or trained
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert "lora_" in name or "trainable_tokens" in name
+            if "lora_A" not in name:
+                assert parameter.detach().abs().max() > 0, name  # lora_B starts at zero
+        else:
+            plain = name.replace("base_model.model.", "").replace("base_layer.", "").replace("token_adapter.", "")
+            assert torch.equal(parameter, base[plain]), name
+    merged = trainer.model.merge_and_unload()
+    rows_before = base["model.embed_tokens.weight"]
+    moved = (merged.get_input_embeddings().weight != rows_before).any(dim=1).nonzero().ravel().tolist()
+    assert moved == sorted(token_ids(checkpoint))
+
+
+def test_lora_saves_little_merges_tied_and_reloads_equal(checkpoint, tmp_path):
+    trainer = run(checkpoint, tmp_path / "adapter", peft_config=lora(checkpoint), max_steps=3)
+    trainer.save_model(str(tmp_path / "adapter"))
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    per_layer = 4 * (64 + 64) + 4 * (96 + 64)
+    assert size < 4 * (2 * per_layer + 10 * 64) + 4096  # LoRA and ten rows in float32, and a header
+    ids = torch.tensor([rows(checkpoint)[0]["prompt_ids"] + token_ids(checkpoint)])
+    trainer.model.eval()
+    with torch.no_grad():
+        trained = trainer.model(ids).logits
+        again = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(checkpoint), str(tmp_path / "adapter")
+        ).eval()
+        assert torch.allclose(again(ids).logits, trained, atol=1e-6)
+        merge_adapter(MergeArguments(str(tmp_path / "adapter"), str(tmp_path / "merged")))
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.allclose(merged(ids).logits, trained, atol=1e-4)
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert AbstractVocabulary.load(tmp_path / "merged") == AbstractVocabulary.load(checkpoint)
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        merge_adapter(MergeArguments(str(checkpoint), str(tmp_path / "other")))
+
+
+def test_bad_input_is_refused_before_training(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"max_length 24 is shorter than \d+ of 16 rows \(longest \d+ tokens\)"):
+        run(checkpoint, tmp_path, max_length=24)
+    with pytest.raises(ValueError, match="max_length 4 is shorter than 16 of 16 rows"):  # shorter than any prompt
+        run(checkpoint, tmp_path, max_length=4, overlong="drop")
+    lengths = [
+        len(r["prompt_ids"]) + len(r["cot_ids"]) + len(r["trace"]) + 2 + len(r["answer_ids"]) for r in rows(checkpoint)
+    ]
+    trainer = run(checkpoint, tmp_path, max_length=40, overlong="drop")
+    assert trainer.row_counts == {"rows": 16, "overlong_dropped": sum(n > 40 for n in lengths)}
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model.config._attn_implementation_internal = "flash_attention_2"
+        BottleneckSFTTrainer(model, BottleneckConfig(**settings(tmp_path)), rows(checkpoint))
+    with pytest.raises(ValueError, match="whole matrices"):
+        lora_config(
+            ModelConfig(model_name_or_path=str(checkpoint), use_peft=True, lora_modules_to_save=["lm_head"]), [1]
+        )
+    plain = tmp_path / "plain"
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(plain)
+    with pytest.raises(FileNotFoundError, match="abstract_vocabulary.json is missing"):
+        BottleneckSFTTrainer(str(plain), BottleneckConfig(**settings(tmp_path)), rows(checkpoint))
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_training import run
+trainer = run({checkpoint!r}, {folder!r}, max_steps=3, per_device_train_batch_size={batch})
+if trainer.is_world_process_zero():
+    json.dump([trainer.accelerator.num_processes, trainer.state.log_history], open({out!r}, "w"))
+"""
+
+
+def test_two_processes_give_one_process_losses(checkpoint, tmp_path):
+    """A real torchrun of two processes over gloo."""
+    import subprocess
+    import sys
+
+    found = []
+    for processes in (1, 2):
+        script, out = tmp_path / f"{processes}.py", tmp_path / f"{processes}.json"
+        fields = {"checkpoint": str(checkpoint), "folder": str(tmp_path / f"run{processes}"), "out": str(out)}
+        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), batch=8 // processes, **fields))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(script)]
+        done = subprocess.run([sys.executable, *launch], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(out.read_text()))
+    assert [n for n, _ in found] == [1, 2]
+    for a, b in zip(found[0][1][:3], found[1][1][:3], strict=True):
+        for key in ("loss", "loss_trace", "loss_answer", "learning_rate", "num_tokens"):
+            assert a[key] == pytest.approx(b[key], abs=1e-5), key
