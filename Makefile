@@ -1,0 +1,62 @@
+# `make help` lists the targets. A virtual environment is made in $(VENV) on first use.
+VENV    ?= .venv
+PYTHON  ?= python3
+ROUNDS  ?= 1
+RECIPE  ?= qwen3-4b
+TUNING  ?= lora
+METHOD  ?= informed
+ARGS    ?=
+BIN     := $(VENV)/bin
+ABSCOT  := $(BIN)/abscot
+GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+READY   := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate warmup report bench-train clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo "  make init|data|evaluate             a phase of RECIPE; bottleneck|distill: with TUNING; traces|merge|report: by ARGS"
+	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=$(TUNING) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
+
+install: $(READY) ## the pinned set: CUDA build with an NVIDIA GPU, CPU build without
+
+$(READY): pyproject.toml requirements/cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+ifeq ($(GPU),yes)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,gpu]'
+else
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0+cpu' || $(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+endif
+	touch $(READY)
+
+demo: $(READY) ## the whole method on a toy task, minutes on two CPU cores (ROUNDS=2: two rounds)
+	rm -rf runs/demo
+	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) $(ARGS)
+
+test: $(READY) ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+init data evaluate: $(READY)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml $(ARGS)
+
+bottleneck distill: $(READY)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(TUNING).yaml $(ARGS)
+
+traces merge report: $(READY)
+	$(ABSCOT) $@ $(ARGS)
+
+warmup: $(READY) ## the policy iteration of RECIPE by METHOD
+	$(ABSCOT) warmup --config recipes/$(RECIPE)/warmup.$(METHOD).yaml $(ARGS)
+
+bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
+	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
+
+clean: ## remove runs and the virtual environment
+	rm -rf runs $(VENV)
