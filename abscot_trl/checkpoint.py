@@ -122,7 +122,7 @@ def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -
     vocabulary = AbstractVocabulary.load(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    ids = [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    ids = vocabulary.all_ids(tokenizer)
     for token, index in zip([*vocabulary.tokens, vocabulary.begin, vocabulary.end], ids, strict=True):
         if tokenizer(token, add_special_tokens=False)["input_ids"] != [index]:
             raise ValueError(f"{folder}: the tokenizer splits {token!r}; run `abscot init` again")
@@ -155,7 +155,7 @@ def init_checkpoint(args: InitArguments) -> Path:
         missing = "chat template" if tokenizer.chat_template is None else "EOS token"
         raise ValueError(f"{args.base_model}: the tokenizer has no {missing}; start from an instruction-tuned model")
     vocabulary.extend(tokenizer)
-    ids = [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    ids = vocabulary.all_ids(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype)
     extend_model(model, ids, args.initialisation, args.seed)
     with written_whole(args.output_dir) as folder:

@@ -70,24 +70,28 @@ class AbstractVocabulary:
             [AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True
         )
 
-    def _id(self, tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-        index = tokenizer.get_vocab().get(token)
-        if index is None:
+    def _find(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in tokens if token not in vocabulary]
+        if missing:
             raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no {token!r}; run `abscot init` on the base model"
+                f"the tokenizer of {tokenizer.name_or_path!r} has no {missing[0]!r}; run `abscot init` first"
             )
-        return index
+        return [vocabulary[token] for token in tokens]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the codebook, in order, shape (M,)."""
-        vocabulary = tokenizer.get_vocab()
-        return [vocabulary[t] if t in vocabulary else self._id(tokenizer, t) for t in self.tokens]
+        return self._find(tokenizer, self.tokens)
 
     def begin_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        return self._id(tokenizer, self.begin)
+        return self._find(tokenizer, [self.begin])[0]
 
     def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        return self._id(tokenizer, self.end)
+        return self._find(tokenizer, [self.end])[0]
+
+    def all_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Codebook, begin and end: the M + 2 rows a checkpoint was extended by."""
+        return self._find(tokenizer, [*self.tokens, self.begin, self.end])
 
     def save(self, folder: str | Path) -> None:
         (Path(folder) / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")

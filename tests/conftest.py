@@ -62,6 +62,6 @@ def checkpoint(tmp_path_factory):
     tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_min=1, m_max=6)
     model = tiny_model(vocabulary=40)
     vocabulary.extend(tokenizer)
-    extend_model(model, [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)])
+    extend_model(model, vocabulary.all_ids(tokenizer))
     save_checkpoint(model, tokenizer, vocabulary, folder)
     return folder

@@ -57,7 +57,7 @@ def settings(folder, **fields) -> dict:
 
 def token_ids(checkpoint) -> list[int]:
     vocabulary, tokenizer = AbstractVocabulary.load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    return [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    return vocabulary.all_ids(tokenizer)
 
 
 def run(checkpoint, folder, trainer=BottleneckSFTTrainer, data=None, peft_config=None, **fields):

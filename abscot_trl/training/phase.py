@@ -64,7 +64,7 @@ def train(
     path = model_args.model_name_or_path
     vocabulary = AbstractVocabulary.load(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    token_ids = [*vocabulary.ids(tokenizer), vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)]
+    token_ids = vocabulary.all_ids(tokenizer)
     training_args.model_init_kwargs = {
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation or "sdpa",

@@ -1,0 +1,85 @@
+"""The command line, as a user meets it: help, mistakes, exit codes; and every recipe in the repository."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers.integrations import HfDeepSpeedConfig
+from trl import ModelConfig
+
+from abscot_trl import cli
+from abscot_trl.evaluation.report import ReportArguments
+from abscot_trl.phases import PHASES, check_fields, parse
+from abscot_trl.scripts.demo import DemoArguments
+from abscot_trl.training.adapters import lora_config
+from abscot_trl.warmup import WarmupArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
+CLASSES |= {"warmup": (WarmupArguments,), "report": (ReportArguments,), "demo": (DemoArguments,)}
+
+
+def abscot(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "abscot_trl.cli", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_every_phase_has_a_script_and_help(capsys):
+    assert set(cli.PHASES) == set(CLASSES)
+    for name, classes in CLASSES.items():
+        assert (ROOT / "abscot_trl" / "scripts" / f"{name}.py").is_file()
+        with pytest.raises(SystemExit) as exit:
+            parse(classes, ["--help"])
+        assert exit.value.code == 0
+    assert "--rehearsal" in capsys.readouterr().out
+    shown = abscot("--help")
+    assert shown.returncode == 0 and all(name in shown.stdout for name in cli.PHASES)
+    assert abscot().returncode == 2
+
+
+def test_mistakes_exit_1_with_one_line(tmp_path):
+    recipe = tmp_path / "init.yaml"
+    recipe.write_text(f"base_model: {tmp_path}\ncodebok_size: 8\noutput_dir: {tmp_path / 'out'}\n")
+    done = abscot("init", "--config", str(recipe))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"abscot init: {recipe}: unknown key 'codebok_size'; did you mean 'codebook_size'?"
+    )
+    recipe.write_text(f"base_model: {tmp_path}\nm_min: 9\nm_max: 8\noutput_dir: {tmp_path / 'out'}\n")
+    done = abscot("init", f"--config={recipe}")
+    assert done.returncode == 1 and "0 <= m_min <= m_max" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    unknown = abscot("tarces")
+    assert unknown.returncode == 1 and "no phase 'tarces'" in unknown.stderr
+
+
+def test_accelerate_configurations():
+    for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
+        assert cli.accelerate_config_path(path.stem) == str(path)
+        assert {"distributed_type", "num_processes", "mixed_precision"} <= yaml.safe_load(path.read_text()).keys()
+    with pytest.raises(FileNotFoundError, match="'zero4' is neither a file nor one of cpu, ddp"):
+        cli.accelerate_config_path("zero4")
+    done = abscot("bottleneck", "--accelerate_config", "zero4", "--config", "x.yaml")
+    assert done.returncode == 1 and "zero4" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_recipes_parse(path):
+    phase = path.name.split(".")[0]
+    settings = yaml.safe_load(path.read_text())
+    check_fields(settings, CLASSES[phase], path)
+    for key in ("bottleneck", "distill", "evaluate"):  # recipes that a warm-up names are there
+        if phase == "warmup" and settings.get(key):
+            assert (ROOT / settings[key]).is_file()
+
+
+def test_lora_is_refused_under_zero3(checkpoint):
+    arguments = ModelConfig(model_name_or_path=str(checkpoint), use_peft=True)
+    assert lora_config(arguments, [41]).trainable_token_indices == {"embed_tokens": [41]}
+    zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # as a launched run sets it
+    with pytest.raises(ValueError, match="does not work under DeepSpeed ZeRO-3.*zero2"):
+        lora_config(arguments, [41])
+    del zero3
