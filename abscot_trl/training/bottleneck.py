@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from abscot_trl.attention import use_bottleneck_mask
 from abscot_trl.examples import Collator, Encoder, Segment, pack
-from abscot_trl.training.adapters import mend_output_head
+from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.configs import BottleneckConfig
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -83,6 +83,8 @@ class BottleneckSFTTrainer(SFTTrainer):
             **kwargs,
         )
         mend_output_head(self.model)
+        if args.bf16 or args.fp16:
+            keep_inputs_narrow(self.model)
         use_bottleneck_mask(self.model)
         self._sums: dict[str, Tensor] = {}
 

@@ -42,7 +42,7 @@ from abscot_trl.vocabulary import AbstractVocabulary
 
 GIB = 2**30
 WARMUP = 3  # steps left out: compilation, optimiser state, allocator
-LORA = {"r": 32, "lora_alpha": 64}
+RANK, ALPHA = 32, 64
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 SHAPE += ("num_attention_heads", "num_key_value_heads")
@@ -65,7 +65,8 @@ VARIANTS = {
     "ours-full": {"peft": False, "learning_rate": 1e-5},
 }
 REQUIRED = ["gradients", "seed", "ours", "ours-no-checkpointing"]
-BOUNDS = {"ours": {"speed": 1.7, "memory": 0.5}, "ours-no-checkpointing": {"speed": 2.4}}  # against `seed`
+# At least, as multiples: of the seed's speed, and of this package's memory in the seed's.
+BOUNDS = {"ours": {"speed": 1.7, "memory_saving": 2.0}, "ours-no-checkpointing": {"speed": 2.4}}
 
 
 def build_model(shape: dict, device: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -201,7 +202,7 @@ def training_row(lengths: dict[str, int], vocab_size: int) -> dict[str, list[int
 def bench_seed(args: argparse.Namespace, shape: dict, lengths: dict[str, int]) -> dict:
     """The earlier way: dense additive mask in sdpa, whole embedding and head trained, all logits, checkpointing."""
     model = build_model(shape, args.device, torch.bfloat16, "sdpa")
-    whole = LoraConfig(**LORA, target_modules=MODULES, modules_to_save=["embed_tokens", "lm_head"])
+    whole = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=MODULES, modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(model, whole)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
@@ -238,14 +239,8 @@ def bench_ours(args: argparse.Namespace, shape: dict, lengths: dict[str, int], o
     total = sum(lengths.values()) + 2
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        model_args = ModelConfig(
-            model_name_or_path=folder,
-            use_peft=peft,
-            lora_r=LORA["r"],
-            lora_alpha=LORA["lora_alpha"],
-            lora_dropout=0.0,
-            lora_target_modules=MODULES,
-        )
+        lora = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "lora_target_modules": MODULES}
+        model_args = ModelConfig(model_name_or_path=folder, use_peft=peft, **lora)
         fields = {"learning_rate": 1e-4, "bf16": True, "gradient_checkpointing": True, "use_liger_kernel": liger}
         fields |= {"per_device_train_batch_size": 1, "max_steps": args.steps, "max_length": total}
         fields |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -272,7 +267,7 @@ def bench_ours(args: argparse.Namespace, shape: dict, lengths: dict[str, int], o
 
 
 def checks(results: dict[str, dict], enforced: bool) -> dict[str, bool]:
-    """What must hold, and whether it does; adds `speed` and `memory` against `seed` to the results."""
+    """What must hold, and whether it does; adds `speed` and `memory_saving` to the results."""
     found, seed = {}, results.get("seed", {})
     for name, result in results.items():
         if "error" in result:
@@ -281,26 +276,20 @@ def checks(results: dict[str, dict], enforced: bool) -> dict[str, bool]:
             found["gradients: flex's equal sdpa's on every layout"] = result["ok"]
         elif "step_s" in seed:
             result["speed"] = seed["step_s"] / result["step_s"]
-            result["memory"] = result["peak_gib"] / max(seed["peak_gib"], 1e-9)
-            same = abs(result["first_loss"] / seed["first_loss"] - 1) < 0.01
-            found[f"{name}: first loss {result['first_loss']:.3f} is the seed's within 1 %"] = same
-            bounds = BOUNDS.get(name, {}) if enforced else {}
-            if "speed" in bounds:
-                found[f"{name}: {result['speed']:.2f} times as fast >= {bounds['speed']}"] = (
-                    result["speed"] >= bounds["speed"]
-                )
-            if "memory" in bounds:
-                found[f"{name}: {result['memory']:.2f} of the memory <= {bounds['memory']}"] = (
-                    result["memory"] <= bounds["memory"]
-                )
+            result["memory_saving"] = seed["peak_gib"] / max(result["peak_gib"], 1e-9)
+            if name != "seed":
+                same = abs(result["first_loss"] / seed["first_loss"] - 1) < 0.01
+                found[f"{name}: first loss {result['first_loss']:.3f} is the seed's {seed['first_loss']:.3f}"] = same
+            for quantity, bound in BOUNDS.get(name, {}).items() if enforced else ():
+                found[f"{name}: {quantity} {result[quantity]:.2f} >= {bound}"] = result[quantity] >= bound
     return found
 
 
 def table(results: dict[str, dict]) -> str:
-    lines = [f"{'':30} {'step s':>8} {'tokens/s':>9} {'peak GiB':>9} {'speed':>6} {'memory':>7} {'trained M':>10}"]
+    lines = [f"{'':30} {'step s':>8} {'tokens/s':>9} {'peak GiB':>9} {'speed':>6} {'saving':>7} {'trained M':>10}"]
     for name, r in results.items():
         if "step_s" in r:
-            ratios = f"{r.get('speed', 0):6.2f} {r.get('memory', 0):7.2f} {r['trainable_m']:10.1f}"
+            ratios = f"{r.get('speed', 0):6.2f} {r.get('memory_saving', 0):7.2f} {r['trainable_m']:10.1f}"
             flops = f"  {r['tflop_per_s']:.0f} model TFLOP/s" if "tflop_per_s" in r else ""
             lines.append(f"{name:30} {r['step_s']:8.3f} {r['tokens_per_s']:9.0f} {r['peak_gib']:9.1f} {ratios}{flops}")
     return "\n".join(lines)
@@ -328,6 +317,7 @@ def main() -> int:
             result = bench_seed(*settings)
         else:
             result = bench_ours(*settings, VARIANTS[args.child])
+        result["device"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
         args.output.write_text(json.dumps(result))
         return 0
 
