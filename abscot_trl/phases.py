@@ -3,7 +3,10 @@
 import dataclasses
 import difflib
 import os
+import signal
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,17 @@ PHASES: dict[str, tuple[Callable, tuple[type, ...]]] = {
 }
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; YAML itself would keep the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     A recipe's mapping.
@@ -37,30 +51,60 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file, or not a YAML mapping; the message names the file.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such recipe") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        settings = yaml.load(Path(path).read_text(), _StrictLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a YAML mapping of fields, not {type(settings).__name__}")
     return settings
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a YAML value may stand for a field annotated `kind` (unions, lists, dicts and plain types)."""
+    origin = typing.get_origin(kind)
+    if kind is Any or isinstance(kind, typing.TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(kind))
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, origin or kind) if isinstance(origin or kind, type) else True
+
+
 def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str | Path) -> None:
     """
+    argparse checks neither types nor choices of YAML values; this does.
+
     Raises:
-        ValueError: a key that is a field of none of `classes`, or a number that YAML read as text (`2e-5`).
+        ValueError: a key that is a field of none of `classes`, a value of another type (`2e-5` is text in YAML), or
+            one that is not among the field's choices.
     """
     fields = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
+    kinds = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
     for key, value in settings.items():
-        if key not in fields and key != "env":
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+        if key == "env":
+            continue
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else "see --help for the fields"
             raise ValueError(f"{path}: unknown key {key!r}; {hint}")
-        if key in fields and isinstance(value, str) and fields[key].type in (int, float, "int", "float"):
+        if isinstance(value, str) and kinds[key] in (int, float):
             raise ValueError(f"{path}: {key}: {value!r} is text; write a number (2.0e-5, not 2e-5)")
+        field_kind = getattr(kinds[key], "__name__", None) or str(kinds[key])
+        choices = fields[key].metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{path}: {key}: {value!r} is not one of {', '.join(map(str, choices))}")
+        if not _fits(value, kinds[key]) and not (value is None and fields[key].default is None):
+            raise ValueError(f"{path}: {key}: {value!r} does not fit; {field_kind} is wanted")
 
 
 def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tuple:
@@ -71,11 +115,11 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
         ValueError: an unknown key or a bad value; the message names the file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = [
-        part for item in arguments for part in (item.split("=", 1) if item.startswith("--config=") else [item])
-    ]
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     path = None
-    if "--config" in arguments[:-1]:
+    if "--config" in arguments:
+        if arguments[-1] == "--config":
+            raise ValueError("--config needs a file")
         path = arguments[arguments.index("--config") + 1]
         check_fields(read_yaml(path), classes, path)
     try:
@@ -93,12 +137,16 @@ def run_phase(name: str, arguments: list[str] | None = None) -> Any:
 @contextmanager
 def exit_with_words(name: str) -> Iterator[None]:
     """Turn an error into one line and exit code 1; with ABSCOT_TRACEBACK=1 in the environment, show where it arose."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("ABSCOT_TRACEBACK"):
             raise
-        sys.exit(f"abscot {name}: {error}")
+        words = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):  # not one of ours
+            words = f"{type(error).__name__}: {words} (ABSCOT_TRACEBACK=1 shows where)"
+        sys.exit(f"abscot {name}: {words}")
 
 
 def main(name: str) -> None:

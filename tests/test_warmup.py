@@ -257,7 +257,7 @@ def test_one_round_on_real_rows(tmp_path):
         tmp_path,
         str(REAL / "math500_test.jsonl"),
         {"packing": True},
-        limit=40,
+        max_new_tokens=16,
         modes=["verbal", "abstract"],
         instruction=True,
         task="math500",
@@ -271,9 +271,9 @@ def test_one_round_on_real_rows(tmp_path):
         }
         results = warmup(WarmupArguments(**fields, **evaluation, rounds=1, rows_per_phase=40))
         assert [(r["mode"], r["swap"], r["n"]) for r in results] == [
-            ("verbal", "own", 40),
-            ("abstract", "own", 40),
-            ("abstract", "random", 40),
+            ("verbal", "own", 500),
+            ("abstract", "own", 500),
+            ("abstract", "random", 500),
         ]
         assert all(0 <= r["accuracy"] <= 100 for r in results)
         written = traces(tmp_path / f"run-{name}" / "round1" / "bottleneck-traces")
