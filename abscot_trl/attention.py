@@ -5,6 +5,8 @@ Causal everywhere within a document, except that what y is read from never looks
 positions of Y (and of the discrete channel's COPY) see neither C nor the DRAFT. Z attends to X, C and Z.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -68,18 +70,53 @@ def block_mask(segments: Tensor, documents: Tensor) -> BlockMask:
     return create(mask_mod, batch, None, length, length, device=segments.device)
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
+def check_supported(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: layers that would let y reach c past the mask (recurrent, sliding-window, ..), by the config; or a
+            model that ignores the mask it is given, by trying: y must not change with c after one masked forward.
+    """
     config, name = model.config, type(model).__name__
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "attention"}
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         kinds.add("sliding_attention")
-    if not getattr(config, "num_attention_heads", None) or not model._supports_sdpa:
+    if not getattr(config, "num_attention_heads", None) or not model._supports_sdpa or getattr(config, "alibi", False):
         kinds.add(f"the layers of {config.model_type}")
+    if not kinds and _leaks(model):
+        kinds.add(f"the attention of {config.model_type}")
     if kinds:
         raise ValueError(
             f"{name} cannot carry the bottleneck mask: {', '.join(sorted(kinds))} let y reach c past it. "
             "Use a decoder whose layers are all full attention (Qwen3, Llama, Granite-4.0-Micro)"
         )
+
+
+def _leaks(model: PreTrainedModel) -> bool:
+    """Whether y changes with c in a one-layer model of the same kind, tiny and random, under the mask."""
+    config = copy.deepcopy(model.config)
+    heads = config.num_attention_heads
+    shrunk = {
+        "num_hidden_layers": 1,
+        "hidden_size": 8 * heads,
+        "intermediate_size": 16,
+        "vocab_size": 32,
+        "head_dim": 8,
+    }
+    for key, value in {**shrunk, "layer_types": None, "pad_token_id": 0, "bos_token_id": None}.items():
+        if hasattr(config, key):
+            setattr(config, key, value if key != "layer_types" else list(config.layer_types or [])[:1] or None)
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny = type(model)(config).float().eval()
+    segments = torch.tensor([[1] * 4 + [2] * 6 + [3] * 3 + [4] * 4])
+    ids = torch.arange(1, 18)[None]
+    other = torch.where(segments == Segment.COT, ids + 10, ids)
+    hook = tiny.base_model.register_forward_pre_hook(_install_mask, with_kwargs=True)
+    with torch.no_grad():
+        before, after = (tiny(i, attention_mask=torch.ones_like(i), segment_ids=segments).logits for i in (ids, other))
+    hook.remove()
+    return not torch.equal(before[segments == Segment.ANSWER], after[segments == Segment.ANSWER])
 
 
 def _check_implementation(implementation: str | None) -> None:
@@ -103,7 +140,7 @@ def use_bottleneck_mask(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: sliding-window or recurrent layers, or an attention implementation other than sdpa, eager and flex.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath a PEFT wrapper
-    _refuse_unsupported(causal_lm)
+    check_supported(causal_lm)
     _check_implementation(causal_lm.config._attn_implementation)
     backbone = causal_lm.base_model
     if getattr(backbone, "_bottleneck_mask", None) is None:

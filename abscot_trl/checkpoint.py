@@ -17,6 +17,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from abscot_trl.attention import check_supported
 from abscot_trl.vocabulary import AbstractVocabulary
 
 INITIALISATIONS = ("mean+noise", "normal", "zeros")
@@ -157,6 +158,9 @@ def init_checkpoint(args: InitArguments) -> Path:
     vocabulary.extend(tokenizer)
     ids = vocabulary.all_ids(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype)
+    check_supported(model)
+    if args.m_max + 2 >= model.config.max_position_embeddings:
+        raise ValueError(f"m_max {args.m_max} exceeds the model's {model.config.max_position_embeddings} positions")
     extend_model(model, ids, args.initialisation, args.seed)
     with written_whole(args.output_dir) as folder:
         save_checkpoint(model, tokenizer, vocabulary, folder)

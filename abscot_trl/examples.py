@@ -49,15 +49,16 @@ def prompt_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
 
 
 def cot_ids(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The verbal CoT, one trailing newline, no special tokens."""
-    return tokenizer(cot.rstrip() + "\n", add_special_tokens=False)["input_ids"]
+    """The verbal CoT and one trailing newline; a special token that it quotes stays text."""
+    return tokenizer(cot.rstrip() + "\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def answer_ids(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The answer and EOS."""
+    """The answer and EOS; a special token that the answer quotes stays text."""
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; an answer could never end")
-    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class AbstractVocabulary:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: not an extended checkpoint; run `abscot init` first")
         try:
-            return cls(**json.loads(path.read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
+            settings = json.loads(path.read_text())
+            return cls(settings["size"], settings["m_min"], settings["m_max"])
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error}); run `abscot init` again") from error

@@ -8,12 +8,16 @@ policy sees when it writes those of phase B (`distill_from`), and whether phase 
 Every stage reads files and writes a folder; it is done when its `manifest.json` is there, and is then skipped.
 """
 
+import fcntl
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +25,10 @@ import yaml
 
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.prepare import load_prepared
+from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.evaluation.report import results_table, write_results
-from abscot_trl.phases import PHASES, check_fields, read_yaml, run_phase
+from abscot_trl.phases import PHASES, check_fields, parse, read_yaml, run_phase
 
 MANIFEST = "manifest.json"
 
@@ -80,6 +85,8 @@ class WarmupArguments:
     )
 
     def __post_init__(self):
+        if self.temperature < 0 or self.rehearsal < 0:
+            raise ValueError(f"temperature {self.temperature} and rehearsal {self.rehearsal} must not be negative")
         if self.rounds < 1 or self.rows_per_phase < 1:
             raise ValueError(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")
 
@@ -142,7 +149,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
             yield Stage(f"round{t}/evaluate", "evaluate", settings)
 
 
-def launch(stage: Stage, config: Path, args: WarmupArguments) -> None:
+def launch(stage: Stage, config: Path, args: WarmupArguments, held: tuple[int, ...] = ()) -> None:
     """
     Run a stage from its configuration file.
 
@@ -159,20 +166,40 @@ def launch(stage: Stage, config: Path, args: WarmupArguments) -> None:
             ["--config_file", accelerate_config_path(args.accelerate_config)] if args.accelerate_config else []
         )
         command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate, *module]
-    code = subprocess.run(command).returncode
+    code = subprocess.run(command, pass_fds=held).returncode  # an orphan of a killed driver keeps the run's lock
     if code:
         raise RuntimeError(f"stage {stage.name} failed with exit code {code}; run again to continue from it: {config}")
 
 
-def run_stage(stage: Stage, args: WarmupArguments) -> float:
+def input_digests(settings: dict) -> dict[str, str]:
+    """Of each path among `settings` a digest: of a file its bytes, of a folder its files' names, sizes and heads."""
+    digests = {}
+    for key in ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems"):
+        path = Path(str(settings.get(key)))
+        digest = hashlib.sha256()
+        if path.is_file():
+            digest.update(path.read_bytes())
+        elif path.is_dir():
+            for file in sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST):
+                with open(file, "rb") as content:
+                    digest.update(f"{file.name} {file.stat().st_size} ".encode() + content.read(2**20))
+        else:
+            continue
+        digests[key] = digest.hexdigest()
+    return digests
+
+
+def run_stage(stage: Stage, args: WarmupArguments, held: tuple[int, ...] = ()) -> float:
     """
     Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
 
     Raises:
-        ValueError: the stage was done with other settings; nothing is mixed or overwritten.
+        ValueError: the stage was done with other settings or inputs; nothing is mixed or overwritten.
+        FileExistsError: its folder is there but not of this run's making.
     """
     output = Path(stage.settings["output_dir"])
-    manifest = output / MANIFEST
+    manifest, started = output / MANIFEST, output.with_name(output.name + ".running")
+    inputs = input_digests(stage.settings)
     if manifest.is_file():
         done = json.loads(manifest.read_text())
         keys = sorted(done["settings"].keys() | stage.settings.keys())
@@ -180,20 +207,69 @@ def run_stage(stage: Stage, args: WarmupArguments) -> float:
         if other:
             differences = ", ".join(f"{k}: {done['settings'].get(k)!r} -> {stage.settings.get(k)!r}" for k in other)
             raise ValueError(f"{output} was made with other settings ({differences}); use another run_dir")
+        other = [key for key in inputs if done["inputs"].get(key) != inputs[key]]
+        if other:
+            paths = ", ".join(f"{key} {stage.settings[key]}" for key in other)
+            raise ValueError(f"{output} was made from other files than now at {paths}; use another run_dir")
         return done["wall_s"]
-    if output.exists():  # left by a stage that did not end; its manifest would be there otherwise
+    if output.exists() and not started.exists():
+        raise FileExistsError(f"{output} is there but was not made by this run; move it away")
+    if output.exists():  # left by a stage that did not end
         shutil.rmtree(output)
     config = output.with_name(output.name + ".yaml")
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(stage.settings, sort_keys=False))
+    started.touch()
     start = time.monotonic()
-    launch(stage, config, args)
+    launch(stage, config, args, held)
     wall = round(time.monotonic() - start, 1)
-    record = {"stage": stage.name, "phase": stage.phase, "settings": stage.settings, "wall_s": wall}
+    record = {"stage": stage.name, "phase": stage.phase, "settings": stage.settings, "inputs": inputs, "wall_s": wall}
     temporary = output / (MANIFEST + ".tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     temporary.replace(manifest)
+    started.unlink()
     return wall
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[int]:
+    """
+    Hold the run's lock; yields its file descriptor.
+
+    Raises:
+        RuntimeError: another warm-up, or a process that a killed one left behind, still works in this folder.
+    """
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
+        yield lock.fileno()
+
+
+def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
+    """
+    What can be refused before hours are spent: every stage's settings, the launcher's configuration, the problems.
+
+    Raises:
+        FileNotFoundError, ValueError: as the stage itself would, later.
+    """
+    if args.accelerate_config:
+        accelerate_config_path(args.accelerate_config)
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in todo:
+            path = Path(folder) / f"{stage.phase}.yaml"
+            path.write_text(yaml.safe_dump(stage.settings))
+            try:
+                parse(PHASES[stage.phase][1], ["--config", str(path)])
+            except SystemExit:
+                raise ValueError(
+                    f"{getattr(args, stage.phase, 'warm-up')}: a field is missing or wrong, see above"
+                ) from None
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
+            if stage.phase == "evaluate" and Path(str(stage.settings["problems"])).suffix:
+                load_problems(stage.settings["problems"], limit=1)
 
 
 def collect_results(args: WarmupArguments) -> list[dict]:
@@ -227,6 +303,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
         ValueError: recipes with unknown keys, too few rows, or a run that was started with other settings.
     """
     todo = list(stages(args))
+    check_stages(todo, args)
     data, _ = load_prepared(args.data)
     run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
@@ -236,14 +313,15 @@ def warmup(args: WarmupArguments) -> list[dict]:
         splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
         save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
     times = []
-    for number, stage in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {args.name} {stage.name}", flush=True)  # noqa: T201
-        times.append((stage.name, run_stage(stage, args)))
-        if stage.phase == "evaluate":
-            results = collect_results(args)
-            write_results(run / "results.json", results)
-            for sentence in lost_rounds(results):
-                print(f"WARNING: {sentence}", flush=True)  # noqa: T201
+    with locked(run) as lock:
+        for number, stage in enumerate(todo, 1):
+            print(f"[{number}/{len(todo)}] {args.name} {stage.name}", flush=True)  # noqa: T201
+            times.append((stage.name, run_stage(stage, args, held=(lock,))))
+            if stage.phase == "evaluate":
+                results = collect_results(args)
+                write_results(run / "results.json", results)
+                for sentence in lost_rounds(results):
+                    print(f"WARNING: {sentence}", flush=True)  # noqa: T201
     results = collect_results(args)
     if results:
         print(results_table(results))  # noqa: T201

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from abscot_trl.attention import use_bottleneck_mask
 from abscot_trl.examples import Collator, Encoder, Segment, pack
@@ -179,3 +188,12 @@ def test_models_that_cannot_carry_the_mask_are_refused():
     flash.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2.*sdpa, eager, flex_attention"):
         use_bottleneck_mask(flash)
+
+
+def test_a_model_that_ignores_the_mask_is_refused_by_trying():
+    config = OPTConfig(
+        vocab_size=32, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    with pytest.raises(ValueError, match="OPTForCausalLM cannot carry the bottleneck mask: the attention of opt"):
+        use_bottleneck_mask(OPTForCausalLM(config))
+    use_bottleneck_mask(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2)))

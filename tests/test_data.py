@@ -9,14 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import IterableDataset
-from transformers import HfArgumentParser
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
 from abscot_trl.data import dolci
 from abscot_trl.data.dolci import RowRejected, iter_rows, parse_row
-from abscot_trl.data.prepare import DataArguments, cut_cot, load_prepared, prepare
+from abscot_trl.data.prepare import DataArguments, cut_cot, load_prepared, prepare, tokenizer_digest
 from abscot_trl.data.problems import last_boxed, load_problems, problem_to_example, with_instruction
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
-from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.data.toy import CHAT_TEMPLATE, toy_tokenizer
+from abscot_trl.examples import cot_ids
+from abscot_trl.traces.initial import step_ends
 from abscot_trl.vocabulary import AbstractVocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -34,7 +37,7 @@ SHAPE_OUTCOMES = {
 }
 
 
-def row(content="<think>\n1+1=2\n</think>\n\n2", earlier=(("user", "1+1"),), **kwargs):
+def row(content="<think>\n1+1=2\n</think>\n\n2", earlier=(("user", "12="),), **kwargs):
     turns = [*earlier, ("assistant", content)]
     messages = [{"content": content, "role": role} for role, content in turns]
     return {"messages": messages, "dataset_source": "sums", "id": "a", **kwargs}
@@ -386,6 +389,9 @@ def test_splits_file_refuses_other_settings(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="not a file of staged splits"):
         load_splits(path, n_rows=40)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"splits\.json.*run `abscot warmup`.* leave `splits` and `part` out"):
+        load_splits(path, n_rows=40)
 
 
 # prepare
@@ -415,6 +421,32 @@ def assert_adds_up(counts):
     assert counts["rows_read"] == counts["rows_kept"] + sum(counts["rejected"].values()) + sum(
         counts["filtered"].values()
     )
+
+
+@pytest.fixture(scope="session")
+def byte_level_folder(tmp_path_factory):
+    """A BPE over bytes as real checkpoints have: tokens that end inside a character or hold a newline and more."""
+    folder = tmp_path_factory.mktemp("byte_level")
+    tokenizer = Tokenizer(models.BPE())
+    # No regex: merges run over spaces and newlines, so that where a text ends changes the tokens before it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([cot for cot in LONG_COTS for _ in range(3)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=CHAT_TEMPLATE)
+    vocabulary = AbstractVocabulary(size=8, m_max=6)
+    vocabulary.extend(fast)
+    fast.save_pretrained(folder)
+    vocabulary.save(folder)
+    return str(folder)
+
+
+LONG_COTS = [
+    "\n\n".join(f"Step {i} : √{i} ≤ {i * i} .\n  So x{i} ≈ {i / 7:.3f} , 数{i}🙂 ." for i in range(k, k + 12))
+    for k in range(6)
+]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -448,17 +480,17 @@ def test_prepare_counts_every_row(tmp_path, tokenizer_folder, num_proc):
     tokenizer = toy_tokenizer()
     (kept,) = data
     assert (kept["id"], kept["source"], kept["gold"]) == ("short", "sums", None)
-    assert json.loads(kept["prompt"]) == [{"role": "user", "content": "1+1"}]
+    assert json.loads(kept["prompt"]) == [{"role": "user", "content": "12="}]
     decoded = {name: tokenizer.decode(kept[f"{name}_ids"]) for name in ("prompt", "cot", "answer")}
     assert {name: text.replace(" ", "") for name, text in decoded.items()} == {
-        "prompt": "<user>1+1<assistant>",
+        "prompt": "<user>12=<assistant>",
         "cot": "12345\n",
         "answer": "6<eos>",
     }
 
 
 @pytest.mark.parametrize(
-    ("overlong", "cot"), [("cut_cot_head", "6789"), ("cut_cot_middle", "0129"), ("cut_cot_tail", "01234")]
+    ("overlong", "cot"), [("cut_cot_head", "6789"), ("cut_cot_middle", "0129"), ("cut_cot_tail", "0123")]
 )
 def test_only_the_cot_is_cut_to_fit_beside_the_trace(tmp_path, tokenizer_folder, overlong, cot):
     # 5 of the prompt, 2 of the answer and 8 of the trace leave 5 of 20 tokens
@@ -476,6 +508,41 @@ def test_only_the_cot_is_cut_to_fit_beside_the_trace(tmp_path, tokenizer_folder,
 def test_total_leaves_room_for_the_trace(tmp_path, tokenizer_folder):
     counts = prepare(arguments(tmp_path, tokenizer_folder, rows=ROWS[:2], max_total_tokens=5 + 6 + 2 + 8))
     assert counts["rows_kept"] == 1 and counts["filtered"] == {"total_too_long": 1}
+
+
+@pytest.mark.parametrize("overlong", ["cut_cot_head", "cut_cot_middle", "cut_cot_tail"])
+def test_text_and_ids_of_a_cut_cot_agree(tmp_path, byte_level_folder, overlong):
+    tokenizer = AutoTokenizer.from_pretrained(byte_level_folder)
+    rows = [row(f"<think>{cot}</think>6", id=str(i)) for i, cot in enumerate(LONG_COTS)]
+    for limit in range(4, 60):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        counts = prepare(arguments(folder, byte_level_folder, rows=rows, max_cot_tokens=limit, overlong=overlong))
+        data, _ = load_prepared(folder / "out")
+        assert counts["lengths"]["cot"]["max"] <= limit
+        assert_adds_up(counts)
+        for kept in data:
+            assert kept["cot_ids"] == cot_ids(kept["cot"], tokenizer)
+            assert step_ends(kept["cot"], tokenizer)[-1] == len(kept["cot_ids"]) - 1
+            assert limit - 8 < len(kept["cot_ids"]) <= limit  # not cut by more than the fit asks for
+            whole = LONG_COTS[int(kept["id"])]
+            if overlong == "cut_cot_head":
+                assert whole.endswith(kept["cot"])
+            if overlong == "cut_cot_tail":
+                assert whole.startswith(kept["cot"])
+
+
+def test_a_cut_cot_is_no_shorter_than_allowed(tmp_path, tokenizer_folder):
+    lengths = {"min_cot_tokens": 5, "max_cot_tokens": 5, "overlong": "cut_cot_tail"}
+    counts = prepare(arguments(tmp_path, tokenizer_folder, rows=ROWS[:3], **lengths))
+    assert counts["lengths"]["cot"] == {"median": 5, "p90": 5, "max": 5} and counts["cut"] == 2
+    assert counts["filtered"] == {"cot_too_short": 1}
+
+
+def test_a_cut_that_leaves_no_text_drops_the_row(tmp_path, tokenizer_folder):
+    # one token is the newline's alone
+    with pytest.raises(ValueError, match='"filtered": {"cot_too_long": 3}'):
+        prepare(arguments(tmp_path, tokenizer_folder, rows=ROWS[:3], max_cot_tokens=1, overlong="cut_cot_tail"))
 
 
 def test_cut_cot():
@@ -549,6 +616,72 @@ def test_problems_without_a_solution_are_not_trained_on(tmp_path, tokenizer_fold
     assert data["gold"][:] == ["2"] and len(data[0]["answer_ids"]) == 4
 
 
+def test_ids_are_never_empty_and_repeats_are_counted(tmp_path, tokenizer_folder):
+    rows = [
+        row("none", id=None),
+        row(id=None),
+        row(id="", dataset_source=None),
+        row(id="a"),
+        row(id="a"),
+        row(id="a"),
+        row("none", id="a"),
+    ]
+    counts = prepare(arguments(tmp_path, tokenizer_folder, rows=rows))
+    data, _ = load_prepared(tmp_path / "out")
+    assert data["id"][:] == ["sums-2", "row-3", "a", "a", "a"]
+    assert counts["duplicate_ids"] == 2
+
+
+@pytest.mark.parametrize("data_format", ["dolci", "problems"])
+def test_text_that_is_no_unicode_is_malformed(tmp_path, tokenizer_folder, data_format):
+    if data_format == "dolci":
+        rows = [
+            row(earlier=[("user", "1\ud800")]),
+            row("<think>1\ud800</think>2"),
+            row("<think>1</think>2\udfff"),
+            row(id="\ud800"),
+            row(dataset_source="\ud800"),
+            row(id="whole", note="\ud800"),
+        ]
+    else:
+        whole = {"prompt": "1", "cot": "2", "answer": "3", "gold": "3", "id": "whole", "source": "s"}
+        rows = [whole | {name: "\ud800"} for name in whole] + [whole]
+    counts = prepare(arguments(tmp_path, tokenizer_folder, rows=rows, data_format=data_format))
+    assert counts["rejected"] == {"malformed": len(rows) - 1}
+    assert load_prepared(tmp_path / "out")[0]["id"][:] == ["whole"]
+
+
+@pytest.mark.parametrize("token", ["<eos>", "<unk>", "<assistant>", "<TOKEN_C>", "<beginabstract>", "<endabstract>"])
+def test_prompts_that_quote_a_control_token_are_dropped(tmp_path, tokenizer_folder, token):
+    rows = [
+        row(id="plain"),
+        row(earlier=[("user", f"12{token}3")]),
+        row(earlier=[("system", token), ("user", "12")]),
+        row(earlier=[("user", "1"), ("assistant", token), ("user", "2")]),
+        row(earlier=[("user", "1"), (f"tool{token}", "1"), ("user", "2")]),
+        row(earlier=[("user", token[1:] + token[:-1].lower())], id="no token"),
+    ]
+    counts = prepare(arguments(tmp_path, tokenizer_folder, rows=rows))
+    assert counts["filtered"] == {"special_token_in_prompt": 4}
+    assert load_prepared(tmp_path / "out")[0]["id"][:] == ["plain", "no token"]
+    assert_adds_up(counts)
+
+
+def test_prepared_data_knows_its_tokenizer(tmp_path, tokenizer_folder):
+    counts = prepare(arguments(tmp_path, tokenizer_folder))
+    same = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert counts["tokenizer"] == tokenizer_digest(same) and len(counts["tokenizer"]) == 64
+    assert load_prepared(tmp_path / "out", same)[1] == counts
+
+    templated, extended = (AutoTokenizer.from_pretrained(tokenizer_folder) for _ in range(2))
+    templated.chat_template += " "
+    extended.add_tokens(["more"])
+    for other in (templated, extended):
+        with pytest.raises(ValueError, match="prepare the data again with this checkpoint's tokenizer") as error:
+            load_prepared(tmp_path / "out", other)
+        assert str(tmp_path / "out") in str(error.value) and tokenizer_folder in str(error.value)
+
+
 @real_data
 def test_prepare_real_rows(tmp_path, tokenizer_folder):
     counts = prepare(
@@ -569,8 +702,13 @@ def test_prepare_real_rows(tmp_path, tokenizer_folder):
 def test_bad_arguments(tmp_path, tokenizer_folder):
     with pytest.raises(ValueError, match="overlong must be one of drop, .*got 'cut'"):
         arguments(tmp_path, tokenizer_folder, overlong="cut")
-    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
-        arguments(tmp_path, tokenizer_folder, limit=0)
+    limits = ("prompt", "max"), ("cot", "max"), ("cot", "min"), ("answer", "max"), ("total", "max")
+    for name in ("limit", "num_proc", *(f"{end}_{part}_tokens" for part, end in limits)):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            arguments(tmp_path, tokenizer_folder, **{name: 0})
+    for name in ("shuffle_buffer", "seed"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+            DataArguments("a.jsonl", "t", "o", **{name: -1})
     with pytest.raises(FileNotFoundError, match="run `abscot init` first"):
         prepare(arguments(tmp_path, str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="is not prepared data .*run `abscot data` first"):

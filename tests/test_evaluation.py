@@ -163,3 +163,35 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
     (tmp_path / "results.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="no list of results"):
         read_results(tmp_path)
+
+
+def test_hotpotqa_is_scored_by_f1(checkpoint, tmp_path, monkeypatch):
+    """A HotpotQA row is graded as its instruction asked, whatever the task is called."""
+    from abscot_trl.evaluation import evaluate as module
+    from abscot_trl.evaluation.decoding import Continuation
+    from abscot_trl.examples import Example
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    row = {"prompt": [{"role": "user", "content": "1"}], "cot": "", "answer": "", "source": "hotpotqa"}
+    problems = [Example(**row, gold="1 2 3 4", id=str(i)) for i in range(4)]
+    said = ["1;2;3;4", "1;2", "5", "1;2;3;4;5;6"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
+    monkeypatch.setattr(module, "continue_prefixes", lambda *_, **__: [Continuation(i, False) for i in ids])
+    monkeypatch.setattr(module, "short_answer", lambda response: response.replace(";", " "))
+    arguments = EvaluateArguments(str(checkpoint), "p", str(tmp_path), modes=["direct"], instruction=False)
+    results, answers = evaluate_model(None, tokenizer, problems, arguments)
+    f1 = [1.0, 2 * 1.0 * 0.5 / 1.5, 0.0, 2 * (4 / 6) * 1.0 / (4 / 6 + 1.0)]
+    assert [a["score"] for a in answers] == pytest.approx(f1)
+    half = 196 * np.std(f1, ddof=1) / 2
+    assert results[0]["ci95"] == pytest.approx([max(0, 100 * np.mean(f1) - half), min(100, 100 * np.mean(f1) + half)])
+
+
+def test_swaps_that_change_nothing_are_said(evaluated):
+    """`swapped` is the share of traces that a swap changed."""
+    folder, _, results = evaluated
+    answers = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    own = [a["trace"] for a in answers if a["mode"] == "abstract" and a["swap"] == "own"]
+    for row in (r for r in results if r["mode"] == "abstract"):
+        mine = [a["trace"] for a in answers if a["mode"] == "abstract" and a["swap"] == row["swap"]]
+        assert row["swapped"] == pytest.approx(np.mean([a != b for a, b in zip(own, mine, strict=True)]))
+    assert [r["swapped"] for r in results if r["swap"] == "none"] == [1.0]

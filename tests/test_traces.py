@@ -123,6 +123,8 @@ def test_bad_limits_are_refused(policy):
     sampler = HFTraceSampler(model, tokenizer, vocabulary)
     with pytest.raises(ValueError, match="m_min=4, m_max=3"):
         sampler.sample([[3]], m_max=3, m_min=4)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        sampler.sample([[3]], m_max=3, temperature=-1)
     with pytest.raises(ValueError, match="prefix of 600 tokens leaves no room"):
         sampler.sample([[3] * 600], m_max=3)
     assert sampler.sample([], m_max=3) == []
@@ -200,17 +202,29 @@ def test_clusters_are_the_values(tmp_path, policy):
 def test_trace_files(tmp_path):
     records = [{"row": 1, "id": "b", "trace": [0, 7]}, {"row": 0, "id": "a", "trace": []}]
     write_traces(tmp_path, records)
-    assert read_traces(tmp_path, ["a", "b"], 8) == records
+    assert read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3)) == records
     with pytest.raises(ValueError, match="line 1: row 1 is 'b' here and 'c' in the data"):
-        read_traces(tmp_path, ["a", "c"], 8)
+        read_traces(tmp_path, ["a", "c"], AbstractVocabulary(8, 0, 3))
     with pytest.raises(ValueError, match="leaves the codebook of 7"):
-        read_traces(tmp_path, ["a", "b"], 7)
+        read_traces(tmp_path, ["a", "b"], AbstractVocabulary(7, 0, 3))
+    with pytest.raises(ValueError, match="row 1 has 2 tokens, m_max is 1"):
+        read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 1))
+    write_traces(tmp_path, [records[0], records[0]])
+    with pytest.raises(ValueError, match="line 2: row 1 stands twice"):
+        read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
+    write_traces(tmp_path, [{"row": 1, "id": "b", "trace": ["1"]}])
+    with pytest.raises(ValueError, match="line 1 is no trace record"):
+        read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
+    write_traces(tmp_path, [])
+    with pytest.raises(ValueError, match="is empty"):
+        read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
+    write_traces(tmp_path, records)
     with open(tmp_path / "traces.jsonl", "a") as file:
         file.write('{"row": 1, "tra')
     with pytest.raises(ValueError, match="line 3 is no trace record"):
-        read_traces(tmp_path, ["a", "b"], 8)
+        read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
     with pytest.raises(FileNotFoundError, match="abscot traces"):
-        read_traces(tmp_path / "none", [], 8)
+        read_traces(tmp_path / "none", [], AbstractVocabulary(8))
 
 
 def test_summary_by_hand():

@@ -76,7 +76,7 @@ def by_hand(checkpoint, data, cot: bool) -> dict[str, float]:
     """Mean losses by plain transformers: a 4-D mask written out with loops, all logits, row by row."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
     *codebook, begin, end = token_ids(checkpoint)
-    losses = {"trace": [], "answer": []}
+    losses = {"trace": [], "end": [], "answer": []}
     for row in data:
         z = [begin, *(codebook[i] for i in row["trace"]), end]
         c = row["cot_ids"] if cot else []
@@ -91,9 +91,10 @@ def by_hand(checkpoint, data, cot: bool) -> dict[str, float]:
         with torch.no_grad():
             logits = model(torch.tensor([ids]), attention_mask={"full_attention": mask}).logits[0]
         logps = torch.log_softmax(logits, dim=-1)
-        losses["trace"] += [-logps[i - 1, ids[i]].item() for i in range(first_z + 1, first_y)]
+        losses["trace"] += [-logps[i - 1, ids[i]].item() for i in range(first_z + 1, first_y - 1)]
+        losses["end"].append(-logps[first_y - 2, end].item())
         losses["answer"] += [-logps[i - 1, ids[i]].item() for i in range(first_y, n)]
-    everything = losses["trace"] + losses["answer"]
+    everything = sum(losses.values(), [])
     return {name: sum(values) / len(values) for name, values in {**losses, "all": everything}.items()}
 
 
@@ -101,6 +102,7 @@ def test_bottleneck_loss_is_equation_3(checkpoint, tmp_path):
     trainer = run(checkpoint, tmp_path, per_device_train_batch_size=16)
     log, expected = trainer.state.log_history[0], by_hand(checkpoint, rows(checkpoint), cot=True)
     assert abs(log["loss_trace"] - expected["trace"]) < 1e-4
+    assert abs(log["loss_end"] - expected["end"]) < 1e-4
     assert abs(log["loss_answer"] - expected["answer"]) < 1e-4
     assert abs(log["loss"] - expected["all"]) < 1e-4
     assert log["loss_trace_uniform"] == pytest.approx(math.log(8))

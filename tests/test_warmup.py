@@ -1,6 +1,8 @@
 """The policy iteration end to end: on the toy task in one process, on real rows, and with a process a phase."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,12 +128,12 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
     launched, launch = [], driver.launch
 
-    def failing(stage, config, args):
+    def failing(stage, config, args, held):
         launched.append(stage.name)
         if stage.name == "round1/distill" and len(launched) == 4:
             Path(stage.settings["output_dir"]).mkdir()  # half written
             raise RuntimeError("killed")
-        launch(stage, config, args)
+        launch(stage, config, args, held)
 
     monkeypatch.setattr(driver, "launch", failing)
     with pytest.raises(RuntimeError, match="killed"):
@@ -146,6 +148,40 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
         warmup(WarmupArguments(**fields, temperature=0.5))
     with pytest.raises(ValueError, match="seed"):
         warmup(WarmupArguments(**fields | {"seed": 7}))
+    counts = Path(fields["data"]) / "counts.json"
+    counts.write_text(counts.read_text() + " ")
+    with pytest.raises(ValueError, match="was made from other files than now at data"):
+        warmup(WarmupArguments(**fields))
+
+
+def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path):
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
+    run = Path(fields["run_dir"])
+    mine = run / "round1" / "bottleneck-traces" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match="not made by this run; move it away"):
+        warmup(WarmupArguments(**fields))
+    assert mine.read_text() == "mine"
+    holder = (  # what a killed driver may leave: a process that holds the run's lock
+        "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX); "
+        "print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, str(run / ".lock")], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(RuntimeError, match="still at work here"):
+            warmup(WarmupArguments(**fields))
+        process.kill()
+
+
+def test_a_trained_model_is_not_overwritten(toy, tmp_path):
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1, "evaluate": None}
+    warmup(WarmupArguments(**fields))
+    stage = Path(fields["run_dir"]) / "round1" / "distill"
+    before = (stage / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a trained model"):
+        run_phase("distill", ["--config", str(stage.with_name("distill.yaml"))])
+    assert (stage / "model.safetensors").read_bytes() == before
 
 
 def test_a_round_that_loses_is_seen():
@@ -172,6 +208,29 @@ def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):
     with pytest.raises(FileNotFoundError, match="bottleneck.yaml: no such recipe"):
         warmup(WarmupArguments(**fields))
     fields |= recipes(tmp_path, str(tmp_path / "test.jsonl"))
+    for key, value, words in [
+        ("initial", "unifrom", "'unifrom' is not one of uniform, cycle"),
+        ("rounds", 1.5, "rounds: 1.5 does not fit; int is wanted"),
+        ("data", ["a"], "does not fit; str is wanted"),
+        ("accelerate_config", 3, "does not fit"),
+    ]:
+        (tmp_path / "warmup.yaml").write_text(yaml.safe_dump({key: value}))
+        with pytest.raises(ValueError, match=words):
+            parse((WarmupArguments,), ["--config", str(tmp_path / "warmup.yaml")])
+    (tmp_path / "warmup.yaml").write_text("rounds: 1\nrounds: 2\n")
+    with pytest.raises(ValueError, match="'rounds' stands twice"):
+        parse((WarmupArguments,), ["--config", str(tmp_path / "warmup.yaml")])
+    with pytest.raises(ValueError, match="--config needs a file"):
+        parse((WarmupArguments,), ["--config"])
+    with pytest.raises(FileNotFoundError, match="'sinlge' is neither a file"):
+        warmup(WarmupArguments(**fields, accelerate_config="sinlge"))
+    wrong = fields | recipes(tmp_path, str(tmp_path / "none.jsonl"))
+    with pytest.raises((FileNotFoundError, ValueError), match="none.jsonl"):
+        warmup(WarmupArguments(**wrong))
+    wrong = fields | recipes(tmp_path, str(tmp_path / "test.jsonl"), swaps=["owm"])
+    with pytest.raises(ValueError, match="evaluate.yaml.*swap 'owm'"):
+        warmup(WarmupArguments(**wrong))
+    recipes(tmp_path, str(tmp_path / "test.jsonl"))
     with pytest.raises(ValueError, match="need 120 rows, the data has 64"):
         warmup(WarmupArguments(**fields | {"rows_per_phase": 30}))
     with pytest.raises(FileNotFoundError, match="not prepared data"):
@@ -269,11 +328,16 @@ def test_one_round_on_real_rows(tmp_path):
             "data": str(tmp_path / name),
             "launch": "inline",
         }
+        number = 500 if name == "math" else 40
+        if name == "dolci":
+            settings = yaml.safe_load(Path(evaluation["evaluate"]).read_text())
+            Path(evaluation["evaluate"]).write_text(yaml.safe_dump(settings | {"limit": 40}))
         results = warmup(WarmupArguments(**fields, **evaluation, rounds=1, rows_per_phase=40))
+        Path(evaluation["evaluate"]).write_text(yaml.safe_dump(settings))
         assert [(r["mode"], r["swap"], r["n"]) for r in results] == [
-            ("verbal", "own", 500),
-            ("abstract", "own", 500),
-            ("abstract", "random", 500),
+            ("verbal", "own", number),
+            ("abstract", "own", number),
+            ("abstract", "random", number),
         ]
         assert all(0 <= r["accuracy"] <= 100 for r in results)
         written = traces(tmp_path / f"run-{name}" / "round1" / "bottleneck-traces")

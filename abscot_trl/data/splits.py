@@ -60,6 +60,11 @@ def load_splits(
         FileNotFoundError: no such file.
         ValueError: not such a file, or drawn with other settings than asked for; the message shows the difference.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is not there; run `abscot warmup`, which draws the splits, or leave `splits` and `part` out to "
+            "use all rows"
+        )
     try:
         content = json.loads(Path(path).read_text())
         kept, splits = content["settings"], content["splits"]

@@ -9,12 +9,12 @@ or else the lines before the one with the last \\boxed{}; in direct mode there a
 import functools
 import json
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import written_whole
-from abscot_trl.data.problems import load_problems, with_instruction
+from abscot_trl.data.problems import HOTPOTQA, load_problems, with_instruction
 from abscot_trl.evaluation.decoding import Continuation, continue_prefixes
 from abscot_trl.evaluation.grading import hotpot_scores, is_correct, short_answer, wilson_interval
 from abscot_trl.evaluation.swaps import check_swap, swap_traces
@@ -35,7 +35,7 @@ class EvaluateArguments:
         problems (`str`): hub id or file of problems with their gold answers.
         output_dir (`str`): where `results.json` and `answers.jsonl` go.
         name (`str`): what `results.json` calls the model (`informed`, `paper`, `sft`, `base`, ..).
-        task (`str`): what it calls the problems; `hotpotqa` is scored by F1 and EM, all else by math-verify.
+        task (`str`): what it calls the problems. HotpotQA rows are scored by F1, all else by math-verify.
         modes, swaps (`list[str]`): what to run; swaps apply to `abstract`.
     """
 
@@ -63,6 +63,14 @@ class EvaluateArguments:
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights."})
 
     def __post_init__(self):
+        for name, low in (("limit", 1), ("max_new_tokens", 1), ("batch_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if self.temperature < 0 or self.trace_temperature < 0:
+            raise ValueError(f"temperatures must not be negative, got {self.trace_temperature} and {self.temperature}")
+        if not self.modes or not self.swaps:
+            raise ValueError("modes and swaps must name at least one each")
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"modes: {mode!r} is not one of {', '.join(MODES)}")
@@ -86,9 +94,9 @@ def verbal_reasoning_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizer
     return low
 
 
-def score(response: str, gold: str, task: str) -> float:
-    """1 or 0 for boxed answers, F1 in 0..1 for HotpotQA."""
-    return hotpot_scores(short_answer(response), gold)[1] if task == "hotpotqa" else float(is_correct(response, gold))
+def score(response: str, gold: str, source: str) -> float:
+    """1 or 0 for boxed answers, F1 in 0..1 for HotpotQA: as the problem's instruction asked."""
+    return hotpot_scores(short_answer(response), gold)[1] if source == HOTPOTQA else float(is_correct(response, gold))
 
 
 def evaluate_model(
@@ -106,7 +114,9 @@ def evaluate_model(
     """
     if not problems or any(problem.gold is None for problem in problems):
         raise ValueError(f"{args.problems}: {len(problems)} problems, and each needs a gold answer to be graded")
-    grade = functools.cache(functools.partial(score, task=args.task))
+    if "abstract" in args.modes and "other" in args.swaps and len(problems) < 2:
+        raise ValueError(f"{args.problems}: swap 'other' needs at least two problems")
+    grade = functools.cache(score)
     decode = functools.partial(
         continue_prefixes,
         model,
@@ -118,7 +128,7 @@ def evaluate_model(
     )
     results, answers = [], []
 
-    def add(mode: str, swap: str, outputs: list[Continuation], reasoning: list[int], traces: list[list[int]]) -> None:
+    def add(mode: str, swap: str, outputs: list[Continuation], reasoning: list[int], traces: list[list[int]]) -> dict:
         records = []
         for problem, output, spent, trace in zip(problems, outputs, reasoning, traces, strict=True):
             response = tokenizer.decode(output.token_ids, skip_special_tokens=True)
@@ -133,7 +143,7 @@ def evaluate_model(
                     "trace": trace,
                     "response": response,
                     "gold": problem.gold,
-                    "score": grade(response, problem.gold),
+                    "score": grade(response, problem.gold, problem.source),
                     "trace_tokens": spent,
                     "answer_tokens": spent_on_answer,
                     "truncated": output.truncated,
@@ -141,6 +151,7 @@ def evaluate_model(
             )
         answers.extend(records)
         results.append(summarise(records, args))
+        return results[-1]
 
     for mode in args.modes:
         messages = [with_instruction(p, mode) if args.instruction else p.prompt for p in problems]
@@ -166,7 +177,9 @@ def evaluate_model(
                 for prompt, trace in zip(prompts, traces, strict=True)
             ]
             outputs = decode(prefixes, progress=f"{args.name} {swap}")
-            add(mode, swap, outputs, [len(trace) for trace in traces], traces)
+            result = add(mode, swap, outputs, [len(trace) for trace in traces], traces)
+            # A swap that leaves most traces as they were (all equal, or of one token) tells nothing.
+            result["swapped"] = fmean(trace != mine for trace, mine in zip(traces, own, strict=True))
     return results, answers
 
 
@@ -174,7 +187,11 @@ def summarise(records: list[dict], args: EvaluateArguments) -> dict:
     """One row of `results.json` from the answers of one model, mode and swap."""
     scores = [record["score"] for record in records]
     correct = sum(scores)
-    interval = wilson_interval(round(correct), len(scores))
+    if all(score in (0.0, 1.0) for score in scores):
+        interval = wilson_interval(round(correct), len(scores))
+    else:  # F1: the normal interval of a mean
+        half = 196 * stdev(scores) / len(scores) ** 0.5
+        interval = (max(0.0, 100 * fmean(scores) - half), min(100.0, 100 * fmean(scores) + half))
     trace, answer = (fmean(record[key] for record in records) for key in ("trace_tokens", "answer_tokens"))
     return {
         **{key: records[0][key] for key in ("model", "task", "mode", "swap")},

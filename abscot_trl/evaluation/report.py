@@ -49,10 +49,22 @@ def _cells(row: dict) -> list[str]:
         f"{row['answer_tokens']:.1f}",
         f"{row['tokens']:.1f}",
         str(row["n"]),
+        f"{100 * row['swapped']:.0f} %" if row.get("swapped") else "",
     ]
 
 
-HEADER = ["model", "mode", "trace", "accuracy", "95 % interval", "trace tokens", "answer tokens", "tokens", "n"]
+HEADER = [
+    "model",
+    "mode",
+    "trace",
+    "accuracy",
+    "95 % interval",
+    "trace tokens",
+    "answer tokens",
+    "tokens",
+    "n",
+    "swapped",
+]
 
 
 def results_table(results: list[dict]) -> str:
@@ -74,7 +86,13 @@ def results_table(results: list[dict]) -> str:
 def write_report(folder: str | Path, results: list[dict], title: str, command: str) -> Path:
     """`report.md`: the table and the plots of `plots.py`, beside the command that made them."""
     seeds = sorted({row["decoding"]["seed"] for row in results if "decoding" in row})
-    temperatures = sorted({(row["decoding"]["trace_temperature"], row["decoding"]["temperature"]) for row in results})
+    temperatures = sorted(
+        {
+            (row["decoding"]["trace_temperature"], row["decoding"]["temperature"])
+            for row in results
+            if "decoding" in row
+        }
+    )
     text = f"""# {title}
 
 Made by `{command}`. Accuracy in points with Wilson 95 % intervals; tokens are means a problem, the two delimiters of a

@@ -30,7 +30,13 @@ class Trace:
     forced_end: bool = False
 
 
-def check_limits(m_min: int, m_max: int) -> None:
+def check_limits(m_min: int, m_max: int, temperature: float = 1.0) -> None:
+    """
+    Raises:
+        ValueError: limits that no trace can meet, or a negative temperature.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}; 0 decodes greedily")
     if m_max < 1 or not 0 <= m_min <= m_max:
         raise ValueError(f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={m_min}, m_max={m_max}")
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from abscot_trl.vocabulary import AbstractVocabulary
+
 TRACE_FILE = "traces.jsonl"
 
 
@@ -16,37 +18,44 @@ def write_traces(folder: str | Path, records: list[dict]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def read_traces(folder: str | Path, ids: list[str], vocabulary_size: int) -> list[dict]:
+def read_traces(folder: str | Path, ids: list[str], vocabulary: AbstractVocabulary) -> list[dict]:
     """
     Read a trace file and check it against the prepared data and the codebook it is to be used with.
 
     Raises:
         FileNotFoundError: no trace file in `folder`.
-        ValueError: a line that is no record, a row of other data, or an index outside the codebook.
+        ValueError: a line that is no record, a row of other data or twice, or a trace that the codebook or m_max
+            does not allow.
     """
     path = Path(folder) / TRACE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run `abscot traces` first")
-    records = []
+    records, seen = [], set()
     with open(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                row, trace = record["row"], record["trace"]
+                row, trace, id = record["row"], record["trace"], record["id"]
+                if type(row) is not int or not all(type(index) is int for index in trace):
+                    raise TypeError("row and trace must be integers")
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path} line {number} is no trace record ({error}); make the traces again"
                 ) from error
-            if not 0 <= row < len(ids) or ids[row] != record["id"]:
+            if not 0 <= row < len(ids) or ids[row] != id:
                 raise ValueError(
-                    f"{path} line {number}: row {row} is {record['id']!r} here and "
+                    f"{path} line {number}: row {row} is {id!r} here and "
                     f"{ids[row] if 0 <= row < len(ids) else 'missing'!r} in the data; the traces belong to other data"
                 )
-            if not all(0 <= index < vocabulary_size for index in trace):
-                raise ValueError(
-                    f"{path} line {number}: trace {trace} leaves the codebook of {vocabulary_size} tokens"
-                )
+            if not all(0 <= index < vocabulary.size for index in trace):
+                raise ValueError(f"{path} line {number}: {trace} leaves the codebook of {vocabulary.size} tokens")
+            if len(trace) > vocabulary.m_max or row in seen:
+                wrong = "stands twice" if row in seen else f"has {len(trace)} tokens, m_max is {vocabulary.m_max}"
+                raise ValueError(f"{path} line {number}: row {row} {wrong}; make the traces again")
+            seen.add(row)
             records.append(record)
+    if not records:
+        raise ValueError(f"{path} is empty; make the traces again")
     return records
 
 

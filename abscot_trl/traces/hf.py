@@ -100,7 +100,7 @@ class HFTraceSampler:
         Raises:
             ValueError: limits that cannot be met, or a prefix that leaves the model no room for `m_max` tokens.
         """
-        check_limits(m_min, m_max)
+        check_limits(m_min, m_max, temperature)
         room = self.model.config.max_position_embeddings - m_max - 2
         longest = max(map(len, prefixes), default=0)
         if longest > room:

@@ -68,7 +68,8 @@ def power_law_trace(
 def step_ends(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """For each step of the CoT, the index of its last token (its newline's) among `cot_ids(cot)`."""
     text = cot.rstrip() + "\n"
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    options = {"add_special_tokens": False, "split_special_tokens": True}  # as `cot_ids`
+    offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
     starts = [start for start, _ in offsets]
     ends, position = [], 0
     for line in text.split("\n")[:-1]:

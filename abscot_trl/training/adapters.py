@@ -1,5 +1,7 @@
 """LoRA with trained token rows: the 66 new rows and no other of the embedding matrix."""
 
+import os
+
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -15,7 +17,7 @@ def lora_config(model_args: ModelConfig, token_ids: list[int]) -> LoraConfig | N
     A tied head follows the embedding by itself (peft); an untied one gets rows of its own.
 
     Raises:
-        ValueError: under ZeRO-3, which cannot train single embedding rows; or `lora_modules_to_save` names an
+        ValueError: under ZeRO-3 or FSDP, which cannot train single embedding rows; or `lora_modules_to_save` names an
             embedding matrix, which would train all 152k rows and silently untie the head.
     """
     config = get_peft_config(model_args)
@@ -26,6 +28,8 @@ def lora_config(model_args: ModelConfig, token_ids: list[int]) -> LoraConfig | N
             "LoRA with trained token rows does not work under DeepSpeed ZeRO-3. Use the single, ddp or zero2 "
             "configuration with LoRA, or zero3 with full fine-tuning (use_peft: false)"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError("LoRA with trained token rows is not supported under FSDP; use single, ddp or zero2")
     whole = {"embed_tokens", "lm_head"} & set(config.modules_to_save or [])
     if whole:
         raise ValueError(

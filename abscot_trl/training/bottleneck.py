@@ -7,7 +7,10 @@ on ONE sequence [x; c; z~; y]: the block mask keeps Y from attending to C, so y 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -22,6 +25,18 @@ from abscot_trl.vocabulary import AbstractVocabulary
 
 COLUMNS = ["input_ids", "labels", "segment_ids", "document_ids", "position_ids", "loss_weights"]
 PACKING_WINDOW = 1024  # documents packed together
+
+
+@contextmanager
+def temporary_caches() -> Iterator[None]:
+    """Let `Dataset.map` write to a temporary folder, not beside the prepared data: another run never reuses it."""
+    enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_caching()
 
 
 class BottleneckSFTTrainer(SFTTrainer):
@@ -41,9 +56,9 @@ class BottleneckSFTTrainer(SFTTrainer):
         processing_class, peft_config, callbacks:
             As in `SFTTrainer`; make `peft_config` with [`lora_config`].
 
-    Beside trl's metrics it logs `loss_trace` and `loss_answer` (nats a token), with `loss_trace_uniform` = ln M, the
-    value at which nothing was learnt about the trace; rows that are trained as rehearsal appear as
-    `loss_trace_given_cot` and `loss_answer_given_cot`.
+    Beside trl's metrics it logs `loss_trace` (codebook tokens), `loss_end` (the end delimiter) and `loss_answer`, in
+    nats a token, with `loss_trace_uniform` = ln M, the value at which nothing was learnt about the trace; rows trained
+    as rehearsal appear with the suffix `_given_cot`.
 
     Raises:
         ValueError: rows that do not fit `max_length`; a model or attention implementation that cannot carry the mask.
@@ -69,7 +84,7 @@ class BottleneckSFTTrainer(SFTTrainer):
         self.encoder = Encoder.from_tokenizer(
             vocabulary, tokenizer, channel=args.channel, supervise_end=args.supervise_end
         )
-        with args.main_process_first(desc="encoding rows"):
+        with temporary_caches():
             rows = self._encode_dataset(train_dataset)
         args.packing = False  # packed above; trl's packing would drop the segments
         args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -98,16 +113,23 @@ class BottleneckSFTTrainer(SFTTrainer):
         def encode_batch(batch: dict[str, list]) -> dict[str, list]:
             examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             rows = [row for example in examples for row in self.encode(example)]
-            return {key: [row[key] for row in rows] for key in rows[0]}
+            columns = {key: [row[key] for row in rows] for key in rows[0]}
+            return columns | {"length": [len(row["input_ids"]) for row in rows]}
+
+        def pack_batch(batch: dict[str, list]) -> dict[str, list]:
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            packed = pack(rows, args.max_length)
+            return {key: [row[key] for row in packed] for key in packed[0]}
 
         encoded = dataset.map(
             encode_batch,
             batched=True,
+            batch_size=64,
             remove_columns=dataset.column_names,
             num_proc=args.dataset_num_proc,
             desc="encoding rows",
         )
-        lengths = [len(ids) for ids in encoded["input_ids"]]
+        lengths = encoded["length"]
         fitting = [i for i, length in enumerate(lengths) if length <= args.max_length]
         overlong = len(lengths) - len(fitting)
         if overlong and (args.overlong == "error" or not fitting):
@@ -118,14 +140,9 @@ class BottleneckSFTTrainer(SFTTrainer):
         if overlong:
             encoded = encoded.select(fitting)
         self.row_counts = {"rows": len(lengths), "overlong_dropped": overlong}
+        encoded = encoded.remove_columns("length")
         if not args.packing:
             return encoded
-
-        def pack_batch(batch: dict[str, list]) -> dict[str, list]:
-            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            packed = pack(rows, args.max_length)
-            return {key: [row[key] for row in packed] for key in packed[0]}
-
         encoded = encoded.shuffle(seed=args.seed)  # a window should hold a fair sample of lengths
         return encoded.map(pack_batch, batched=True, batch_size=PACKING_WINDOW, desc="packing rows")
 
@@ -152,8 +169,11 @@ class BottleneckSFTTrainer(SFTTrainer):
         verbal = verbal.scatter_reduce(1, documents, (segments == Segment.COT).float(), "amax")
         given_cot = verbal.gather(1, documents)[:, 1:].bool()
         segments = segments[:, 1:]
+        trace = labelled & ((segments == Segment.TRACE) | (segments == Segment.DRAFT))
+        end = inputs["labels"][:, 1:] == self.encoder.end
         groups = {
-            "trace": labelled & ((segments == Segment.TRACE) | (segments == Segment.DRAFT)),
+            "trace": trace & ~end,
+            "end": trace & end,
             "answer": labelled & (segments == Segment.ANSWER),
         }
         parts = {f"loss_{name}": (nll, where & self._own_rows(given_cot)) for name, where in groups.items()}
@@ -163,8 +183,9 @@ class BottleneckSFTTrainer(SFTTrainer):
         parts["mean_token_accuracy"] = (outputs.is_top1.float(), labelled)
         parts["entropy"] = (outputs.entropy.detach(), labelled)
         parts["num_tokens"] = (inputs["attention_mask"].float(), torch.ones_like(inputs["attention_mask"]))
+        precision = torch.float32 if nll.device.type == "mps" else torch.float64
         for name, (values, where) in parts.items():
-            pair = torch.stack([(values * where).sum().double(), where.sum().double()])
+            pair = torch.stack([(values * where).sum(), where.sum()]).to(precision)
             self._sums[name] = self._sums.get(name, 0) + pair
 
     def _own_rows(self, given_cot: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class BottleneckConfig(SFTConfig):
             raise ValueError(
                 "max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)"
             )
+        if self.loss_type != "nll" or self.label_smoothing_factor or self.eval_strategy != "no":
+            raise ValueError("loss_type, label_smoothing_factor and eval_strategy have no effect here; leave them out")
 
 
 @dataclass

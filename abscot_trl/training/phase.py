@@ -8,11 +8,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
+from abscot_trl.checkpoint import verify_checkpoint
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.traces.files import read_traces
 from abscot_trl.traces.make import part_rows
 from abscot_trl.training.adapters import lora_config
-from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer, temporary_caches
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -43,10 +44,11 @@ def training_rows(args: TrainArguments, vocabulary: AbstractVocabulary) -> Datas
         rows = part_rows(args.splits, args.part, len(data))
         traces = [None] * len(rows)
     else:
-        records = read_traces(args.traces, data["id"], vocabulary.size)
+        records = read_traces(args.traces, data["id"], vocabulary)
         rows, traces = [r["row"] for r in records], [r["trace"] for r in records]
     chosen = data.select(rows).select_columns(["prompt_ids", "cot_ids", "answer_ids"])
-    return chosen.add_column("trace", traces)
+    with temporary_caches():
+        return chosen.add_column("trace", traces)
 
 
 def train(
@@ -60,8 +62,15 @@ def train(
 
     Returns:
         `dict`: the trainer's final metrics.
+
+    Raises:
+        FileExistsError: the folder holds a trained model already.
+        ValueError: rows that do not fit, data of another tokenizer, settings that cannot work together.
     """
-    path = model_args.model_name_or_path
+    path, output = model_args.model_name_or_path, Path(training_args.output_dir)
+    written = [name for name in ("config.json", "adapter_config.json") if (output / name).is_file()]
+    if written:
+        raise FileExistsError(f"{output} holds a trained model ({written[0]}); choose another output_dir or remove it")
     vocabulary = AbstractVocabulary.load(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     token_ids = vocabulary.all_ids(tokenizer)
@@ -77,12 +86,19 @@ def train(
         processing_class=tokenizer,
         peft_config=lora_config(model_args, token_ids),
     )
-    trainer.train()
-    trainer.save_model(training_args.output_dir)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    final = output / ".final"  # moved into place once it is whole
+    trainer.save_model(str(final))
     if trainer.is_world_process_zero():
-        vocabulary.save(training_args.output_dir)
+        vocabulary.save(final)
         log = {"rows": trainer.row_counts, "log": trainer.state.log_history}
-        (Path(training_args.output_dir) / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
+        (final / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
+        if not model_args.use_peft:
+            verify_checkpoint(final)
+        for file in final.iterdir():
+            file.replace(output / file.name)
+        final.rmdir()
+    trainer.accelerator.wait_for_everyone()
     return trainer.state.log_history[-1]
 
 
