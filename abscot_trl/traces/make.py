@@ -87,7 +87,7 @@ def make_traces(args: TracesArguments) -> dict:
     """
     vocabulary = AbstractVocabulary.load(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data, _ = load_prepared(args.data)
+    data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, args.part, len(data))
     part = data.select(rows)
     with written_whole(args.output_dir) as folder:

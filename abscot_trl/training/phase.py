@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from abscot_trl.checkpoint import verify_checkpoint
@@ -37,9 +37,9 @@ class TrainArguments:
     part: str | None = field(default=None, metadata={"help": "Part of the splits, where no traces choose the rows."})
 
 
-def training_rows(args: TrainArguments, vocabulary: AbstractVocabulary) -> Dataset:
+def training_rows(args: TrainArguments, vocabulary: AbstractVocabulary, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The prepared rows of a phase with their `trace` column, as the trainers take them."""
-    data, _ = load_prepared(args.data)
+    data, _ = load_prepared(args.data, tokenizer)
     if args.traces is None:
         rows = part_rows(args.splits, args.part, len(data))
         traces = [None] * len(rows)
@@ -81,7 +81,7 @@ def train(
     trainer = trainer_class(
         model=path,
         args=training_args,
-        train_dataset=training_rows(args, vocabulary),
+        train_dataset=training_rows(args, vocabulary, tokenizer),
         vocabulary=vocabulary,
         processing_class=tokenizer,
         peft_config=lora_config(model_args, token_ids),
