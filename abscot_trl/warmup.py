@@ -249,7 +249,9 @@ def locked(run: Path) -> Iterator[int]:
 
 def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
     """
-    What can be refused before hours are spent: every stage's settings, the launcher's configuration, the problems.
+    What can be refused before hours are spent: the stages' settings, the launcher's configuration, the problems.
+
+    Training recipes were checked field by field in `stages`; building their `TrainingArguments` here would hold a GPU.
 
     Raises:
         FileNotFoundError, ValueError: as the stage itself would, later.
@@ -257,7 +259,7 @@ def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
     if args.accelerate_config:
         accelerate_config_path(args.accelerate_config)
     with tempfile.TemporaryDirectory() as folder:
-        for stage in todo:
+        for stage in (stage for stage in todo if stage.phase not in TRAINING):
             path = Path(folder) / f"{stage.phase}.yaml"
             path.write_text(yaml.safe_dump(stage.settings))
             try:
