@@ -45,7 +45,7 @@ def plot_accuracy_over_tokens(results: list[dict], path: str | Path, chance: flo
         axes.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0f}")
         axes.legend(loc="center right")
     axes.set(xscale="log", xlabel="generated tokens a problem (mean)", ylabel="accuracy", ylim=(-2, 104))
-    axes.margins(x=0.25)
+    axes.margins(x=0.35)
     axes.set_xticks(
         ticks := sorted({round(row["tokens"]) for row in results if row["swap"] == "own"}), map(str, ticks)
     )

@@ -2,7 +2,7 @@
 Trains the demo's base model: a tiny Qwen3 that speaks the verbal CoT of chain arithmetic. Its result is shipped in
 recipes/demo/base with the log it printed (train_base.log).
 
-    python recipes/demo/train_base.py --output recipes/demo/base --steps 900
+    python recipes/demo/train_base.py --output recipes/demo/base --steps 400
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--chain_steps", type=int, default=6)
     parser.add_argument("--modulus", type=int, default=5)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
