@@ -75,6 +75,7 @@ class WarmupArguments:
     rehearsal: float = field(default=1.0, metadata={"help": "Loss weight of the masked row in phase B."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
     batch_tokens: int = field(default=65536, metadata={"help": "Most tokens of one sampling batch."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights when sampling traces."})
     seed: int = field(default=0, metadata={"help": "Seed of splits, traces and training."})
     launch: str = field(
         default="accelerate",
@@ -124,6 +125,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
                     "given": "cot" if phase == "bottleneck" else args.distill_from,
                     "temperature": args.temperature,
                     "batch_tokens": args.batch_tokens,
+                    "dtype": args.dtype,
                     "seed": seed,
                 },
             )
@@ -306,7 +308,10 @@ def warmup(args: WarmupArguments) -> list[dict]:
     """
     todo = list(stages(args))
     check_stages(todo, args)
-    data, _ = load_prepared(args.data)
+    data, counts = load_prepared(args.data)
+    longest, fits = counts["lengths"]["total"]["max"], read_yaml(args.bottleneck).get("max_length", 8192)
+    if longest > fits:
+        print(f"WARNING: {args.data} holds rows of {longest:.0f} tokens, {args.bottleneck} takes {fits}")  # noqa: T201
     run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     if (run / "splits.json").is_file():

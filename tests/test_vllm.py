@@ -1,0 +1,142 @@
+"""vLLM itself, on CPU, against transformers: legal traces, the same log-probabilities, the same distribution."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from scipy.stats import chi2_contingency
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.examples import cot_ids, prompt_ids
+from abscot_trl.traces.hf import HFTraceSampler
+from abscot_trl.traces.vllm import check_tensor_parallel
+from abscot_trl.vocabulary import AbstractVocabulary
+
+CPU = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_USE_AOT_COMPILE": "0",
+}
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "distributed_executor_backend": "uni",
+    "gpu_memory_utilization": 0.2,
+    "max_model_len": 256,
+    "block_size": 32,
+    "enable_chunked_prefill": False,  # on CPU a seeded request fails when its prefill is cut
+}
+SCRIPT = """
+import dataclasses, json, sys
+from abscot_trl.traces.vllm import VLLMTraceSampler
+job = json.load(open(sys.argv[1]))
+sampler = VLLMTraceSampler(job["model"], **job["engine"])
+results = []
+for call in job["calls"]:
+    try:
+        results.append([dataclasses.asdict(trace) for trace in sampler.sample(**call)])
+    except ValueError as error:
+        results.append(str(error))
+json.dump(results, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def given(checkpoint):
+    """500 prefixes of mixed lengths, one of them empty."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rows = [e for steps in (2, 4, 8) for e in chain_arithmetic(167, steps, 5, seed=0)][:499]
+    ids = [prompt_ids(r.prompt, tokenizer) + (cot_ids(r.cot, tokenizer) if i % 3 else []) for i, r in enumerate(rows)]
+    return [[], *ids]
+
+
+@pytest.fixture(scope="module")
+def sampled(checkpoint, given, tmp_path_factory):
+    """One engine in a process of its own answers all calls (booting one takes 20 s)."""
+    if not (find_spec("vllm") and torch.version.cuda is None):
+        pytest.skip("needs the CPU build of vLLM")
+    one = given[5]
+    calls = {
+        "free": {"prefixes": given * 6, "m_max": 5, "m_min": 2, "seed": 1},
+        "again": {"prefixes": given[:50], "m_max": 5, "m_min": 2, "seed": 1},
+        "greedy": {"prefixes": given, "m_max": 6, "temperature": 0.0},
+        "cool": {"prefixes": given[:100], "m_max": 6, "temperature": 0.6},
+        "first": {"prefixes": [one] * 3000, "m_max": 1, "seed": 2},
+        "limits": {"prefixes": [one], "m_max": 3, "m_min": 4},
+        "long": {"prefixes": [[3] * 300], "m_max": 3},
+        "none": {"prefixes": [], "m_max": 3},
+    }
+    folder = tmp_path_factory.mktemp("vllm")
+    job = {"model": str(checkpoint), "engine": ENGINE, "calls": list(calls.values())}
+    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, folder / "script.py", folder / "job.json", folder / "out.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return calls, dict(zip(calls, json.loads((folder / "out.json").read_text()), strict=True))
+
+
+def test_thousands_of_legal_traces(checkpoint, sampled):
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(checkpoint), AbstractVocabulary.load(checkpoint)
+    codebook, (_, found) = set(vocabulary.ids(tokenizer)), sampled
+    assert len(found["free"]) == 3000
+    for trace in found["free"]:
+        assert set(trace["token_ids"]) <= codebook and 2 <= len(trace["token_ids"]) <= 5
+        assert trace["forced_end"] == (len(trace["token_ids"]) == 5) and len(trace["logps"]) == len(trace["token_ids"])
+        assert (trace["end_logp"] == 0.0) == trace["forced_end"]
+    assert {len(t["token_ids"]) for t in found["free"]} == {2, 3, 4, 5}
+    assert [t["token_ids"] for t in found["again"]] == [t["token_ids"] for t in found["free"][:50]]
+
+
+@pytest.mark.parametrize("name", ["free", "cool"])
+def test_logps_equal_transformers_on_the_same_ids(checkpoint, sampled, name):
+    """Every log-probability recomputed by a plain forward and a log-softmax over the allowed ids, to 1e-4."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    vocabulary = AbstractVocabulary.load(checkpoint)
+    allowed = torch.tensor([*vocabulary.ids(tokenizer), vocabulary.end_id(tokenizer)])
+    begin, (calls, found) = vocabulary.begin_id(tokenizer), sampled
+    call = calls[name]
+    for prefix, trace in list(zip(call["prefixes"], found[name], strict=True))[:300]:
+        ids = torch.tensor([[*prefix, begin, *trace["token_ids"]]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prefix) :].double() / call.get("temperature", 1.0)
+        steps = zip([*trace["token_ids"], allowed[-1].item()], [*trace["logps"], trace["end_logp"]], strict=True)
+        for i, (token, logp) in enumerate(steps):
+            if i == call["m_max"]:
+                continue  # forced
+            here = allowed[:-1] if i < call.get("m_min", 0) else allowed
+            expected = torch.log_softmax(logits[i, here], 0)[here.tolist().index(token)].item()
+            assert abs(expected - logp) < 1e-4
+
+
+def test_greedy_traces_equal_transformers(checkpoint, sampled, given):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    hf = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint)).sample(given, m_max=6, temperature=0.0)
+    assert [t.token_ids for t in hf] == [t["token_ids"] for t in sampled[1]["greedy"]]
+
+
+def test_draws_follow_the_same_distribution(checkpoint, sampled, given):
+    """3,000 first tokens after one prefix, vLLM's against transformers': chi-square."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    hf = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint)).sample(
+        [given[5]] * 3000, m_max=1, seed=4
+    )
+    drawn = [[(t.token_ids or [0])[0] for t in hf], [(t["token_ids"] or [0])[0] for t in sampled[1]["first"]]]
+    tokens = sorted(set(drawn[0]) | set(drawn[1]))
+    table = [[column.count(token) for token in tokens] for column in drawn]
+    assert len(tokens) >= 5 and chi2_contingency(table).pvalue > 1e-3
+
+
+def test_bad_input(checkpoint, sampled):
+    _, found = sampled
+    assert "m_min=4, m_max=3" in found["limits"]
+    assert "a prefix of 300 tokens leaves no room for a trace of 3 in max_model_len 256" in found["long"]
+    assert found["none"] == []
+    with pytest.raises(ValueError, match="tensor_parallel_size 3 does not divide the 2 heads.*use one of 1, 2"):
+        check_tensor_parallel(str(checkpoint), 3)
