@@ -136,7 +136,7 @@ def test_draws_follow_the_same_distribution(checkpoint, sampled, given):
 def test_bad_input(checkpoint, sampled):
     _, found = sampled
     assert "m_min=4, m_max=3" in found["limits"]
-    assert "a prefix of 300 tokens leaves no room for a trace of 3 in max_model_len 256" in found["long"]
+    assert "a prefix of 300 tokens leaves no room for a trace of 3 in 256 positions" in found["long"]
     assert found["none"] == []
     with pytest.raises(ValueError, match="tensor_parallel_size 3 does not divide the 2 heads.*use one of 1, 2"):
         check_tensor_parallel(str(checkpoint), 3)

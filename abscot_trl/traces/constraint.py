@@ -30,15 +30,24 @@ class Trace:
     forced_end: bool = False
 
 
-def check_limits(m_min: int, m_max: int, temperature: float = 1.0) -> None:
+def check_request(prefixes: list[list[int]], m_max: int, m_min: int, temperature: float, positions: int) -> None:
     """
+    What every sampler refuses; `positions` is the model's (or the engine's) longest sequence.
+
     Raises:
-        ValueError: limits that no trace can meet, or a negative temperature.
+        ValueError: limits that no trace can meet, a negative temperature, or a prefix without room for `m_max` tokens
+            and both delimiters.
     """
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}; 0 decodes greedily")
     if m_max < 1 or not 0 <= m_min <= m_max:
         raise ValueError(f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={m_min}, m_max={m_max}")
+    longest = max(map(len, prefixes), default=0)
+    if longest > positions - m_max - 2:
+        raise ValueError(
+            f"a prefix of {longest} tokens leaves no room for a trace of {m_max} in {positions} positions; "
+            "drop the row (max_total_tokens of the data phase)"
+        )
 
 
 def constrained_logps(logits: Tensor, written: int, m_min: int, m_max: int, temperature: float = 1.0) -> Tensor:

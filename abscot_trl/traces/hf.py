@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from abscot_trl.traces.batching import batches, left_pad
-from abscot_trl.traces.constraint import Trace, check_limits, constrained_logps
+from abscot_trl.traces.constraint import Trace, check_request, constrained_logps
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -100,14 +100,7 @@ class HFTraceSampler:
         Raises:
             ValueError: limits that cannot be met, or a prefix that leaves the model no room for `m_max` tokens.
         """
-        check_limits(m_min, m_max, temperature)
-        room = self.model.config.max_position_embeddings - m_max - 2
-        longest = max(map(len, prefixes), default=0)
-        if longest > room:
-            raise ValueError(
-                f"a prefix of {longest} tokens leaves no room for a trace of {m_max} in the model's "
-                f"{self.model.config.max_position_embeddings} positions; drop it (max_total_tokens of the data phase)"
-            )
+        check_request(prefixes, m_max, m_min, temperature, self.model.config.max_position_embeddings)
         traces: list[Trace | None] = [None] * len(prefixes)
         lengths = [len(prefix) + m_max + 2 for prefix in prefixes]
         with plain_generation(self.model), tqdm(total=len(prefixes), unit="trace", disable=not progress) as bar:

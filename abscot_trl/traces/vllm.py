@@ -9,7 +9,7 @@ renormalised policy at the sampling temperature.
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
-from abscot_trl.traces.constraint import Trace, check_limits
+from abscot_trl.traces.constraint import Trace, check_request
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -62,14 +62,7 @@ class VLLMTraceSampler:
         """
         from vllm import SamplingParams
 
-        check_limits(m_min, m_max, temperature)
-        room = self.llm.model_config.max_model_len - m_max - 2
-        longest = max(map(len, prefixes), default=0)
-        if longest > room:
-            raise ValueError(
-                f"a prefix of {longest} tokens leaves no room for a trace of {m_max} in max_model_len "
-                f"{self.llm.model_config.max_model_len}; raise it or drop the row (max_total_tokens)"
-            )
+        check_request(prefixes, m_max, m_min, temperature, self.llm.model_config.max_model_len)
         if not prefixes:
             return []
         parameters = [
