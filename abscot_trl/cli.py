@@ -1,6 +1,7 @@
 """`abscot <phase> ...`: the phases as one command; a front on `python -m abscot_trl.scripts.<phase>`."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def main() -> None:
 
         sys.argv = ["accelerate", "--config_file", config, "-m", f"abscot_trl.scripts.{phase}"]
         sys.argv += rest[:at] + rest[at + 2 :]
-        launch()
+        try:
+            launch()
+        except subprocess.CalledProcessError as error:  # the phase has said why
+            sys.exit(error.returncode)
         return
     sys.argv = [f"abscot {phase}", *rest]
     runpy.run_module(f"abscot_trl.scripts.{phase}", run_name="__main__")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from trl import ModelConfig, TrlParser
 from abscot_trl.checkpoint import InitArguments, MergeArguments, init_checkpoint, merge_adapter
 from abscot_trl.data.prepare import DataArguments, prepare
 from abscot_trl.evaluation.evaluate import EvaluateArguments, evaluate
+from abscot_trl.evaluation.report import results_table
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
 from abscot_trl.training.phase import TrainArguments, train_bottleneck, train_distill
@@ -125,7 +127,8 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
     try:
         return TrlParser(classes).parse_args_and_config(arguments)
     except ValueError as error:
-        raise ValueError(f"{path or 'command line'}: {error}") from error
+        where = "command line" if path is None or "not used by" in str(error) else path
+        raise ValueError(f"{where}: {error}") from error
 
 
 def run_phase(name: str, arguments: list[str] | None = None) -> Any:
@@ -152,4 +155,8 @@ def exit_with_words(name: str) -> Iterator[None]:
 def main(name: str) -> None:
     """What `python -m abscot_trl.scripts.<name>` does."""
     with exit_with_words(name):
-        run_phase(name)
+        result = run_phase(name)
+    if name == "evaluate":
+        print(results_table(result))  # noqa: T201
+    elif isinstance(result, dict):
+        print(json.dumps({key: value for key, value in result.items() if key != "settings"}, indent=2))  # noqa: T201

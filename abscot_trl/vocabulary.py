@@ -103,9 +103,11 @@ class AbstractVocabulary:
 
         Raises:
             FileNotFoundError: the folder holds no `abstract_vocabulary.json`.
-            ValueError: the file is not what `save` writes.
+            ValueError: the file is not what `save` writes, or the folder holds an adapter that was not merged.
         """
         path = Path(folder) / FILE_NAME
+        if (Path(folder) / "adapter_config.json").is_file():  # loaded as a model it would lack its token rows
+            raise ValueError(f"{folder} is an adapter; run `abscot merge --adapter {folder} --output_dir ..` first")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: not an extended checkpoint; run `abscot init` first")
         try:

@@ -163,14 +163,17 @@ def launch(stage: Stage, config: Path, args: WarmupArguments, held: tuple[int, .
         return
     module = ["-m", f"abscot_trl.scripts.{stage.phase}", "--config", str(config)]
     command = [sys.executable, *module]
-    if stage.phase in TRAINING:
-        accelerate = (
-            ["--config_file", accelerate_config_path(args.accelerate_config)] if args.accelerate_config else []
-        )
-        command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate, *module]
+    if stage.phase in TRAINING and args.accelerate_config:
+        accelerate = ["--accelerate_config", args.accelerate_config, "--config", str(config)]
+        command = [sys.executable, "-m", "abscot_trl.cli", stage.phase, *accelerate]
+    elif stage.phase in TRAINING:
+        command = [sys.executable, "-m", "accelerate.commands.launch", *module]
     code = subprocess.run(command, pass_fds=held).returncode  # an orphan of a killed driver keeps the run's lock
     if code:
-        raise RuntimeError(f"stage {stage.name} failed with exit code {code}; run again to continue from it: {config}")
+        raise RuntimeError(
+            f"stage {stage.name} failed with exit code {code} (its settings: {config}); mend its recipe and run the "
+            "same command again to continue from it"
+        )
 
 
 def input_digests(settings: dict) -> dict[str, str]:
@@ -272,8 +275,10 @@ def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
                 ) from None
             except ValueError as error:
                 raise ValueError(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
-            if stage.phase == "evaluate" and Path(str(stage.settings["problems"])).suffix:
-                load_problems(stage.settings["problems"], limit=1)
+            if stage.phase == "evaluate":
+                settings = stage.settings
+                where = settings.get("problems_split", "test"), settings.get("problems_config")
+                load_problems(settings["problems"], *where, limit=1)
 
 
 def collect_results(args: WarmupArguments) -> list[dict]:
@@ -322,7 +327,8 @@ def warmup(args: WarmupArguments) -> list[dict]:
     times = []
     with locked(run) as lock:
         for number, stage in enumerate(todo, 1):
-            print(f"[{number}/{len(todo)}] {args.name} {stage.name}", flush=True)  # noqa: T201
+            done = " (done)" if (Path(stage.settings["output_dir"]) / MANIFEST).is_file() else ""
+            print(f"[{number}/{len(todo)}] {args.name} {stage.name}{done}", flush=True)  # noqa: T201
             times.append((stage.name, run_stage(stage, args, held=(lock,))))
             if stage.phase == "evaluate":
                 results = collect_results(args)

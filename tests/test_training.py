@@ -226,6 +226,8 @@ def test_lora_saves_little_merges_tied_and_reloads_equal(checkpoint, tmp_path):
         assert torch.allclose(merged(ids).logits, trained, atol=1e-4)
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert AbstractVocabulary.load(tmp_path / "merged") == AbstractVocabulary.load(checkpoint)
+    with pytest.raises(ValueError, match="is an adapter; run `abscot merge"):  # its token rows would not be loaded
+        AbstractVocabulary.load(tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         merge_adapter(MergeArguments(str(checkpoint), str(tmp_path / "other")))
 

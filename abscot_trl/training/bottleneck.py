@@ -149,6 +149,10 @@ class BottleneckSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
 
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        self.vocabulary.save(output_dir or self.args.output_dir)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted negative log-likelihood over the supervised positions, a mean over those of the whole step."""
         weights = inputs.pop("loss_weights")[:, 1:]

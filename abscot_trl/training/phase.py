@@ -90,7 +90,6 @@ def train(
     final = output / ".final"  # moved into place once it is whole
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
-        vocabulary.save(final)
         log = {"rows": trainer.row_counts, "log": trainer.state.log_history}
         (final / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
         if not model_args.use_peft:
