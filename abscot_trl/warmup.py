@@ -108,7 +108,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
         check_fields(recipe, PHASES[phase][1], getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
     for t in range(1, args.rounds + 1):
-        for phase, part in zip(TRAINING, ("bottleneck", "distill"), strict=True):
+        for phase in TRAINING:
             seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
             first = t == 1 and phase == "bottleneck"
             traces = run / f"round{t}" / f"{phase}-traces"
@@ -120,7 +120,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
                     "data": args.data,
                     "output_dir": str(traces),
                     "splits": str(run / "splits.json"),
-                    "part": f"{t}.{part}",
+                    "part": f"{t}.{phase}",
                     "method": args.initial if first else "policy",
                     "given": "cot" if phase == "bottleneck" else args.distill_from,
                     "temperature": args.temperature,

@@ -14,15 +14,13 @@ from statistics import fmean, stdev
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import written_whole
-from abscot_trl.data.problems import HOTPOTQA, load_problems, with_instruction
+from abscot_trl.data.problems import HOTPOTQA, MODES, load_problems, with_instruction
 from abscot_trl.evaluation.decoding import Continuation, continue_prefixes
 from abscot_trl.evaluation.grading import hotpot_scores, is_correct, short_answer, wilson_interval
 from abscot_trl.evaluation.swaps import check_swap, swap_traces
 from abscot_trl.examples import Example, prompt_ids
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
-
-MODES = ("verbal", "direct", "abstract")
 
 
 @dataclass
