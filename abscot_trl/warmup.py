@@ -9,7 +9,6 @@ Every stage reads files and writes a folder; it is done when its `manifest.json`
 """
 
 import fcntl
-import hashlib
 import json
 import shutil
 import subprocess
@@ -28,13 +27,15 @@ from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.evaluation.report import results_table, write_results
+from abscot_trl.files import MANIFEST, input_digests
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml, run_phase
+from abscot_trl.traces.backends import SamplerArguments
 
-MANIFEST = "manifest.json"
+WHERE = ("engine", "server")  # on what a stage's work was done: not what it made
 
 
 @dataclass
-class WarmupArguments:
+class WarmupArguments(SamplerArguments):
     """
     The policy iteration.
 
@@ -74,8 +75,6 @@ class WarmupArguments:
     )
     rehearsal: float = field(default=1.0, metadata={"help": "Loss weight of the masked row in phase B."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
-    batch_tokens: int = field(default=65536, metadata={"help": "Most tokens of one sampling batch."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the weights when sampling traces."})
     seed: int = field(default=0, metadata={"help": "Seed of splits, traces and training."})
     launch: str = field(
         default="accelerate",
@@ -86,6 +85,9 @@ class WarmupArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.backend == "vllm" and self.launch == "inline":
+            raise ValueError("backend vllm hangs in a process that trains; use launch: accelerate")
         if self.temperature < 0 or self.rehearsal < 0:
             raise ValueError(f"temperature {self.temperature} and rehearsal {self.rehearsal} must not be negative")
         if self.rounds < 1 or self.rows_per_phase < 1:
@@ -107,6 +109,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
     for phase, recipe in recipes.items():
         check_fields(recipe, PHASES[phase][1], getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
+    sampling = {"backend": args.backend, "engine": args.engine, "server": args.server}
     for t in range(1, args.rounds + 1):
         for phase in TRAINING:
             seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
@@ -124,9 +127,10 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
                     "method": args.initial if first else "policy",
                     "given": "cot" if phase == "bottleneck" else args.distill_from,
                     "temperature": args.temperature,
+                    "seed": seed,
+                    **({} if first else sampling),
                     "batch_tokens": args.batch_tokens,
                     "dtype": args.dtype,
-                    "seed": seed,
                 },
             )
             model = run / f"round{t}" / phase
@@ -176,24 +180,6 @@ def launch(stage: Stage, config: Path, args: WarmupArguments, held: tuple[int, .
         )
 
 
-def input_digests(settings: dict) -> dict[str, str]:
-    """Of each path among `settings` a digest: of a file its bytes, of a folder its files' names, sizes and heads."""
-    digests = {}
-    for key in ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems"):
-        path = Path(str(settings.get(key)))
-        digest = hashlib.sha256()
-        if path.is_file():
-            digest.update(path.read_bytes())
-        elif path.is_dir():
-            for file in sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST):
-                with open(file, "rb") as content:
-                    digest.update(f"{file.name} {file.stat().st_size} ".encode() + content.read(2**20))
-        else:
-            continue
-        digests[key] = digest.hexdigest()
-    return digests
-
-
 def run_stage(stage: Stage, args: WarmupArguments, held: tuple[int, ...] = ()) -> float:
     """
     Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
@@ -208,6 +194,7 @@ def run_stage(stage: Stage, args: WarmupArguments, held: tuple[int, ...] = ()) -
     if manifest.is_file():
         done = json.loads(manifest.read_text())
         keys = sorted(done["settings"].keys() | stage.settings.keys())
+        keys = [key for key in keys if key not in WHERE]
         other = [key for key in keys if done["settings"].get(key) != stage.settings.get(key)]
         if other:
             differences = ", ".join(f"{k}: {done['settings'].get(k)!r} -> {stage.settings.get(k)!r}" for k in other)
@@ -265,6 +252,10 @@ def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
         accelerate_config_path(args.accelerate_config)
     with tempfile.TemporaryDirectory() as folder:
         for stage in (stage for stage in todo if stage.phase not in TRAINING):
+            if stage.settings.get("backend") == "vllm" and args.launch == "inline":
+                raise ValueError(
+                    f"{args.evaluate}: backend vllm hangs in a process that trains; use launch: accelerate"
+                )
             path = Path(folder) / f"{stage.phase}.yaml"
             path.write_text(yaml.safe_dump(stage.settings))
             try:

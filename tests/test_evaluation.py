@@ -10,12 +10,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.evaluation.decoding import continue_prefixes
-from abscot_trl.evaluation.evaluate import EvaluateArguments, evaluate, evaluate_model, verbal_reasoning_tokens
+from abscot_trl.evaluation.evaluate import (
+    EvaluateArguments,
+    answer_after_traces,
+    evaluate,
+    evaluate_model,
+    verbal_reasoning_tokens,
+)
 from abscot_trl.evaluation.report import ReportArguments, read_results, report, results_table
 from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.examples import prompt_ids
 from abscot_trl.scripts.demo import write_problems
+from abscot_trl.traces.constraint import Continuation
+from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -47,7 +54,7 @@ def test_continuations_equal_plain_greedy_steps(checkpoint):
     """Batched, left-padded decoding against one row at a time with argmax and no cache."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     prefixes = [prompt_ids(e.prompt, tokenizer) for s in (2, 4) for e in chain_arithmetic(10, s, 5, seed=0)]
-    found = continue_prefixes(model, tokenizer, prefixes, max_new_tokens=12, batch_tokens=100)
+    found = HFTraceSampler(model, tokenizer, None, batch_tokens=100).answer(prefixes, max_new_tokens=12)
     for prefix, continuation in zip(prefixes, found, strict=True):
         ids, expected = list(prefix), []
         while len(expected) < 12:
@@ -117,18 +124,16 @@ def test_results_follow_from_the_answers(evaluated):
 def test_grades_are_the_problems_own(checkpoint, evaluated, monkeypatch):
     """A decoder that answers some problems right and some wrong: the accuracy is exactly that share."""
     _, arguments, _ = evaluated
-    from abscot_trl.evaluation import evaluate as module
-    from abscot_trl.evaluation.decoding import Continuation
-
     tokenizer, problems = AutoTokenizer.from_pretrained(checkpoint), load_problems(arguments.problems)
 
-    def oracle(model, tokenizer, prefixes, **kwargs):
+    def oracle(self, prefixes, *args, **kwargs):
         texts = [f"\\boxed{{{p.gold if i % 4 else (int(p.gold) + 1) % 5}}}" for i, p in enumerate(problems)]
         return [Continuation(tokenizer(t, add_special_tokens=False)["input_ids"], False) for t in texts]
 
-    monkeypatch.setattr(module, "continue_prefixes", oracle)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    results, _ = evaluate_model(model, tokenizer, problems, arguments, AbstractVocabulary.load(checkpoint))
+    monkeypatch.setattr(HFTraceSampler, "answer", oracle)
+    vocabulary = AbstractVocabulary.load(checkpoint)
+    sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, vocabulary)
+    results, _ = evaluate_model(sampler, tokenizer, problems, arguments, vocabulary)
     assert {row["accuracy"] for row in results} == {75.0} and {row["answer_tokens"] for row in results} == {3.0}
 
 
@@ -168,7 +173,6 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
 def test_hotpotqa_is_scored_by_f1(checkpoint, tmp_path, monkeypatch):
     """A HotpotQA row is graded as its instruction asked, whatever the task is called."""
     from abscot_trl.evaluation import evaluate as module
-    from abscot_trl.evaluation.decoding import Continuation
     from abscot_trl.examples import Example
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -176,10 +180,11 @@ def test_hotpotqa_is_scored_by_f1(checkpoint, tmp_path, monkeypatch):
     problems = [Example(**row, gold="1 2 3 4", id=str(i)) for i in range(4)]
     said = ["1;2;3;4", "1;2", "5", "1;2;3;4;5;6"]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
-    monkeypatch.setattr(module, "continue_prefixes", lambda *_, **__: [Continuation(i, False) for i in ids])
+    monkeypatch.setattr(HFTraceSampler, "answer", lambda *_, **__: [Continuation(i, False) for i in ids])
     monkeypatch.setattr(module, "short_answer", lambda response: response.replace(";", " "))
     arguments = EvaluateArguments(str(checkpoint), "p", str(tmp_path), modes=["direct"], instruction=False)
-    results, answers = evaluate_model(None, tokenizer, problems, arguments)
+    sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, None)
+    results, answers = evaluate_model(sampler, tokenizer, problems, arguments)
     f1 = [1.0, 2 * 1.0 * 0.5 / 1.5, 0.0, 2 * (4 / 6) * 1.0 / (4 / 6 + 1.0)]
     assert [a["score"] for a in answers] == pytest.approx(f1)
     half = 196 * np.std(f1, ddof=1) / 2
@@ -195,3 +200,42 @@ def test_swaps_that_change_nothing_are_said(evaluated):
         mine = [a["trace"] for a in answers if a["mode"] == "abstract" and a["swap"] == row["swap"]]
         assert row["swapped"] == pytest.approx(np.mean([a != b for a, b in zip(own, mine, strict=True)]))
     assert [r["swapped"] for r in results if r["swap"] == "none"] == [1.0]
+
+
+def test_spans_of_the_cache(checkpoint, evaluated, monkeypatch):
+    """An engine with a small cache: the same answers, and each span is answered right after its traces."""
+    _, arguments, _ = evaluated
+    tokenizer, problems = AutoTokenizer.from_pretrained(checkpoint), load_problems(arguments.problems)
+    vocabulary = AbstractVocabulary.load(checkpoint)
+    prompts = [prompt_ids(problem.prompt, tokenizer) for problem in problems]
+
+    def run(cache_tokens):
+        sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, vocabulary)
+        sampler.cache_tokens, calls = cache_tokens, []
+        for name in ("sample", "answer"):
+            method = getattr(sampler, name)
+            monkeypatch.setattr(
+                sampler, name, lambda given, *a, name=name, f=method: calls.append((name, given)) or f(given, *a)
+            )
+        return answer_after_traces(sampler, prompts, arguments, vocabulary, vocabulary.ids(tokenizer)), calls
+
+    whole, calls = run(None)
+    assert [name for name, _ in calls] == ["sample"] + ["answer"] * 6
+    spans, calls = run(200)
+    assert spans == whole
+    samples = [i for i, (name, _) in enumerate(calls) if name == "sample"]
+    assert len(samples) > 3
+    for i in samples:
+        given, answered = calls[i][1], calls[i + 1][1]
+        assert calls[i + 1][0] == "answer" and [a[: len(p)] for a, p in zip(answered, given, strict=True)] == given
+        assert sum(len(p) + 8 + arguments.max_new_tokens for p in given) <= 200
+
+
+def test_an_unmerged_adapter_is_refused_in_every_mode(checkpoint, evaluated, tmp_path):
+    _, arguments, _ = evaluated
+    (tmp_path / "adapter_config.json").write_text("{}")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    fields = {"model": str(tmp_path), "problems": arguments.problems, "output_dir": str(tmp_path / "x")}
+    for mode in ("verbal", "direct", "abstract"):
+        with pytest.raises(ValueError, match="is an adapter; run `abscot merge"):
+            evaluate(EvaluateArguments(**fields, modes=[mode], instruction=False))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.examples import cot_ids, prompt_ids
 from abscot_trl.traces.batching import batches
-from abscot_trl.traces.files import read_traces, summarise_traces, write_traces
+from abscot_trl.traces.files import describe_traces, read_traces, summarise_traces, write_traces
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.initial import (
     cluster_traces,
@@ -228,7 +228,13 @@ def test_trace_files(tmp_path):
 
 
 def test_summary_by_hand():
-    summary = summarise_traces([[0, 1], [0, 1], [0], []], 4)
+    summary = summarise_traces([[0, 1], [0, 1], [0], []], AbstractVocabulary(4, 1, 2))
+    assert summary["share_at_m_min"] == 0.25 and summary["share_at_m_max"] == 0.5
+    assert summary["token_counts"] == [3, 2, 0, 0] and summary["entropy_by_position"] == [0.0, 0.0]
+    mixed = summarise_traces([[0, 1], [0, 0], [3], [2]], AbstractVocabulary(4, 0, 9))
+    assert np.allclose(mixed["entropy_by_position"], [0.5 * np.log(2) + 0.5 * np.log(4), np.log(2)])
+    text = describe_traces(mixed | {"dropped_too_long": 7})
+    assert "4 traces, 4 distinct, 0 empty, 7 rows dropped" in text and "0.0 % at m_max 9" in text
     assert summary["traces"] == 4 and summary["distinct"] == 3 and summary["empty"] == 1
     assert summary["lengths"] == {"0": 1, "1": 1, "2": 2} and summary["length_mean"] == 1.25
     assert (

@@ -8,11 +8,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 from scipy.stats import chi2_contingency
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.examples import cot_ids, prompt_ids
+from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.vllm import check_tensor_parallel
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -131,6 +133,26 @@ def test_draws_follow_the_same_distribution(checkpoint, sampled, given):
     tokens = sorted(set(drawn[0]) | set(drawn[1]))
     table = [[column.count(token) for token in tokens] for column in drawn]
     assert len(tokens) >= 5 and chi2_contingency(table).pvalue > 1e-3
+
+
+def test_evaluation_by_vllm_equals_transformers(checkpoint, tmp_path):
+    """`abscot evaluate` with `backend: vllm`, greedy: every trace and answer is transformers', and every result."""
+    if not (find_spec("vllm") and torch.version.cuda is None):
+        pytest.skip("needs the CPU build of vLLM")
+    problems = write_problems(tmp_path / "problems.jsonl", chain_arithmetic(60, 4, 5, seed=0))
+    recipe = {"model": str(checkpoint), "problems": problems, "dtype": "float32", "max_new_tokens": 12}
+    recipe |= {"modes": ["verbal", "abstract"], "swaps": ["own", "random", "other"], "instruction": False}
+    for backend, extra in (("hf", {}), ("vllm", {"engine": ENGINE})):
+        path = tmp_path / f"{backend}.yaml"
+        path.write_text(yaml.safe_dump(recipe | extra | {"backend": backend, "output_dir": str(tmp_path / backend)}))
+        command = [sys.executable, "-m", "abscot_trl.scripts.evaluate", "--config", path]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU)
+        assert done.returncode == 0, done.stderr[-3000:]
+    hf, vllm = ((tmp_path / name / "answers.jsonl").read_text() for name in ("hf", "vllm"))
+    assert hf == vllm and len(hf.splitlines()) == 60 * 4
+    hf, vllm = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("hf", "vllm"))
+    assert [r.pop("decoding")["backend"] for r in vllm] == ["vllm"] * 4
+    assert [r | {"decoding": None} for r in vllm] == [r | {"decoding": None} for r in hf]
 
 
 def test_bad_input(checkpoint, sampled):

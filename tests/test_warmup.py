@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,31 @@ def test_recipes_differ_where_they_should(toy, tmp_path):
     }
     assert paper["round2/bottleneck-traces"]["method"] == "policy"
     assert paper["round2/bottleneck-traces"]["given"] == "cot"  # z ~ pi(. | x, c), section 3.2
+
+
+def test_the_backend_reaches_every_stage_that_samples_a_policy(toy, tmp_path):
+    fields = toy | recipes(tmp_path, "problems.jsonl", backend="vllm") | {"launch": "accelerate"}
+    engine = {"tensor_parallel_size": 2}
+    found = list(stages(WarmupArguments(**fields, backend="vllm", engine=engine)))
+    policy = [s.settings for s in found if s.settings.get("method") == "policy"]
+    assert len(policy) == 3 and all(s["backend"] == "vllm" and s["engine"] == engine for s in policy)
+    assert "backend" not in found[0].settings and found[0].settings["method"] == "clusters"
+    with pytest.raises(ValueError, match="backend vllm hangs in a process that trains"):
+        WarmupArguments(**fields | {"launch": "inline"}, backend="vllm")
+    with pytest.raises(ValueError, match="evaluate.yaml: backend vllm hangs in a process that trains"):
+        warmup(WarmupArguments(**fields | {"launch": "inline"}))
+
+
+def test_another_engine_or_server_is_no_other_stage(toy, tmp_path):
+    """A server comes back on another port: what is done stays done."""
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
+    warmup(WarmupArguments(**fields))
+    again = stages(WarmupArguments(**fields | {"launch": "accelerate"}))
+    for stage in (stage for stage in again if stage.phase == "traces"):
+        stage.settings |= {"server": "http://127.0.0.1:1", "engine": {"block_size": 32}}
+        assert driver.run_stage(stage, WarmupArguments(**fields)) > 0  # from its manifest
+        with pytest.raises(ValueError, match="other settings"):
+            driver.run_stage(replace(stage, settings=stage.settings | {"seed": -1}), WarmupArguments(**fields))
 
 
 def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):

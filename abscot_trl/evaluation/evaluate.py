@@ -11,20 +11,22 @@ import json
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.problems import HOTPOTQA, MODES, load_problems, with_instruction
-from abscot_trl.evaluation.decoding import Continuation, continue_prefixes
 from abscot_trl.evaluation.grading import hotpot_scores, is_correct, short_answer, wilson_interval
 from abscot_trl.evaluation.swaps import check_swap, swap_traces
 from abscot_trl.examples import Example, prompt_ids
-from abscot_trl.traces.hf import HFTraceSampler
+from abscot_trl.traces.backends import SamplerArguments, load_sampler
+from abscot_trl.traces.batching import cut
+from abscot_trl.traces.constraint import Continuation
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(SamplerArguments):
     """
     Score a model on a file of problems.
 
@@ -57,11 +59,12 @@ class EvaluateArguments:
     trace_temperature: float = field(default=0.0, metadata={"help": "Temperature of the trace; 0 is greedy."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answer; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and of the swaps."})
-    batch_tokens: int = field(default=65536, metadata={"help": "Most tokens of one generation batch."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the weights."})
 
     def __post_init__(self):
-        for name, low in (("limit", 1), ("max_new_tokens", 1), ("batch_tokens", 1), ("seed", 0)):
+        super().__post_init__()
+        if (self.engine or {}).get("data_parallel_size", 1) > 1:
+            raise ValueError("engine: data_parallel_size is for `abscot traces`; evaluate with backend: server")
+        for name, low in (("limit", 1), ("max_new_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
@@ -98,7 +101,7 @@ def score(response: str, gold: str, source: str) -> float:
 
 
 def evaluate_model(
-    model: PreTrainedModel,
+    sampler,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Example],
     args: EvaluateArguments,
@@ -107,6 +110,9 @@ def evaluate_model(
     """
     Run every mode and swap.
 
+    Args:
+        sampler: any of `abscot_trl.traces.backends.load_sampler`.
+
     Returns:
         The rows of `results.json`, and one record an answer (problem id, mode, swap, trace, response, score).
     """
@@ -114,16 +120,9 @@ def evaluate_model(
         raise ValueError(f"{args.problems}: {len(problems)} problems, and each needs a gold answer to be graded")
     if "abstract" in args.modes and "other" in args.swaps and len(problems) < 2:
         raise ValueError(f"{args.problems}: swap 'other' needs at least two problems")
+    if "abstract" in args.modes and vocabulary is None:
+        raise ValueError(f"{args.model}: abstract mode needs an extended checkpoint; run `abscot init` first")
     grade = functools.cache(score)
-    decode = functools.partial(
-        continue_prefixes,
-        model,
-        tokenizer,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        batch_tokens=args.batch_tokens,
-    )
     results, answers = [], []
 
     def add(mode: str, swap: str, outputs: list[Continuation], reasoning: list[int], traces: list[list[int]]) -> dict:
@@ -155,30 +154,69 @@ def evaluate_model(
         messages = [with_instruction(p, mode) if args.instruction else p.prompt for p in problems]
         prompts = [prompt_ids(message, tokenizer) for message in messages]
         if mode != "abstract":
-            outputs = decode(prompts, progress=f"{args.name} {mode}")
+            with _bar(args, mode, len(prompts)) as bar:
+                outputs = sampler.answer(prompts, args.max_new_tokens, args.temperature, args.seed, bar=bar)
             spent = [verbal_reasoning_tokens(o.token_ids, tokenizer) if mode == "verbal" else 0 for o in outputs]
             add(mode, "own", outputs, spent, [[]] * len(outputs))
             continue
-        if vocabulary is None:
-            raise ValueError(f"{args.model}: abstract mode needs an extended checkpoint; run `abscot init` first")
-        codebook = vocabulary.ids(tokenizer)
-        index = {token: i for i, token in enumerate(codebook)}
-        begin, end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
-        sampled = HFTraceSampler(model, tokenizer, vocabulary, args.batch_tokens).sample(
-            prompts, vocabulary.m_max, vocabulary.m_min, args.trace_temperature, args.seed, progress=True
-        )
-        own = [[index[token] for token in trace.token_ids] for trace in sampled]
+        traces, outputs = answer_after_traces(sampler, prompts, args, vocabulary, vocabulary.ids(tokenizer))
         for swap in args.swaps:
-            traces = swap_traces(own, swap, vocabulary.size, args.seed)
-            prefixes = [
-                [*prompt, begin, *(codebook[i] for i in trace), end]
-                for prompt, trace in zip(prompts, traces, strict=True)
-            ]
-            outputs = decode(prefixes, progress=f"{args.name} {swap}")
-            result = add(mode, swap, outputs, [len(trace) for trace in traces], traces)
+            result = add(mode, swap, outputs[swap], [len(trace) for trace in traces[swap]], traces[swap])
             # A swap that leaves most traces as they were (all equal, or of one token) tells nothing.
-            result["swapped"] = fmean(trace != mine for trace, mine in zip(traces, own, strict=True))
+            result["swapped"] = fmean(a != b for a, b in zip(traces[swap], traces["own"], strict=True))
     return results, answers
+
+
+def _bar(args: EvaluateArguments, title: str, total: int) -> tqdm:
+    return tqdm(total=total, unit="row", desc=f"{args.name} {title}")
+
+
+def answer_after_traces(
+    sampler, prompts: list[list[int]], args: EvaluateArguments, vocabulary: AbstractVocabulary, codebook: list[int]
+) -> tuple[dict[str, list[list[int]]], dict[str, list[Continuation]]]:
+    """
+    The two calls of abstract mode, for every swap of the trace.
+
+    Prompts are taken in spans that the engine's cache holds, and a span is answered right after its traces were
+    written, so that the answers do not pay for the prompts again.
+
+    Returns:
+        By swap, the traces (codebook indices) and the answers. The model's `own` traces are always among them.
+    """
+    index = {token: i for i, token in enumerate(codebook)}
+    most = vocabulary.m_max + 2 + args.max_new_tokens
+    spans = cut([len(prompt) + most for prompt in prompts], sampler.cache_tokens)
+    others = [swap for swap in args.swaps if swap != "own"]
+    traces: dict[str, list] = {swap: [] for swap in ["own", *others]}
+    outputs: dict[str, list] = {swap: [] for swap in args.swaps}
+
+    def answer(swap: str, span: range, bar: tqdm) -> None:
+        written = [[codebook[i] for i in traces[swap][row]] for row in span]
+        prefixes = [
+            [*prompts[row], sampler.begin, *trace, sampler.end] for row, trace in zip(span, written, strict=True)
+        ]
+        outputs[swap] += sampler.answer(prefixes, args.max_new_tokens, args.temperature, args.seed, span, bar)
+
+    with _bar(args, "traces", len(prompts)) as bar, _bar(args, "answers", len(prompts) * len(args.swaps)) as answered:
+        for span in spans:
+            sampled = sampler.sample(
+                [prompts[row] for row in span],
+                vocabulary.m_max,
+                vocabulary.m_min,
+                args.trace_temperature,
+                args.seed,
+                span,
+                bar,
+            )
+            traces["own"] += [[index[token] for token in trace.token_ids] for trace in sampled]
+            if "own" in outputs:
+                answer("own", span, answered)
+        for swap in others:
+            traces[swap] = swap_traces(traces["own"], swap, vocabulary.size, args.seed)
+        for span in spans:
+            for swap in others:
+                answer(swap, span, answered)
+    return traces, outputs
 
 
 def summarise(records: list[dict], args: EvaluateArguments) -> dict:
@@ -201,6 +239,7 @@ def summarise(records: list[dict], args: EvaluateArguments) -> dict:
         "tokens": trace + answer,
         "truncated": sum(record["truncated"] for record in records),
         "decoding": {
+            "backend": args.backend,
             "trace_temperature": args.trace_temperature,
             "temperature": args.temperature,
             "max_new_tokens": args.max_new_tokens,
@@ -214,9 +253,9 @@ def evaluate(args: EvaluateArguments) -> list[dict]:
     vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
     problems = load_problems(args.problems, args.problems_split, args.problems_config, args.limit)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto")
     with written_whole(args.output_dir) as folder:
-        results, answers = evaluate_model(model, tokenizer, problems, args, vocabulary)
+        sampler = load_sampler(args, args.model, tokenizer, vocabulary)
+        results, answers = evaluate_model(sampler, tokenizer, problems, args, vocabulary)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     return results

@@ -19,6 +19,17 @@ def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def cut(lengths: list[int], limit: int | None) -> list[range]:
+    """Consecutive rows in parts of at most `limit` tokens (a longer row makes a part of its own); `None`: one part."""
+    parts, start, tokens = [], 0, 0
+    for row, length in enumerate(lengths):
+        if limit is not None and row > start and tokens + length > limit:
+            parts.append(range(start, row))
+            start, tokens = row, 0
+        tokens += length
+    return [*parts, range(start, len(lengths))] if len(lengths) > start else parts
+
+
 def left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[list[list[int]], list[list[int]]]:
     """Rows padded on the left to the longest, and their 0/1 attention mask, both (B, L) as lists."""
     longest = max(map(len, rows))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -28,6 +29,50 @@ class Trace:
     logps: list[float] = field(default_factory=list)
     end_logp: float = 0.0
     forced_end: bool = False
+
+
+@dataclass
+class Continuation:
+    """What a model wrote after a prefix: token ids without EOS, and whether the token limit cut it."""
+
+    token_ids: list[int]
+    truncated: bool
+
+    @classmethod
+    def until(cls, token_ids: list[int], stops: list[int]) -> "Continuation":
+        """`token_ids` up to the first of `stops`."""
+        stop = next((i for i, token in enumerate(token_ids) if token in stops), None)
+        return cls(token_ids[:stop], truncated=stop is None)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, model: str | GenerationConfig) -> list[int]:
+    """Ids that end an answer: the tokenizer's EOS and the checkpoint's, which may be others on a base model."""
+    if isinstance(model, str):
+        try:
+            model = GenerationConfig.from_pretrained(model)
+        except OSError:  # a checkpoint need not have one
+            model = GenerationConfig()
+    others = model.eos_token_id or []
+    return sorted({tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])} - {None})
+
+
+def check_answer_request(prefixes: list[list[int]], max_new_tokens: int, temperature: float, positions: int) -> None:
+    """
+    What every sampler refuses of an answer.
+
+    Raises:
+        ValueError: a negative temperature, or a prefix that leaves no room for `max_new_tokens`.
+    """
+    if temperature < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature >= 0 and max_new_tokens >= 1 are needed, got {temperature} and {max_new_tokens}"
+        )
+    longest = max(map(len, prefixes), default=0)
+    if longest + max_new_tokens > positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's {positions} "
+            "positions; lower max_new_tokens"
+        )
 
 
 def check_request(prefixes: list[list[int]], m_max: int, m_min: int, temperature: float, positions: int) -> None:

@@ -1,6 +1,6 @@
-"""On-policy traces by transformers' `generate`, constrained by a logits processor."""
+"""Traces and answers by transformers' `generate`; a logits processor constrains the trace."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +9,14 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from abscot_trl.traces.batching import batches, left_pad
-from abscot_trl.traces.constraint import Trace, check_request, constrained_logps
+from abscot_trl.traces.constraint import (
+    Continuation,
+    Trace,
+    check_answer_request,
+    check_request,
+    constrained_logps,
+    stop_ids,
+)
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -57,12 +64,12 @@ class _TraceProcessor(LogitsProcessor):
 
 class HFTraceSampler:
     """
-    Samples traces from a transformers model.
+    Samples traces and answers from a transformers model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): an extended checkpoint.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
-        vocabulary ([`AbstractVocabulary`]): its codebook.
+        vocabulary ([`AbstractVocabulary`], *optional*): its codebook; a model without one still answers.
         batch_tokens (`int`, *optional*, defaults to `32768`): most tokens (prefix and trace) of one batch.
     """
 
@@ -70,12 +77,15 @@ class HFTraceSampler:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        vocabulary: AbstractVocabulary,
+        vocabulary: AbstractVocabulary | None,
         batch_tokens: int = 32768,
     ):
         self.model, self.batch_tokens = model, batch_tokens
-        self.codebook = vocabulary.ids(tokenizer)
-        self.begin, self.end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
+        self.positions, self.cache_tokens = model.config.max_position_embeddings, None
+        self.stops = stop_ids(tokenizer, model.generation_config)
+        if vocabulary is not None:
+            self.codebook = vocabulary.ids(tokenizer)
+            self.begin, self.end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def sample(
@@ -85,7 +95,8 @@ class HFTraceSampler:
         m_min: int = 0,
         temperature: float = 1.0,
         seed: int = 0,
-        progress: bool = False,
+        rows: Sequence[int] | None = None,
+        bar: tqdm | None = None,
     ) -> list[Trace]:
         """
         One trace a prefix, z ~ pi_abs(. | prefix).
@@ -94,27 +105,29 @@ class HFTraceSampler:
             prefixes (`list[list[int]]`): token ids of x, or of x and c; the begin delimiter is added here.
             m_max, m_min (`int`): most and fewest codebook tokens.
             temperature (`float`): 0 decodes greedily.
-            seed (`int`): with the row's index it fixes the row's draw, whatever the batch.
-            progress (`bool`): show a bar.
+            seed (`int`): with the row's number it fixes the row's draw, whatever the batch.
+            rows (`Sequence[int]`, *optional*): the rows' numbers; 0, 1, .. when left out.
+            bar (`tqdm`, *optional*): moved on by one a row.
 
         Raises:
             ValueError: limits that cannot be met, or a prefix that leaves the model no room for `m_max` tokens.
         """
-        check_request(prefixes, m_max, m_min, temperature, self.model.config.max_position_embeddings)
+        check_request(prefixes, m_max, m_min, temperature, self.positions)
+        rows = range(len(prefixes)) if rows is None else rows
         traces: list[Trace | None] = [None] * len(prefixes)
         lengths = [len(prefix) + m_max + 2 for prefix in prefixes]
-        with plain_generation(self.model), tqdm(total=len(prefixes), unit="trace", disable=not progress) as bar:
-            for rows in batches(lengths, self.batch_tokens):
-                for row, trace in zip(rows, self._batch(prefixes, rows, m_max, m_min, temperature, seed), strict=True):
-                    traces[row] = trace
-                bar.update(len(rows))
+        with plain_generation(self.model):
+            for batch in batches(lengths, self.batch_tokens):
+                given, seeds = [prefixes[i] for i in batch], [[seed, rows[i]] for i in batch]
+                for i, trace in zip(batch, self._batch(given, seeds, m_max, m_min, temperature), strict=True):
+                    traces[i] = trace
+                if bar is not None:
+                    bar.update(len(batch))
         return traces
 
-    def _batch(self, prefixes, rows, m_max, m_min, temperature, seed) -> Iterator[Trace]:
-        ids, mask = left_pad([[*prefixes[row], self.begin] for row in rows], self.pad)
-        processor = _TraceProcessor(
-            [*self.codebook, self.end], len(ids[0]), m_min, m_max, temperature, [[seed, row] for row in rows]
-        )
+    def _batch(self, prefixes, seeds, m_max, m_min, temperature) -> Iterator[Trace]:
+        ids, mask = left_pad([[*prefix, self.begin] for prefix in prefixes], self.pad)
+        processor = _TraceProcessor([*self.codebook, self.end], len(ids[0]), m_min, m_max, temperature, seeds)
         self.model.generate(
             torch.tensor(ids, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
@@ -134,3 +147,48 @@ class HFTraceSampler:
                 logp[length],
                 forced_end=length == m_max,
             )
+
+    def answer(
+        self,
+        prefixes: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        bar: tqdm | None = None,
+    ) -> list[Continuation]:
+        """
+        Unconstrained decoding after each prefix of token ids.
+
+        Args:
+            max_new_tokens (`int`): a continuation that reaches it without EOS is marked `truncated`.
+            temperature (`float`): 0 decodes greedily.
+            seed (`int`): of the draws; they depend on the batch too.
+            rows (`Sequence[int]`, *optional*): the rows' numbers; 0, 1, .. when left out.
+            bar (`tqdm`, *optional*): moved on by one a row.
+
+        Raises:
+            ValueError: a negative temperature, or a prefix that leaves no room for `max_new_tokens`.
+        """
+        check_answer_request(prefixes, max_new_tokens, temperature, self.positions)
+        results: list[Continuation | None] = [None] * len(prefixes)
+        lengths = [len(prefix) + max_new_tokens for prefix in prefixes]
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling = sampling if temperature > 0 else {"do_sample": False}
+        with plain_generation(self.model), torch.random.fork_rng():
+            torch.manual_seed(seed + (rows[0] if rows else 0))
+            for batch in batches(lengths, self.batch_tokens):
+                ids, mask = left_pad([prefixes[i] for i in batch], self.pad)
+                output = self.model.generate(
+                    torch.tensor(ids, device=self.model.device),
+                    attention_mask=torch.tensor(mask, device=self.model.device),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=self.stops,
+                    pad_token_id=self.pad,
+                    **sampling,
+                )[:, len(ids[0]) :].tolist()
+                for i, tokens in zip(batch, output, strict=True):
+                    results[i] = Continuation.until(tokens, self.stops)
+                if bar is not None:
+                    bar.update(len(batch))
+        return results

@@ -1,18 +1,29 @@
 """`abscot traces`: the traces of one phase, initial or on policy, for the rows of one part of the data."""
 
 import json
-from dataclasses import dataclass, field
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
+import torch
+import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import load_splits
+from abscot_trl.files import input_digests
 from abscot_trl.traces import initial
+from abscot_trl.traces.backends import SamplerArguments, load_sampler
+from abscot_trl.traces.batching import cut
 from abscot_trl.traces.files import summarise_traces, write_traces
-from abscot_trl.traces.hf import HFTraceSampler
+from abscot_trl.traces.parts import Parts, parse_shard
 from abscot_trl.vocabulary import AbstractVocabulary
 
 RANDOM_METHODS = {
@@ -23,17 +34,20 @@ RANDOM_METHODS = {
 
 
 @dataclass
-class TracesArguments:
+class TracesArguments(SamplerArguments):
     """
     Make the traces of one phase.
 
     Args:
         model (`str`): extended checkpoint: the policy, the base model of the clusters, or the vocabulary's home.
         data (`str`): prepared data (`abscot data`).
-        output_dir (`str`): where `traces.jsonl` and `summary.json` go.
+        output_dir (`str`): where `traces.jsonl` and `summary.json` go. While `policy` is at work its finished parts
+            are kept in `<output_dir>.parts`; the same command goes on from them.
         method (`str`): `uniform`, `cycle`, `power_law`, `clusters`, or `policy` (constrained decoding).
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
+        part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
+        shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them.
     """
 
     model: str = field(metadata={"help": "Extended checkpoint."})
@@ -51,12 +65,21 @@ class TracesArguments:
     part: str | None = field(default=None, metadata={"help": "Part of the splits, e.g. 1.bottleneck."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the policy; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of draws and clusters."})
-    batch_tokens: int = field(default=65536, metadata={"help": "Most tokens of one batch."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the weights."})
+    part_tokens: int = field(default=4_000_000, metadata={"help": "Tokens between two savings of the work done."})
+    shard: str | None = field(default=None, metadata={"help": "Make only this share of the rows, e.g. 2/8."})
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.splits is None) != (self.part is None):
             raise ValueError(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
+        if self.part_tokens < 1:
+            raise ValueError(f"part_tokens must be at least 1, got {self.part_tokens}")
+        parse_shard(self.shard)
+        if self.method != "policy" and (self.shard or self.backend != "hf"):
+            raise ValueError(
+                f"method {self.method} samples no policy: shard {self.shard!r} and backend {self.backend!r} are for "
+                "method: policy"
+            )
 
 
 def part_rows(splits: str | None, part: str | None, n_rows: int) -> list[int]:
@@ -79,75 +102,166 @@ def make_traces(args: TracesArguments) -> dict:
     Make and write the traces of `args.part`.
 
     Returns:
-        `dict`: the summary written beside them. Rows whose prefix leaves no room in the model are dropped and counted
-        there (`dropped_too_long`).
+        `dict`: the summary written beside them, or, of a shard that was not the last, how many parts are left. Rows
+        whose prefix leaves no room in the model are dropped and counted (`dropped_too_long`).
 
     Raises:
-        FileNotFoundError, ValueError: inputs that are missing or do not belong together.
+        FileNotFoundError, FileExistsError, ValueError: inputs that are missing or do not belong together.
     """
+    if (args.engine or {}).get("data_parallel_size", 1) > 1:
+        return _by_processes(args)
     vocabulary = AbstractVocabulary.load(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, args.part, len(data))
-    part = data.select(rows)
+    if args.method == "policy":
+        return _from_policy(args, vocabulary, tokenizer, data.select(rows), rows)
     with written_whole(args.output_dir) as folder:
-        if args.method in RANDOM_METHODS:
-            draw, rng = RANDOM_METHODS[args.method], np.random.default_rng(args.seed)
-            found = [{"trace": draw(c, vocabulary.size, vocabulary.m_max, rng, tokenizer)} for c in part["cot"]]
-        else:
-            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto")
-            if args.method == "clusters":
-                traces = initial.cluster_traces(
-                    model,
-                    tokenizer,
-                    part.select_columns(["id", "cot", "prompt_ids", "cot_ids"]).to_list(),
-                    vocabulary.size,
-                    vocabulary.m_max,
-                    args.seed,
-                    folder,
-                    batch_tokens=args.batch_tokens,
-                    progress=True,
-                )
-                found = [{"trace": trace} for trace in traces]
-            else:
-                found = _policy_traces(args, vocabulary, model, tokenizer, part)
-        records = [
-            {"row": row, "id": id, **record} for row, id, record in zip(rows, part["id"], found, strict=True) if record
-        ]
-        if not records:
-            raise ValueError(
-                f"{args.data}: none of {len(rows)} rows left the model room for a trace; use shorter rows"
+        part = data.select(rows)
+        if args.method == "clusters":
+            traces = initial.cluster_traces(
+                AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto"),
+                tokenizer,
+                part.select_columns(["id", "cot", "prompt_ids", "cot_ids"]).to_list(),
+                vocabulary.size,
+                vocabulary.m_max,
+                args.seed,
+                folder,
+                batch_tokens=args.batch_tokens,
+                progress=True,
             )
-        summary = summarise_traces([record["trace"] for record in records], vocabulary.size)
-        summary |= {"dropped_too_long": len(rows) - len(records), "method": args.method, "given": args.given}
-        summary |= {"temperature": args.temperature, "seed": args.seed}
-        write_traces(folder, records)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        else:
+            draw, rng = RANDOM_METHODS[args.method], np.random.default_rng(args.seed)
+            traces = [draw(cot, vocabulary.size, vocabulary.m_max, rng, tokenizer) for cot in part["cot"]]
+        found = zip(rows, part["id"], traces, strict=True)
+        records = ({"row": row, "id": id, "trace": trace} for row, id, trace in found)
+        return _write(args, folder, vocabulary, records, len(rows))
+
+
+def _write(
+    args: TracesArguments, folder: Path, vocabulary: AbstractVocabulary, records: Iterable[dict], n_rows: int
+) -> dict:
+    traces = write_traces(folder, records)
+    if not traces:
+        raise ValueError(f"{args.data}: none of {n_rows} rows left the model room for a trace; use shorter rows")
+    summary = summarise_traces(traces, vocabulary)
+    summary |= {"dropped_too_long": n_rows - len(traces), "method": args.method, "given": args.given}
+    summary |= {"temperature": args.temperature, "seed": args.seed, "backend": args.backend}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _policy_traces(args: TracesArguments, vocabulary, model, tokenizer, part: Dataset) -> list[dict | None]:
-    """z ~ pi_abs(. | x) or pi_abs(. | x, c); `None` for a row that leaves the model no room."""
-    prefixes = part["prompt_ids"]
-    if args.given == "cot":
-        prefixes = [x + c for x, c in zip(prefixes, part["cot_ids"], strict=True)]
-    room = model.config.max_position_embeddings - vocabulary.m_max - 2
-    fitting = [i for i, prefix in enumerate(prefixes) if len(prefix) <= room]
-    sampler = HFTraceSampler(model, tokenizer, vocabulary, args.batch_tokens)
-    traces = sampler.sample(
-        [prefixes[i] for i in fitting],
-        vocabulary.m_max,
-        vocabulary.m_min,
-        args.temperature,
-        args.seed,
-        progress=True,
-    )
-    index = {token: i for i, token in enumerate(vocabulary.ids(tokenizer))}
-    found: list[dict | None] = [None] * len(prefixes)
-    for i, trace in zip(fitting, traces, strict=True):
-        found[i] = {
-            "trace": [index[token] for token in trace.token_ids],
-            "logp": round(sum(trace.logps) + trace.end_logp, 4),
-            "forced_end": trace.forced_end,
-        }
-    return found
+def _prefixes(rows: dict[str, list], given: str) -> list[list[int]]:
+    """Token ids of x, or of x and c."""
+    if given == "prompt":
+        return rows["prompt_ids"]
+    return [x + c for x, c in zip(rows["prompt_ids"], rows["cot_ids"], strict=True)]
+
+
+def _from_policy(
+    args: TracesArguments,
+    vocabulary: AbstractVocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Dataset,
+    rows: list[int],
+) -> dict:
+    """z ~ pi_abs(. | x) or pi_abs(. | x, c), part by part."""
+    elsewhere = {"output_dir", "shard", "engine", "server"}  # where the work is done, not what it is
+    settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
+    parts = Parts(args.output_dir, settings | {"rows": len(rows), "inputs": input_digests(settings)})
+    columns = ["prompt_ids"] if args.given == "prompt" else ["prompt_ids", "cot_ids"]
+    part = part.select_columns(["id", *columns])
+    lengths = [
+        len(prefix) + vocabulary.m_max + 2
+        for batch in part.iter(1000)  # not the whole of it in memory
+        for prefix in _prefixes(batch, args.given)
+    ]
+    spans = cut(lengths, args.part_tokens)
+    share, shares = parse_shard(args.shard)
+    mine = range(share - 1, len(spans), shares)
+    todo = [number for number in mine if not parts.done(number)]
+    ready = sum(len(spans[number]) for number in mine) - sum(len(spans[number]) for number in todo)
+    if todo:
+        sampler = load_sampler(args, args.model, tokenizer, vocabulary)
+        index = {token: i for i, token in enumerate(vocabulary.ids(tokenizer))}
+        total = sum(len(spans[number]) for number in mine)
+        title = f"traces {args.shard or ''}".strip()
+        with tqdm(total=total, initial=ready, unit="row", desc=title, position=share - 1) as bar:
+            for number in todo:
+                span = spans[number]
+                batch = part[span.start : span.stop]
+                fitting = [i for i in span if lengths[i] <= sampler.positions]
+                prefixes = _prefixes(batch, args.given)
+                traces = sampler.sample(
+                    [prefixes[i - span.start] for i in fitting],
+                    vocabulary.m_max,
+                    vocabulary.m_min,
+                    args.temperature,
+                    args.seed,
+                    rows=fitting,
+                    bar=bar,
+                )
+                bar.update(len(span) - len(fitting))
+                parts.write(
+                    number,
+                    [
+                        {
+                            "row": rows[i],
+                            "id": batch["id"][i - span.start],
+                            "trace": [index[token] for token in trace.token_ids],
+                            "logp": round(sum(trace.logps) + trace.end_logp, 4),
+                            "forced_end": trace.forced_end,
+                        }
+                        for i, trace in zip(fitting, traces, strict=True)
+                    ],
+                )
+    with parts.joining():
+        left = sum(not parts.done(number) for number in range(len(spans)))
+        if left:
+            return {"shard": args.shard, "parts_made": len(todo), "parts_left_to_others": left}
+        if Path(args.output_dir).exists():  # another shard has joined them in the meantime
+            return json.loads((Path(args.output_dir) / "summary.json").read_text())
+        with written_whole(args.output_dir) as folder:
+            summary = _write(args, folder, vocabulary, parts.records(len(spans)), len(rows))
+    parts.remove()
+    return summary
+
+
+def _by_processes(args: TracesArguments) -> dict:
+    """
+    Data parallel: `data_parallel_size` shards, each in a process with the GPUs that its engine needs.
+
+    Raises:
+        ValueError: more GPUs asked for than there are.
+        RuntimeError: a process failed; the parts that are finished are kept.
+    """
+    engine = dict(args.engine)
+    shares, width = engine.pop("data_parallel_size"), engine.get("tensor_parallel_size", 1)
+    if args.shard:
+        raise ValueError(f"shard {args.shard} and data_parallel_size {shares} are two ways to one end; use one")
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    devices = [device for device in devices.split(",") if device]
+    if devices and len(devices) < shares * width:
+        raise ValueError(
+            f"data_parallel_size {shares} with tensor_parallel_size {width} needs {shares * width} GPUs, "
+            f"{len(devices)} are visible"
+        )
+    Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for share in range(shares):
+        config = Path(f"{args.output_dir}.shard{share + 1}.yaml")
+        config.write_text(yaml.safe_dump(asdict(replace(args, engine=engine, shard=f"{share + 1}/{shares}"))))
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices[share * width : (share + 1) * width])} if devices else {}
+        command = [sys.executable, "-m", "abscot_trl.scripts.traces", "--config", str(config)]
+        processes.append((subprocess.Popen(command, env=os.environ | visible, stdout=subprocess.DEVNULL), config))
+    try:
+        failed = [config for process, config in processes if process.wait()]
+    finally:
+        for process, config in processes:
+            process.terminate()
+            config.unlink(missing_ok=True)
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {shares} processes failed, see above; the same command goes on from here"
+        )
+    return json.loads((Path(args.output_dir) / "summary.json").read_text())

@@ -1,16 +1,66 @@
 """
-On-policy traces by vLLM: built-in sampling parameters only, token ids in and out.
+Traces and answers by vLLM: built-in sampling parameters only, token ids in and out.
 
-The constraint is `allowed_token_ids`, the minimum is `min_tokens` (which keeps the end delimiter out until then), the
-end is forced by `max_tokens`. With `logprobs_mode="processed_logprobs"` vLLM's log-probabilities are those of the
-renormalised policy at the sampling temperature.
+Two calls a problem. The trace: `allowed_token_ids` is the constraint, `min_tokens` keeps the end delimiter out until
+m_min, `max_tokens` forces it; with `logprobs_mode="processed_logprobs"` vLLM's log-probabilities are those of the
+renormalised policy at the sampling temperature. The answer: plain decoding after prefix, trace and end delimiter, for
+which prefix caching spares the prompt. An engine in this process and a `vllm serve` endpoint take the same parameters
+and give the same draws.
 """
 
-import numpy as np
-from transformers import AutoConfig, AutoTokenizer
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
-from abscot_trl.traces.constraint import Trace, check_request
-from abscot_trl.vocabulary import AbstractVocabulary
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from abscot_trl.traces.constraint import Continuation, Trace, check_answer_request, check_request, stop_ids
+from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
+
+Completions = list[tuple[list[int], list[float]]]  # a prompt: token ids, and their log-probabilities
+Complete = Callable[[list[list[int]], list[dict], tqdm | None], Completions]
+CONCURRENT_REQUESTS = 64  # of one client; as trl's
+
+
+def sampling_parameters(max_tokens: int, temperature: float, stops: list[int], seed: int | None, **fields) -> dict:
+    """
+    Names and values that `vllm.SamplingParams` and the completions endpoint share. All neutral ones are said: a server
+    would otherwise take top-k, top-p and penalties from the checkpoint's `generation_config.json`.
+    """
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0}
+    request = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": stops, "seed": seed}
+    return neutral | request | fields
+
+
+def trace_parameters(
+    codebook: list[int], end: int, m_max: int, m_min: int, temperature: float, seed: int | None = None
+) -> dict:
+    """z ~ pi_abs: the policy renormalised over V_abs and `<endabstract>` (section 3.3, `traces/constraint.py`)."""
+    allowed = {"allowed_token_ids": [*codebook, end], "min_tokens": m_min}
+    return sampling_parameters(m_max, temperature, [end], seed, **allowed)
+
+
+def row_seed(*numbers: int) -> int:
+    """A request's seed, from the run's, the row's number and the call's."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def to_trace(ids: list[int], logps: list[float], end: int, m_max: int) -> Trace:
+    """
+    What vLLM returned as a [`Trace`]; the forced end delimiter is not among `ids`.
+
+    Raises:
+        RuntimeError: vLLM stopped for another reason than the delimiter or m_max (an aborted request).
+    """
+    if ids and ids[-1] == end:
+        return Trace(ids[:-1], logps[:-1], logps[-1], forced_end=False)
+    if len(ids) != m_max:
+        raise RuntimeError(f"vLLM stopped after {len(ids)} of {m_max} trace tokens without <endabstract>")
+    return Trace(ids, logps, 0.0, forced_end=True)
 
 
 def check_tensor_parallel(model_path: str, size: int) -> None:
@@ -19,16 +69,164 @@ def check_tensor_parallel(model_path: str, size: int) -> None:
         ValueError: `size` does not divide the attention heads; the message names the sizes that do.
     """
     heads = AutoConfig.from_pretrained(model_path).num_attention_heads
-    if heads % size:
+    if size < 1 or heads % size:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ValueError(
             f"tensor_parallel_size {size} does not divide the {heads} heads of {model_path}; use one of {fitting}"
         )
 
 
-class VLLMTraceSampler:
+def own_vocabulary(model_path: str) -> AbstractVocabulary | None:
+    """The checkpoint's codebook, if it was extended."""
+    return AbstractVocabulary.load(model_path) if (Path(model_path) / FILE_NAME).is_file() else None
+
+
+class _Bar(SimpleNamespace):
+    """vLLM makes a progress bar of its own: it gets this one, which moves ours."""
+
+    n, postfix, format_dict = 0, "", {"elapsed": 1.0}
+
+    def update(self, n: int) -> None:
+        self.bar.update(n)
+
+    def refresh(self) -> None:
+        pass
+
+    close = refresh
+
+
+def complete_here(llm, prompts: list[list[int]], parameters: list[dict], bar: tqdm | None = None) -> Completions:
+    """Completions by a `vllm.LLM` of this process."""
+    from vllm import SamplingParams
+
+    def progress(prompts=None, **_):  # asked for twice: around the prompts, then for the results
+        return _Bar(bar=bar) if prompts is None else prompts
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [SamplingParams(**fields, detokenize=False) for fields in parameters],
+        use_tqdm=progress if bar is not None else False,
+    )
+    completions = [output.outputs[0] for output in outputs]
+    return [
+        (list(c.token_ids), [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)])
+        for c in completions
+    ]
+
+
+def complete_there(client, prompts: list[list[int]], parameters: list[dict], bar: tqdm | None = None) -> Completions:
+    """Completions by a `vllm serve` endpoint: a request each, so that each has its seed. `client`: trl's."""
+
+    def request(prompt: list[int], fields: dict) -> tuple[list[int], list[float]]:
+        output = client.generate([prompt], generation_kwargs=fields)
+        if bar is not None:
+            bar.update()
+        return output["completion_ids"][0], [step[0] for step in output["logprobs"][0]]
+
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        return list(pool.map(request, prompts, parameters))
+
+
+class EngineTraceSampler:
     """
-    Samples traces from a vLLM engine of its own, in this process. Never inside a running training group: it hangs.
+    Traces and answers by any `complete`; what [`VLLMTraceSampler`], [`ServerTraceSampler`] and GRPO's rollouts share.
+
+    Args:
+        complete (`Callable`): completions of prompts of token ids, each with its own sampling parameters.
+        model_path (`str`): the checkpoint; its tokenizer and generation config say which ids end an answer.
+        vocabulary ([`AbstractVocabulary`], *optional*): the codebook; read from the checkpoint when left out. Needed
+            for traces only: an engine of a model without one still answers.
+        positions (`int`): longest sequence of the engine.
+        cache_tokens (`int`, *optional*): how many tokens its KV cache holds; unknown when left out.
+    """
+
+    def __init__(
+        self,
+        complete: Complete,
+        model_path: str,
+        vocabulary: AbstractVocabulary | None,
+        positions: int,
+        cache_tokens: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.complete, self.positions, self.cache_tokens = complete, positions, cache_tokens
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_path)
+        self.stops = stop_ids(tokenizer, model_path)
+        self.model_path, self.codebook = model_path, []
+        if vocabulary is not None:
+            self.codebook = vocabulary.ids(tokenizer)
+            self.begin, self.end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
+
+    def sample(
+        self,
+        prefixes: list[list[int]],
+        m_max: int,
+        m_min: int = 0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        bar: tqdm | None = None,
+    ) -> list[Trace]:
+        """
+        One trace a prefix, z ~ pi_abs(. | prefix): arguments, result and errors as in [`HFTraceSampler.sample`].
+
+        The draws differ from transformers' for the same seed; the distribution does not.
+        """
+        if not self.codebook:
+            raise ValueError(
+                f"{self.model_path} is no extended checkpoint and writes no traces; run `abscot init` first"
+            )
+        check_request(prefixes, m_max, m_min, temperature, self.positions)
+        rows = range(len(prefixes)) if rows is None else rows
+        parameters = [
+            trace_parameters(self.codebook, self.end, m_max, m_min, temperature, row_seed(seed, row)) for row in rows
+        ]
+        found = self._complete([[*prefix, self.begin] for prefix in prefixes], parameters, bar)
+        return [to_trace(ids, logps, self.end, m_max) for ids, logps in found]
+
+    def answer(
+        self,
+        prefixes: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        bar: tqdm | None = None,
+    ) -> list[Continuation]:
+        """Unconstrained decoding after each prefix: arguments, result and errors as in [`HFTraceSampler.answer`]."""
+        found = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar)
+        return [Continuation.until(ids, self.stops) for ids, _ in found]
+
+    def complete_answers(
+        self,
+        prefixes: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        bar: tqdm | None = None,
+    ) -> Completions:
+        """As `answer`, but ids with EOS and their log-probabilities, for a trainer."""
+        check_answer_request(prefixes, max_new_tokens, temperature, self.positions)
+        rows = range(len(prefixes)) if rows is None else rows
+        parameters = [
+            sampling_parameters(max_new_tokens, temperature, self.stops, row_seed(seed, row, 1)) for row in rows
+        ]
+        return self._complete(prefixes, parameters, bar)
+
+    def _complete(self, prompts: list[list[int]], parameters: list[dict], bar: tqdm | None) -> Completions:
+        """Longest first: trouble with memory shows at once, and no long row is left for the end."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        found = self.complete([prompts[i] for i in order], [parameters[i] for i in order], bar) if order else []
+        results: Completions = [None] * len(prompts)
+        for i, completion in zip(order, found, strict=True):
+            results[i] = completion
+        return results
+
+
+class VLLMTraceSampler(EngineTraceSampler):
+    """
+    Samples from a vLLM engine of its own, in this process. Never inside a running training group: it hangs.
 
     Args:
         model_path (`str`): an extended, merged checkpoint (vLLM loads no adapter with trained token rows).
@@ -38,56 +236,74 @@ class VLLMTraceSampler:
 
     def __init__(self, model_path: str, vocabulary: AbstractVocabulary | None = None, **engine):
         check_tensor_parallel(model_path, engine.get("tensor_parallel_size", 1))
-        vocabulary = vocabulary or AbstractVocabulary.load(model_path)
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.codebook = vocabulary.ids(tokenizer)
-        self.begin, self.end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
+        vocabulary = vocabulary or own_vocabulary(model_path)
         from vllm import LLM  # the import takes 15 s
 
-        self.llm = LLM(model=model_path, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **engine)
+        self.llm = LLM(
+            model=model_path, **{"enable_prefix_caching": True} | engine, logprobs_mode="processed_logprobs"
+        )
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        super().__init__(
+            partial(complete_here, self.llm),
+            model_path,
+            vocabulary,
+            self.llm.model_config.max_model_len,
+            cache.num_gpu_blocks * cache.block_size,
+        )
 
-    def sample(
-        self,
-        prefixes: list[list[int]],
-        m_max: int,
-        m_min: int = 0,
-        temperature: float = 1.0,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> list[Trace]:
-        """
-        One trace a prefix, z ~ pi_abs(. | prefix): arguments, result and errors as in [`HFTraceSampler.sample`].
 
-        The draws differ from transformers' for the same seed; the distribution does not.
-        """
-        from vllm import SamplingParams
+class ServerTraceSampler(EngineTraceSampler):
+    """
+    Samples from a running `vllm serve` (or `abscot serve`) over its completions endpoint, ids in and out.
 
-        check_request(prefixes, m_max, m_min, temperature, self.llm.model_config.max_model_len)
-        if not prefixes:
-            return []
-        parameters = [
-            SamplingParams(
-                temperature=temperature,
-                seed=int(np.random.SeedSequence([seed, row]).generate_state(1)[0]),
-                allowed_token_ids=[*self.codebook, self.end],
-                stop_token_ids=[self.end],
-                min_tokens=m_min,
-                max_tokens=m_max,
-                logprobs=0,
-                detokenize=False,
-            )
-            for row in range(len(prefixes))
-        ]
-        prompts = [{"prompt_token_ids": [*prefix, self.begin]} for prefix in prefixes]
-        outputs = self.llm.generate(prompts, parameters, use_tqdm=progress)
-        return [self._trace(output.outputs[0], m_max) for output in outputs]
+    Args:
+        url (`str`): `http://host:port`. The server needs `--logprobs-mode processed_logprobs`.
+        model_path, vocabulary: the checkpoint that it serves, as in [`VLLMTraceSampler`].
 
-    def _trace(self, completion, m_max: int) -> Trace:
-        ids = list(completion.token_ids)
-        logps = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
-        ended = bool(ids) and ids[-1] == self.end
-        if not ended and len(ids) != m_max:
-            raise RuntimeError(f"vLLM stopped after {len(ids)} of {m_max} tokens for {completion.finish_reason!r}")
-        if ended:
-            return Trace(ids[:-1], logps[:-1], logps[-1], forced_end=False)
-        return Trace(ids, logps, 0.0, forced_end=True)
+    Raises:
+        ConnectionError: nothing answers at `url`.
+        ValueError: it serves a model with other abstract tokens, or gives log-probabilities that are not renormalised.
+    """
+
+    def __init__(self, url: str, model_path: str, vocabulary: AbstractVocabulary | None = None):
+        from trl.generation.vllm_client import VLLMClient
+
+        vocabulary = vocabulary or own_vocabulary(model_path)
+        client = VLLMClient(base_url=url.rstrip("/"))
+        super().__init__(partial(complete_there, client), model_path, vocabulary, served_positions(client))
+        if vocabulary is not None:
+            check_server(client, self.end, vocabulary.end)
+
+
+def served_positions(client) -> int:
+    """Longest sequence of the server's engine."""
+    return client._get(f"{client.base_url}/v1/models")["data"][0]["max_model_len"]
+
+
+def check_server(client, end: int, end_text: str) -> None:
+    """
+    One forced token tells both: its text, that the server's abstract tokens are ours; its log-probability, 0, that
+    they are taken after the constraint.
+
+    Raises:
+        ValueError: as in [`ServerTraceSampler`].
+    """
+    forced = {"allowed_token_ids": [end], "max_tokens": 1, "logprobs": 0, "skip_special_tokens": False}
+    body = {"model": client.model, "prompt": [end], **forced}
+    response = client.session.post(f"{client.base_url}/v1/completions", json=body)
+    if not response.ok:
+        raise ValueError(
+            f"{client.base_url} serves {client.model}, which does not take token {end} ({response.text}): "
+            "serve the checkpoint that `model` names"
+        )
+    choice = response.json()["choices"][0]
+    if choice["text"] != end_text:
+        raise ValueError(
+            f"{client.base_url} serves {client.model}, whose token {end} is {choice['text']!r} and not {end_text!r}: "
+            "serve the checkpoint that `model` names"
+        )
+    if choice["logprobs"]["token_logprobs"][0] != 0.0:
+        raise ValueError(
+            f"{client.base_url} gives raw log-probabilities; start it with `--logprobs-mode processed_logprobs` "
+            "(`abscot serve` does)"
+        )

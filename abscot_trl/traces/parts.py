@@ -1,0 +1,94 @@
+"""
+Traces made in parts: a killed run goes on where it was, and shards work side by side.
+
+`<output_dir>.parts/` holds `settings.json` and a file for each finished part, written whole. Which rows a part holds
+depends on the rows alone, so the joined file does not depend on who made which part, or on how often it was killed.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """
+    `2/8` as (2, 8); `None` as (1, 1).
+
+    Raises:
+        ValueError: anything else.
+    """
+    if shard is None:
+        return 1, 1
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"shard {shard!r} is not of the form 2/8 (the second of eight)")
+    return int(index), int(count)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Parts:
+    """
+    The parts of one trace file.
+
+    Args:
+        output_dir (`str`): where the joined file will go.
+        settings (`dict`): everything that the traces depend on.
+
+    Raises:
+        FileExistsError: `output_dir` is there already.
+        ValueError: parts are there that were made with other settings or inputs.
+    """
+
+    def __init__(self, output_dir: str | Path, settings: dict):
+        if Path(output_dir).exists():
+            raise FileExistsError(f"{output_dir} is there already; choose another output_dir or remove it")
+        self.folder = Path(f"{output_dir}.parts")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "settings.json"
+        if not path.is_file():
+            _write_whole(path, json.dumps(settings, indent=2) + "\n")
+        begun, settings = json.loads(path.read_text()), json.loads(json.dumps(settings))
+        other = [key for key in sorted(begun | settings) if begun.get(key) != settings.get(key)]
+        if other:
+            differences = ", ".join(f"{key}: {begun.get(key)!r} -> {settings.get(key)!r}" for key in other)
+            raise ValueError(
+                f"{self.folder} was begun with other settings ({differences}); go back to them or remove it"
+            )
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.jsonl"
+
+    def done(self, number: int) -> bool:
+        return self._path(number).is_file()
+
+    def write(self, number: int, records: list[dict]) -> None:
+        """Write one part, whole or not at all."""
+        _write_whole(self._path(number), "".join(json.dumps(record) + "\n" for record in records))
+
+    def records(self, count: int) -> Iterator[dict]:
+        """The records of parts 0 .. count - 1, in order."""
+        for number in range(count):
+            with open(self._path(number)) as file:
+                yield from map(json.loads, file)
+
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """One process at a time: two shards may end at the same moment."""
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def remove(self) -> None:
+        """After joining."""
+        shutil.rmtree(self.folder, ignore_errors=True)
