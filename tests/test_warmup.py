@@ -16,6 +16,7 @@ from abscot_trl import warmup as driver
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.files import MANIFEST
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -138,14 +139,16 @@ def test_the_backend_reaches_every_stage_that_samples_a_policy(toy, tmp_path):
         warmup(WarmupArguments(**fields | {"launch": "inline"}))
 
 
-def test_another_engine_or_server_is_no_other_stage(toy, tmp_path):
+def test_another_engine_or_server_is_no_other_stage(toy, tmp_path, monkeypatch):
     """A server comes back on another port: what is done stays done."""
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
     warmup(WarmupArguments(**fields))
     again = stages(WarmupArguments(**fields | {"launch": "accelerate"}))
+    monkeypatch.setattr(driver, "launch", lambda stage, *_: pytest.fail(f"{stage.name} ran again"))
     for stage in (stage for stage in again if stage.phase == "traces"):
         stage.settings |= {"server": "http://127.0.0.1:1", "engine": {"block_size": 32}}
-        assert driver.run_stage(stage, WarmupArguments(**fields)) > 0  # from its manifest
+        recorded = json.loads((Path(stage.settings["output_dir"]) / MANIFEST).read_text())["wall_s"]
+        assert driver.run_stage(stage, WarmupArguments(**fields)) == recorded
         with pytest.raises(ValueError, match="other settings"):
             driver.run_stage(replace(stage, settings=stage.settings | {"seed": -1}), WarmupArguments(**fields))
 
