@@ -1,0 +1,249 @@
+"""
+GRPO's rollouts: TRL's generation backend with the constrained sampler inside (section 3.3, stage 2).
+
+A rollout is z ~ pi_abs(. | x), then y ~ pi(. | x, z~), by the same [`EngineTraceSampler`] that offline sampling uses;
+the completion that the trainer sees is [z; <endabstract>; y]. All else (server or colocate, tensor parallelism, sleep,
+weight sync under FSDP and DeepSpeed) is TRL's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from trl.generation.vllm_generation import VLLMGeneration
+
+from abscot_trl.traces.vllm import (
+    Completions,
+    EngineTraceSampler,
+    check_server,
+    check_tensor_parallel,
+    complete_here,
+    complete_there,
+    row_seed,
+    served_positions,
+)
+from abscot_trl.vocabulary import AbstractVocabulary
+
+NEUTRAL = {
+    "top_p": [1],
+    "top_k": [0, -1, None],
+    "min_p": [0, None],
+    "repetition_penalty": [1],
+    "structured_outputs_regex": [None],
+    "logprobs": [0],
+    "generation_kwargs": [{}],
+}
+PEFT_MARKERS = (
+    "base_model.",
+    "base_layer",
+    "lora_",
+    "original_module",
+    "modules_to_save",
+    "token_adapter",
+    "trainable_tokens",
+)
+
+
+@contextmanager
+def unchanged(model: PeftModel) -> Iterator[None]:
+    """
+    The weights under LoRA are afterwards what they were, bit for bit. The parent merges and unmerges them, and in
+    bfloat16 W + BA - BA is not W: over hundreds of syncs the frozen base, which is the reference too, drifts away.
+    """
+    weights = [module.get_base_layer().weight for module in model.modules() if isinstance(module, LoraLayer)]
+    kept = [weight.detach().to("cpu", copy=True) for weight in weights]  # on the device they would not fit beside vLLM
+    yield
+    for weight, before in zip(weights, kept, strict=True):
+        weight.data.copy_(before)
+
+
+def settled(parameter: Tensor) -> Tensor:
+    """A finished copy: vLLM packs on streams of its own, which do not wait for each other."""
+    parameter = parameter.clone()
+    if parameter.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    return parameter
+
+
+class AbstractVLLMGeneration(VLLMGeneration):
+    """
+    [`~trl.generation.vllm_generation.VLLMGeneration`] whose completions are [z; <endabstract>; y].
+
+    Args:
+        args, kwargs: the parent's. `max_completion_length` counts z, its end delimiter and y.
+        vocabulary ([`AbstractVocabulary`], *optional*): the codebook; read from the model's checkpoint when left out.
+        m_max, m_min (`int`, *optional*): most and fewest codebook tokens; the vocabulary's when left out.
+        seed (`int`, *optional*, defaults to `0`): with the number of the call (`calls`, kept here) and of the row it
+            fixes a rollout, however many processes there are and whichever mode.
+
+    Raises:
+        ValueError: settings that change the sampled distribution, which the trainer's log-probabilities could not
+            mirror, a `max_completion_length` without room for an answer, a `tensor_parallel_size` that does not divide
+            the heads; or a server as in [`ServerTraceSampler`].
+        FileNotFoundError: the model's checkpoint holds no vocabulary.
+    """
+
+    def __init__(
+        self,
+        *args,
+        vocabulary: AbstractVocabulary | None = None,
+        m_max: int | None = None,
+        m_min: int | None = None,
+        seed: int = 0,
+        **kwargs,
+    ):
+        self.vocabulary, self.m_max, self.m_min = vocabulary, m_max, m_min
+        self.seed, self.calls = seed, 0
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        path = self.model.name_or_path  # a PeftModel's is its base model's
+        self._settle_vocabulary(path)
+        self._check_settings(path)
+        super()._init_vllm()
+        if self.mode == "colocate":
+            complete, positions = partial(complete_here, self.llm), self.llm.model_config.max_model_len
+        elif self.accelerator.is_main_process:
+            check_server(self.vllm_client, self.end, self.vocabulary.end)
+            complete, positions = partial(complete_there, self.vllm_client), served_positions(self.vllm_client)
+        else:
+            return  # the main process samples for all
+        self.sampler = EngineTraceSampler(complete, path, self.vocabulary, positions, tokenizer=self.processing_class)
+
+    def _settle_vocabulary(self, path: str) -> None:
+        vocabulary = self.vocabulary or AbstractVocabulary.load(path)
+        limits = {"m_max": self.m_max, "m_min": self.m_min}
+        self.vocabulary = replace(vocabulary, **{name: n for name, n in limits.items() if n is not None})
+        self.m_max, self.m_min = self.vocabulary.m_max, self.vocabulary.m_min
+        self.begin = self.vocabulary.begin_id(self.processing_class)
+        self.end = self.vocabulary.end_id(self.processing_class)
+
+    def _check_settings(self, path: str) -> None:
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name)
+            if value not in neutral:
+                raise ValueError(
+                    f"{name}: {value!r} changes what is sampled or returned, and the trainer's log-probabilities "
+                    "know the trace constraint and the temperature only; leave it out"
+                )
+        if self.max_completion_length < self.m_max + 2:
+            raise ValueError(
+                f"max_completion_length {self.max_completion_length} leaves no room for an answer after a trace of "
+                f"m_max {self.m_max} and its end delimiter; use {self.m_max + 2} at least"
+            )
+        if self.mode == "colocate":
+            check_tensor_parallel(path, self.tensor_parallel_size)
+
+    def generate(
+        self, prompts: list[list[int]], images: list[list | None] | None, num_generations: int, profiler=None
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
+        """
+        One rollout a prompt; a prompt that stands there K times gets K different ones.
+
+        Args:
+            prompts (`list[list[int]]`): token ids that end in the begin delimiter, as many on each process.
+            images: refused.
+            num_generations (`int`): not needed, each row has a seed of its own.
+
+        Returns:
+            prompt ids, completion ids (with EOS where y ended), their log-probabilities at the temperature (pi_abs on
+            z and its end delimiter, 0 where forced; pi on y) and again their ids, the last two of shape (B, L, 1).
+
+        Raises:
+            ValueError: images, a prompt without the begin delimiter or without room for trace and answer.
+        """
+        if any(images or []):
+            raise ValueError("abstract traces are sampled from text prompts; remove the images from the dataset")
+        for prompt in prompts:
+            if prompt[-1:] != [self.begin]:
+                raise ValueError(
+                    f"a prompt ends in token {prompt[-1:]} and not in {self.vocabulary.begin} [{self.begin}]; "
+                    "the chat template's generation prompt must end in it"
+                )
+        seed = row_seed(self.seed, self.calls)
+        self.calls += 1
+        sample = self._sample_there if self.mode == "server" else self._sample_here
+        rollouts = sample(prompts, seed, profiler or nullcontext())
+        completion_ids = [ids for ids, _ in rollouts]
+        logprobs = [[[logp] for logp in logps] for _, logps in rollouts]
+        return prompts, completion_ids, logprobs, [[[token] for token in ids] for ids in completion_ids]
+
+    def _rollouts(self, prompts: list[list[int]], first_row: int, seed: int) -> Completions:
+        """z, then y after it. Rows are numbered over all processes."""
+        rows = list(range(first_row, first_row + len(prompts)))
+        prefixes = [prompt[:-1] for prompt in prompts]  # the sampler adds the begin delimiter
+        traces = self.sampler.sample(prefixes, self.m_max, self.m_min, self.temperature, seed, rows)
+        heads = [[*trace.token_ids, self.end] for trace in traces]
+        answers = self.sampler.complete_answers(
+            [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)],
+            self.max_completion_length - self.m_max - 1,
+            self.temperature,
+            seed,
+            rows,
+        )
+        return [
+            (head + ids, [*trace.logps, trace.end_logp, *logps])
+            for trace, head, (ids, logps) in zip(traces, heads, answers, strict=True)
+        ]
+
+    def _sample_there(self, prompts: list[list[int]], seed: int, profiler) -> Completions:
+        """The main process asks the server for everybody's rollouts; each process takes its own."""
+        everybodys, rollouts = gather_object(prompts), [None]
+        if self.accelerator.is_main_process:
+            with profiler:
+                rollouts = [self._rollouts(everybodys, 0, seed)]
+        broadcast_object_list(rollouts, from_process=0)
+        first = self.accelerator.process_index * len(prompts)
+        return rollouts[0][first : first + len(prompts)]
+
+    def _sample_here(self, prompts: list[list[int]], seed: int, profiler) -> Completions:
+        """Each tensor-parallel group samples all its prompts on all its ranks; each rank keeps its own."""
+        size, n = self.tensor_parallel_size, len(prompts)
+        rank, groups = self.accelerator.process_index % size, [prompts]
+        with self._awake():
+            if size > 1:
+                groups = [None] * size
+                torch.distributed.all_gather_object(groups, prompts, group=self.tp_group)
+                if is_peft_model(self.model):  # trl#3671: drain NCCL before vLLM's own collectives
+                    torch.distributed.barrier(device_ids=[self.accelerator.local_process_index])
+            with profiler:
+                first_row = (self.accelerator.process_index - rank) * n
+                rollouts = self._rollouts([prompt for group in groups for prompt in group], first_row, seed)
+        return rollouts[rank * n : (rank + 1) * n]
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Both calls in one waking: sleep discards the weights, so each waking costs a sync."""
+        if not self.enable_sleep_mode:
+            yield
+            return
+        if self._llm_weights_sleeping:
+            self.sync_weights()
+        self.llm.wake_up(tags=["kv_cache"])
+        yield
+        self.llm.sleep(level=2)
+        self._llm_weights_sleeping = True
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        """
+        The parent's, with trained token rows: they are merged into the embedding, which goes by its own name. For a
+        server copies, because vLLM packs up to 1 GB of them at a time: the last pack is made after the parent has
+        unmerged the adapter (or freed what it gathered), and would hold the weights without it.
+
+        Raises:
+            RuntimeError: a name that is still peft's, which vLLM does not know.
+        """
+        with unchanged(self.model) if is_peft_model(self.model) else nullcontext():
+            for name, parameter in super()._iter_named_params():
+                if ".trainable_tokens_delta." in name:
+                    continue
+                name = name.replace(".token_adapter.", ".")
+                if any(marker in name for marker in PEFT_MARKERS):
+                    raise RuntimeError(f"{name} is a name of peft's that vLLM does not know; its weights went nowhere")
+                yield name, settled(parameter) if self.mode == "server" else parameter
