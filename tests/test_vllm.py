@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
@@ -42,7 +43,8 @@ sampler = VLLMTraceSampler(job["model"], **job["engine"])
 results = []
 for call in job["calls"]:
     try:
-        results.append([dataclasses.asdict(trace) for trace in sampler.sample(**call)])
+        method = getattr(sampler, call.pop("method", "sample"))
+        results.append([dataclasses.asdict(found) for found in method(**call)])
     except ValueError as error:
         results.append(str(error))
 json.dump(results, open(sys.argv[2], "w"))
@@ -67,7 +69,9 @@ def sampled(checkpoint, given, tmp_path_factory):
     calls = {
         "free": {"prefixes": given * 6, "m_max": 5, "m_min": 2, "seed": 1},
         "again": {"prefixes": given[:50], "m_max": 5, "m_min": 2, "seed": 1},
+        "some": {"prefixes": given[20:50:3], "rows": list(range(20, 50, 3)), "m_max": 5, "m_min": 2, "seed": 1},
         "greedy": {"prefixes": given, "m_max": 6, "temperature": 0.0},
+        "answer": {"method": "answer", "prefixes": given[1:], "max_new_tokens": 24},
         "cool": {"prefixes": given[:100], "m_max": 6, "temperature": 0.6},
         "first": {"prefixes": [one] * 3000, "m_max": 1, "seed": 2},
         "limits": {"prefixes": [one], "m_max": 3, "m_min": 4},
@@ -94,6 +98,7 @@ def test_thousands_of_legal_traces(checkpoint, sampled):
         assert (trace["end_logp"] == 0.0) == trace["forced_end"]
     assert {len(t["token_ids"]) for t in found["free"]} == {2, 3, 4, 5}
     assert [t["token_ids"] for t in found["again"]] == [t["token_ids"] for t in found["free"][:50]]
+    assert [t["token_ids"] for t in found["some"]] == [t["token_ids"] for t in found["free"][20:50:3]]
 
 
 @pytest.mark.parametrize("name", ["free", "cool"])
@@ -121,6 +126,15 @@ def test_greedy_traces_equal_transformers(checkpoint, sampled, given):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     hf = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint)).sample(given, m_max=6, temperature=0.0)
     assert [t.token_ids for t in hf] == [t["token_ids"] for t in sampled[1]["greedy"]]
+
+
+def test_greedy_answers_equal_transformers(checkpoint, sampled):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    calls, found = sampled
+    given = calls["answer"]["prefixes"]
+    answers = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint)).answer(given, max_new_tokens=24)
+    assert [asdict(answer) for answer in answers] == found["answer"]
+    assert {answer.truncated for answer in answers} == {True, False}
 
 
 def test_draws_follow_the_same_distribution(checkpoint, sampled, given):
