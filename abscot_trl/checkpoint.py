@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from string import Template
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -147,7 +148,7 @@ def init_checkpoint(args: InitArguments) -> Path:
         `Path`: the checkpoint's folder.
 
     Raises:
-        ValueError: a tokenizer that already holds an abstract token or lacks a chat template or EOS; bad limits.
+        ValueError: a tokenizer that already holds an abstract token, lacks EOS or one chat template; bad limits.
         FileExistsError: the output is there already.
     """
     vocabulary = AbstractVocabulary(args.codebook_size, args.m_min, args.m_max)
@@ -169,10 +170,17 @@ def init_checkpoint(args: InitArguments) -> Path:
 
 
 def save_checkpoint(model, tokenizer, vocabulary: AbstractVocabulary, folder: str | Path) -> None:
-    """Write weights (safetensors), tokenizer and vocabulary into `folder`."""
+    """Write weights (safetensors), tokenizer, vocabulary and model card into `folder`."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     vocabulary.save(folder)
+    write_model_card(folder, vocabulary)
+
+
+def write_model_card(folder: str | Path, vocabulary: AbstractVocabulary) -> None:
+    """README.md of a checkpoint: what it is, and how to run it without this package."""
+    card = Template((Path(__file__).parent / "model_card.md").read_text())
+    (Path(folder) / "README.md").write_text(card.substitute(asdict(vocabulary)))
 
 
 @dataclass

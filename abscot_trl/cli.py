@@ -13,6 +13,7 @@ PHASES = {
     "distill": "phase B: self-distillation (eq. 4)",
     "merge": "merge an adapter into its checkpoint",
     "evaluate": "score a model in verbal, direct and abstract mode, with every swap of the trace",
+    "serve": "OpenAI's chat API for a trained checkpoint, the trace as reasoning_content",
     "report": "table and plots of one or more runs",
     "warmup": "the policy iteration: all of the above, T rounds",
     "demo": "the whole on a toy task, minutes on a laptop",

@@ -42,10 +42,13 @@ class Example:
 
 
 def prompt_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The chat template with a generation prompt; thinking mode off, as in the paper."""
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=False
-    )
+    """
+    The chat template with a generation prompt; thinking mode off, as in the paper.
+
+    Ends before `<beginabstract>`, which rows and samplers add: a base model and its extended checkpoint give the same.
+    """
+    settings = {"add_generation_prompt": True, "enable_thinking": False, "abstract": False}
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **settings)
 
 
 def cot_ids(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,6 +20,8 @@ from abscot_trl.checkpoint import InitArguments, MergeArguments, init_checkpoint
 from abscot_trl.data.prepare import DataArguments, prepare
 from abscot_trl.evaluation.evaluate import EvaluateArguments, evaluate
 from abscot_trl.evaluation.report import results_table
+from abscot_trl.serve import ServeArguments, serve
+from abscot_trl.traces.files import describe_traces
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
 from abscot_trl.training.phase import TrainArguments, train_bottleneck, train_distill
@@ -32,6 +34,7 @@ PHASES: dict[str, tuple[Callable, tuple[type, ...]]] = {
     "distill": (train_distill, (TrainArguments, DistillationConfig, ModelConfig)),
     "merge": (merge_adapter, (MergeArguments,)),
     "evaluate": (evaluate, (EvaluateArguments,)),
+    "serve": (serve, (ServeArguments,)),
 }
 
 
@@ -158,5 +161,7 @@ def main(name: str) -> None:
         result = run_phase(name)
     if name == "evaluate":
         print(results_table(result))  # noqa: T201
+    elif name == "traces" and "lengths" in result:
+        print(describe_traces(result))  # noqa: T201
     elif isinstance(result, dict):
         print(json.dumps({key: value for key, value in result.items() if key != "settings"}, indent=2))  # noqa: T201

@@ -18,6 +18,17 @@ def _letters():
         yield from map("".join, product(string.ascii_uppercase, repeat=length))
 
 
+def _abstract_template(template: str, begin: str) -> str:
+    """
+    A chat template whose generation prompt ends in `begin`, thinking off, unless `abstract=false`: then it renders
+    what `template` does, to the character.
+    """
+    abstract = "abstract is not defined or abstract"
+    opening = f"{{% if {abstract} %}}{{% set enable_thinking = false %}}{{% endif %}}\n"  # its newline is trimmed
+    closing = f"{{{{ '{begin}' if add_generation_prompt and ({abstract}) else '' }}}}"  # {{ }} trims no whitespace
+    return opening + template.removesuffix("\n") + closing  # Jinja drops a template's last newline
+
+
 @dataclass(frozen=True)
 class AbstractVocabulary:
     """
@@ -56,9 +67,18 @@ class AbstractVocabulary:
         """
         Add codebook and delimiters to `tokenizer` as special tokens; returns how many were added (M + 2).
 
+        Its chat template, if any, then ends a generation prompt in `<beginabstract>`; with the template variable
+        `abstract=False` it renders as before.
+
         Raises:
-            ValueError: the tokenizer already holds one of them.
+            ValueError: the tokenizer already holds one of them, or has several chat templates.
         """
+        template = tokenizer.chat_template
+        if not isinstance(template, str | None):
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has {len(template)} chat templates "
+                f"({', '.join(template)}); set tokenizer.chat_template to the one that you train with"
+            )
         wanted = [*self.tokens, self.begin, self.end]
         held = [token for token in wanted if token in tokenizer.get_vocab()]
         if held:
@@ -66,6 +86,8 @@ class AbstractVocabulary:
                 f"the tokenizer of {tokenizer.name_or_path!r} already holds {held[0]!r} ({len(held)} of {len(wanted)} "
                 "abstract tokens); start from a base model that was not extended before"
             )
+        if template is not None:
+            tokenizer.chat_template = _abstract_template(template, self.begin)
         return tokenizer.add_tokens(
             [AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True
         )

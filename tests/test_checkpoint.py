@@ -1,6 +1,10 @@
 """The vocabulary in a tokenizer, and what `abscot init` writes."""
 
 import json
+import re
+import subprocess
+import sys
+from itertools import product
 
 import pytest
 import torch
@@ -8,7 +12,10 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint, written_whole
+from abscot_trl.data.prepare import tokenizer_digest
 from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.examples import prompt_ids
+from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -39,6 +46,86 @@ def test_names_and_ids():
     assert tokenizer.decode(encoded) == text and tokenizer.decode(encoded, skip_special_tokens=True) == "7"
 
 
+QWEN = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+WHITESPACE = (
+    "\n  {% if true %}\n  x\n {% endif %}\n\n lit {{ messages[0].content }}\n   \n\n"  # literal text at both ends
+)
+MACRO = "{% macro m() %}{{ enable_thinking }}|{% endmacro %}{% for x in messages %}{{ m() }}{% endfor %}\n"
+USER = {"role": "user", "content": "7+4-2="}
+CHATS = {
+    "one": [USER],
+    "system": [{"role": "system", "content": "1+1="}, USER],
+    "turns": [USER, {"role": "assistant", "content": "9"}, {"role": "user", "content": "3+3="}],
+}
+
+
+@pytest.mark.parametrize("template", [toy_tokenizer().chat_template, QWEN, QWEN + "\n", WHITESPACE, MACRO])
+@pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
+def test_chat_template_ends_in_begin_and_is_the_base_models_otherwise(template, messages):
+    vocabulary, base_tokenizer, tokenizer = AbstractVocabulary(size=4), toy_tokenizer(), toy_tokenizer()
+    base_tokenizer.chat_template = tokenizer.chat_template = template
+    vocabulary.extend(tokenizer)
+    for prompt, thinking in product((True, False), ({}, {"enable_thinking": True}, {"enable_thinking": False})):
+        settings = {"tokenize": False, "add_generation_prompt": prompt}
+        before = base_tokenizer.apply_chat_template(messages, **settings, **thinking)
+        assert tokenizer.apply_chat_template(messages, **settings, **thinking, abstract=False) == before
+        unthinking = base_tokenizer.apply_chat_template(messages, **settings, enable_thinking=False)
+        end = vocabulary.begin if prompt else ""
+        assert tokenizer.apply_chat_template(messages, **settings, **thinking) == unthinking + end
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt_ids(messages, tokenizer) == prompt_ids(messages, base_tokenizer)
+    assert ids == [*prompt_ids(messages, tokenizer), vocabulary.begin_id(tokenizer)]
+
+
+def test_several_chat_templates_are_refused():
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    with pytest.raises(ValueError, match=r"has 2 chat templates \(default, tool_use\)"):
+        AbstractVocabulary().extend(tokenizer)
+    assert "<TOKEN_A>" not in tokenizer.get_vocab()
+
+
+def test_the_model_card_runs_without_this_package(checkpoint, tmp_path):
+    """Its first snippet, as it stands, in the checkpoint's folder: the trace and the answer of our own sampler."""
+    card = (checkpoint / "README.md").read_text()
+    snippet = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+    (tmp_path / "snippet.py").write_text(f"{snippet}\nimport sys\nassert 'abscot_trl' not in sys.modules\n")
+    command = [sys.executable, tmp_path / "snippet.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=checkpoint)
+    assert done.returncode == 0, done.stderr
+    shown, said = done.stdout.split("\n", 1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    vocabulary = AbstractVocabulary.load(checkpoint)
+    sampler, prefix = HFTraceSampler(model, tokenizer, vocabulary), prompt_ids([USER], tokenizer)
+    assert repr(USER["content"])[1:-1] in snippet
+    [trace] = sampler.sample([prefix], vocabulary.m_max, vocabulary.m_min, temperature=0.0)
+    assert shown == tokenizer.decode([*trace.token_ids, sampler.end])
+    [answer] = sampler.answer([[*prefix, sampler.begin, *trace.token_ids, sampler.end]], max_new_tokens=256)
+    assert said == tokenizer.decode(answer.token_ids, skip_special_tokens=True) + "\n"
+
+
+def test_data_prepared_for_a_checkpoint_fits_its_descendants(tmp_path):
+    out = init_checkpoint(InitArguments(base(tmp_path / "base", 64), str(tmp_path / "out"), codebook_size=8, m_max=9))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer.save_pretrained(tmp_path / "descendant")
+    assert tokenizer_digest(tokenizer) == tokenizer_digest(AutoTokenizer.from_pretrained(tmp_path / "descendant"))
+
+
 @pytest.mark.parametrize("limits", [{"m_min": 5, "m_max": 4}, {"m_min": -1}, {"m_max": 0}, {"size": 0}])
 def test_bad_limits(limits):
     with pytest.raises(ValueError, match="m_min|at least one"):
@@ -64,7 +151,7 @@ def test_init_grows_never_shrinks_and_keeps_the_tie(tmp_path, rows, tied):
     assert AbstractVocabulary.load(out) == AbstractVocabulary(16, 2, 9)
     assert after.config.vocab_size == len(new)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.chat_template == toy_tokenizer().chat_template and len(tokenizer) == 58
+    assert toy_tokenizer().chat_template in tokenizer.chat_template and len(tokenizer) == 58
 
 
 def test_initialisations():

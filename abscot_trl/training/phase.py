@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from abscot_trl.checkpoint import verify_checkpoint
+from abscot_trl.checkpoint import verify_checkpoint, write_model_card
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.traces.files import read_traces
 from abscot_trl.traces.make import part_rows
@@ -94,6 +94,7 @@ def train(
         (final / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
         if not model_args.use_peft:
             verify_checkpoint(final)
+            write_model_card(final, vocabulary)
         for file in final.iterdir():
             file.replace(output / file.name)
         final.rmdir()

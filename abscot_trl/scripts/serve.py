@@ -1,0 +1,10 @@
+"""
+Serve a trained checkpoint by OpenAI's chat API; the trace comes as `reasoning_content`.
+
+    python -m abscot_trl.scripts.serve --model runs/qwen3-4b/informed/model --port 8000
+"""
+
+from abscot_trl.phases import main
+
+if __name__ == "__main__":
+    main("serve")

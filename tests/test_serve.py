@@ -1,0 +1,558 @@
+"""`abscot serve` as its clients meet it: one real server on loopback, on CPU, against transformers on the same ids."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import httpx
+import psutil
+import pytest
+import torch
+import yaml
+from openai import APIError, OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.examples import prompt_ids
+from abscot_trl.serve import ServeArguments, bind, engine_flags, load_chat, serve
+from abscot_trl.serving.chat import Chat, chat_app
+from abscot_trl.traces.hf import HFTraceSampler
+from abscot_trl.traces.vllm import ServerTraceSampler
+from abscot_trl.vocabulary import AbstractVocabulary
+
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "gpu_memory_utilization": 0.2,
+    "max_model_len": 256,
+    "block_size": 32,
+    "enable_chunked_prefill": False,  # on CPU a seeded request fails when its prefill is cut
+}
+NAME = "tiny"
+USER = {"role": "user", "content": "7+4-2="}
+CHATS = [
+    *([e.prompt for steps in (2, 4, 8) for e in chain_arithmetic(2, steps, 5, seed=0)]),
+    [{"role": "system", "content": "1+1="}, USER],
+    [USER, {"role": "assistant", "content": "9", "reasoning_content": "<TOKEN_A>"}, {"role": "user", "content": "3="}],
+    [{"role": "user", "content": [{"type": "text", "text": "3+"}, {"type": "text", "text": "+4="}]}],
+]
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen
+    log: str
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """`abscot serve --config`, from boot to health; booting takes 30 s."""
+    if not (find_spec("vllm") and torch.version.cuda is None):
+        pytest.skip("needs the CPU build of vLLM")
+    folder = tmp_path_factory.mktemp("serve")
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    recipe = {"model": str(checkpoint), "port": port, "engine": ENGINE, "served_model_name": NAME}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "abscot_trl.cli", "serve", "--config", folder / "serve.yaml"]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stderr=log, env=os.environ | CPU)
+    server = Server(f"http://127.0.0.1:{port}", process, folder / "log")
+    try:
+        wait_until_healthy(server)
+        yield server
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_healthy(server: Server) -> None:
+    while True:
+        assert server.process.poll() is None, server.log.read_text()[-3000:]
+        try:
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            return
+        except httpx.ConnectError:
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def hf(checkpoint):
+    """(tokenizer, vocabulary, sampler) of transformers."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    vocabulary = AbstractVocabulary.load(checkpoint)
+    return tokenizer, vocabulary, HFTraceSampler(model, tokenizer, vocabulary)
+
+
+@dataclass
+class Expected:
+    reasoning: str
+    content: str
+    finish: str
+    usage: tuple[int, int, int, int]  # prompt, completion, total, reasoning
+
+
+def expected(hf, messages: list[dict], max_tokens: int) -> Expected:
+    """The greedy reply by transformers, counted by ids."""
+    tokenizer, vocabulary, sampler = hf
+    texts = [m["content"] if isinstance(m["content"], str) else "3++4=" for m in messages]
+    prefix = prompt_ids([{"role": m["role"], "content": t} for m, t in zip(messages, texts, strict=True)], tokenizer)
+    [trace] = sampler.sample([prefix], vocabulary.m_max, vocabulary.m_min, temperature=0.0)
+    thought = [*trace.token_ids, sampler.end][:max_tokens]
+    content, finish, answered, left = "", "length", 0, max_tokens - len(thought)
+    if left:
+        [answer] = sampler.answer([[*prefix, sampler.begin, *thought]], left)
+        content = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        finish, answered = ("length" if answer.truncated else "stop"), len(answer.token_ids) + (not answer.truncated)
+    reasoning = "".join(tokenizer.convert_ids_to_tokens([t for t in thought if t != sampler.end]))
+    before, after = len(prefix) + 1, len(thought) + answered
+    return Expected(reasoning, content, finish, (before, after, before + after, len(thought)))
+
+
+def counts(usage) -> tuple[int, int, int, int]:
+    details = usage.completion_tokens_details
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, details.reasoning_tokens
+
+
+@pytest.mark.parametrize("messages", CHATS, ids=range(len(CHATS)))
+def test_a_reply_and_its_stream_are_those_of_transformers(server, hf, messages):
+    wanted = expected(hf, messages, 24)
+    reply = server.client.chat.completions.create(model=NAME, messages=messages, max_tokens=24)
+    [choice] = reply.choices
+    assert (choice.message.reasoning_content, choice.message.content) == (wanted.reasoning, wanted.content)
+    assert (choice.finish_reason, counts(reply.usage)) == (wanted.finish, wanted.usage)
+    assert reply.object == "chat.completion" and reply.model == NAME and choice.message.role == "assistant"
+
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *events, last = server.client.chat.completions.create(model=NAME, messages=messages, max_tokens=24, **options)
+    assert counts(last.usage) == wanted.usage and last.choices == [] and len({e.id for e in [*events, last]}) == 1
+    deltas = [event.choices[0].delta for event in events]
+    assert deltas[0].role == "assistant" and deltas[1].reasoning_content == wanted.reasoning
+    assert "".join(delta.content or "" for delta in deltas) == wanted.content
+    assert [e.choices[0].finish_reason for e in events] == [None] * (len(events) - 1) + [wanted.finish]
+    assert sum(bool(delta.content) for delta in deltas) > 5 or len(wanted.content) < 20  # as it comes, not at the end
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 10))
+def test_max_tokens_counts_trace_end_and_answer(server, hf, max_tokens):
+    """m_max is 6: up to 7 tokens are trace and end."""
+    wanted = expected(hf, [USER], max_tokens)
+    reply = server.client.chat.completions.create(model=NAME, messages=[USER], max_completion_tokens=max_tokens)
+    [choice] = reply.choices
+    assert (choice.message.reasoning_content, choice.message.content) == (wanted.reasoning, wanted.content)
+    assert (choice.finish_reason, counts(reply.usage)) == (wanted.finish, wanted.usage)
+    assert wanted.finish == "length" and wanted.usage[1] == max_tokens
+    *_, last = server.client.chat.completions.create(model=NAME, messages=[USER], max_tokens=max_tokens, stream=True)
+    assert last.choices[0].finish_reason == "length"
+
+
+def test_without_max_tokens_the_positions_are_the_limit(server, hf):
+    wanted = expected(hf, [USER], 256 - len(prompt_ids([USER], hf[0])) - 1)
+    reply = server.client.chat.completions.create(model=NAME, messages=[USER])
+    assert reply.choices[0].message.content == wanted.content and counts(reply.usage) == wanted.usage
+
+
+def test_stop_ends_the_answer(server, hf):
+    content = expected(hf, [USER], 24).content
+    stop = content[5]
+    reply = server.client.chat.completions.create(model=NAME, messages=[USER], max_tokens=24, stop=stop)
+    assert reply.choices[0].message.content == content[: content.index(stop)]
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_64_requests_at_once(server, hf):
+    """Temperature 1: legal traces, and each the same again for its seed."""
+    tokenizer, vocabulary, _ = hf
+
+    def ask(seed: int) -> tuple[str, str]:
+        fields = {"temperature": 1.0, "seed": seed, "extra_body": {"trace_temperature": 1.0}}
+        reply = server.client.chat.completions.create(model=NAME, messages=[USER], max_tokens=20, **fields)
+        return reply.choices[0].message.reasoning_content, reply.choices[0].message.content
+
+    with ThreadPoolExecutor(64) as pool:
+        first, second = list(pool.map(ask, range(64))), list(pool.map(ask, range(0, 64, 4)))
+    assert first[::4] == second and len(set(first)) > 50
+    codebook = set(vocabulary.ids(tokenizer))
+    for reasoning, _ in first:
+        ids = tokenizer(reasoning, add_special_tokens=False)["input_ids"]
+        assert set(ids) <= codebook and vocabulary.m_min <= len(ids) <= vocabulary.m_max
+    assert len({reasoning for reasoning, _ in first}) > 20
+
+
+BAD = {
+    "json": (b"{", "the body is not valid JSON"),
+    "utf8": (b'{"messages": "\xff"}', "the body is not valid JSON"),
+    "surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not valid JSON"),
+    "deep": (b"[" * 200_000, "the body is not valid JSON"),
+    "list": ([1], "the body is a JSON list; send a JSON object"),
+    "no messages": ({"messages": None}, "messages is missing; give it"),
+    "empty": ({"messages": []}, "messages: []: List should have at least 1 item"),
+    "text": ({"messages": "hi"}, "messages: 'hi': Input should be a valid list"),
+    "message": ({"messages": ["hi"]}, "messages.0: 'hi': Input should be a valid dictionary"),
+    "role": ({"messages": [{"role": "tool", "content": "1"}]}, "messages.0.role: 'tool': Input should be 'system'"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages.0.content is missing; give it"),
+    "number": ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content: 3: Input should be a valid str"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "only parts of type 'text' are supported; send text",
+    ),
+    "name": ({"messages": [USER | {"name": "x"}]}, "messages.0.name: 'x' is not supported here; leave it out"),
+    "unknown": ({"top_k": 5}, "top_k: 5 is not supported here; leave it out"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools: [{'type': 'function'}] is not supported by this server"),
+    "format": ({"response_format": {"type": "json_object"}}, "response_format: {'type': 'json_object'} is not supp"),
+    "logprobs": ({"logprobs": True}, "logprobs: True is not supported"),
+    "bias": ({"logit_bias": {"5": 1}}, "logit_bias: {'5': 1} is not supported"),
+    "n": ({"n": 2}, "n: 2 is not supported by this server; leave it out"),
+    "temperature": ({"temperature": -0.5}, "temperature: -0.5: Input should be greater than or equal to 0"),
+    "trace temperature": ({"trace_temperature": -1}, "trace_temperature: -1: Input should be greater than or equal"),
+    "nan": ({"temperature": float("nan")}, "temperature: nan: Input should be a finite number"),
+    "type": ({"temperature": "hot"}, "temperature: 'hot': Input should be a valid number"),
+    "boolean": ({"temperature": True}, "temperature: True: Input should be a valid number"),
+    "top_p": ({"top_p": 0}, "top_p: 0: Input should be greater than 0"),
+    "penalty": ({"presence_penalty": 3}, "presence_penalty: 3: Input should be less than or equal to 2"),
+    "stop": ({"stop": [""]}, "stop.0: '': String should have at least 1 character"),
+    "seed": ({"seed": 1.5}, "seed: 1.5: Input should be a valid integer"),
+    "stream": ({"stream": "yes"}, "stream: 'yes': Input should be a valid boolean"),
+    "options": ({"stream_options": {"x": 1}}, "stream_options.x: 1 is not supported here; leave it out"),
+    "zero": ({"max_tokens": 0}, "max_tokens: 0: Input should be greater than or equal to 1"),
+    "two limits": ({"max_tokens": 5, "max_completion_tokens": 6}, "differ, 5 and 6; give one of them"),
+    "too many": ({"max_tokens": 300}, "a prompt of 7 tokens and max_tokens 300 exceed the model's 256 positions"),
+    "long": (
+        {"messages": [{"role": "user", "content": "3" * 300}]},
+        "a prompt of 303 tokens and a trace, its end and an answer, together 8 exceed the model's 256 positions; "
+        "shorten the messages",
+    ),
+}
+
+
+@pytest.mark.parametrize("body, words", BAD.values(), ids=BAD)
+def test_bad_requests_get_400_with_words(server, body, words):
+    if isinstance(body, dict):
+        body = {"model": NAME, "messages": [USER]} | body
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=content)
+    error = response.json()["error"]
+    assert response.status_code == 400 and words in error["message"], error
+    assert error["type"] == "invalid_request_error" and {"param", "code"} < error.keys()
+
+
+def test_another_model_is_404_and_neutral_fields_are_fine(server):
+    def post(**fields) -> httpx.Response:
+        body = {"messages": [USER], "max_tokens": 9} | fields
+        return httpx.post(f"{server.url}/v1/chat/completions", json=body)
+
+    response = post(model="gpt")
+    assert response.status_code == 404 and "'gpt' is not served here; ask for 'tiny'" in response.text
+    neutral = {"n": 1, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logprobs": False}
+    neutral |= {"logit_bias": {}, "user": "me", "metadata": {"a": "b"}, "stop": None, "max_completion_tokens": None}
+    plain, fuller = post(), post(**neutral)
+    assert plain.status_code == 200 and fuller.json()["choices"] == plain.json()["choices"]
+    assert fuller.json()["usage"] == plain.json()["usage"]
+
+
+def test_endpoints_that_are_passed_on(server):
+    served = server.client.models.list().data[0]
+    assert served.id == NAME and served.max_model_len == 256
+    assert httpx.get(f"{server.url}/metrics").text.startswith("# HELP")
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": "3+4"}).json()
+    assert tokens["tokens"] == [8, 24]
+    wrong = httpx.post(f"{server.url}/v1/completions", json={"prompt": [3], "temperature": -1})
+    assert wrong.status_code == 400 and "temperature" in wrong.json()["error"]["message"]
+
+
+def test_the_trace_sampler_works_against_it(server, checkpoint, hf):
+    """Seeded, and with log-probabilities of the renormalised policy."""
+    tokenizer, vocabulary, sampler = hf
+    there = ServerTraceSampler(server.url, str(checkpoint))
+    prefixes = [prompt_ids(messages, tokenizer) for messages in CHATS[:7]]
+    traces, again = (there.sample(prefixes, m_max=5, m_min=2, seed=3) for _ in range(2))
+    assert [t.token_ids for t in traces] == [t.token_ids for t in again]
+    allowed = torch.tensor([*vocabulary.ids(tokenizer), sampler.end])
+    for prefix, trace in zip(prefixes, traces, strict=True):
+        with torch.no_grad():
+            logits = sampler.model(torch.tensor([[*prefix, sampler.begin, *trace.token_ids]])).logits[0, len(prefix) :]
+        for i, (token, logp) in enumerate(zip(trace.token_ids, trace.logps, strict=True)):
+            here = allowed[:-1] if i < 2 else allowed
+            wanted = torch.log_softmax(logits[i, here].double(), 0)[here.tolist().index(token)].item()
+            assert abs(wanted - logp) < 1e-4
+
+
+def test_a_chat_over_an_upstream(server, checkpoint, hf, tmp_path):
+    """`--upstream`: the protocol in this process, vLLM elsewhere; another checkpoint's is refused."""
+    wanted = expected(hf, [USER], 20)
+    app = chat_app(load_chat(ServeArguments(str(checkpoint), upstream=server.url), server.url))
+    [response] = requests(app, {"messages": [USER], "max_tokens": 20})
+    message = response.json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == (wanted.reasoning, wanted.content)
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    other = AutoTokenizer.from_pretrained(checkpoint)
+    other.add_tokens(["another"])
+    text = (
+        (tmp_path / "tokenizer.json").read_text().replace("<endabstract>", "<x>").replace("<TOKEN_C>", "<endabstract>")
+    )
+    (tmp_path / "tokenizer.json").write_text(text.replace("<x>", "<TOKEN_C>"))
+    with pytest.raises(ValueError, match="serve the checkpoint that `model` names"):
+        load_chat(ServeArguments(str(tmp_path), upstream=server.url), server.url)
+
+
+def test_the_model_cards_client_runs(server, checkpoint, capsys):
+    snippet = re.findall("```python\n(.*?)```", (checkpoint / "README.md").read_text(), re.DOTALL)[1]
+    exec(snippet.replace("http://127.0.0.1:8000", server.url), {})
+    assert capsys.readouterr().out.startswith("<TOKEN_")
+
+
+def test_sigterm_stops_it_and_leaves_nothing(server):
+    """In the middle of an answer."""
+    stream = iter(server.client.chat.completions.create(model=NAME, messages=[USER], stream=True))
+    next(stream)
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(children) >= 2  # the server and its engine
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 0
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+
+
+# Without vLLM
+
+
+def requests(app, *bodies: dict) -> list[httpx.Response]:
+    """Chat requests to an app of this process."""
+
+    async def post() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return [await client.post("/v1/chat/completions", json=body) for body in bodies]
+
+    return asyncio.run(post())
+
+
+def chat_over(checkpoint, upstream) -> Chat:
+    """The protocol over a function that stands for vLLM."""
+    client = httpx.AsyncClient(transport=httpx.MockTransport(upstream), base_url="http://vllm")
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(checkpoint), AbstractVocabulary.load(checkpoint)
+    return Chat(client, NAME, tokenizer, vocabulary, 256, [1])
+
+
+def completion(ids: list[int], finish: str = "stop") -> httpx.Response:
+    choice = {"text": "x" * len(ids), "token_ids": ids, "finish_reason": finish}
+    return httpx.Response(200, json={"choices": [choice], "usage": {"completion_tokens": len(ids)}})
+
+
+def piece(text: str, finish: str | None = None) -> bytes:
+    content = {"choices": [{"text": text, "finish_reason": finish}]}
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+
+
+class Parts(httpx.AsyncByteStream):
+    """A stream in parts, which may end with an exception."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    async def __aiter__(self):
+        for part in self.parts:
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+
+def test_line_separators_in_an_answer(checkpoint):
+    """And characters cut in two by the network."""
+    text = "a\u2028b\x85\N{SNOWMAN}"
+    content = piece(text) + piece("", "stop") + b'data: {"choices": [], "usage": {"completion_tokens": 3}}\n\n'
+    parts = [bytes([byte]) for byte in content + b"data: [DONE]\n\n"]
+
+    def vllm(request: httpx.Request) -> httpx.Response:
+        streamed = json.loads(request.content).get("stream", False)
+        return httpx.Response(200, stream=Parts(*parts)) if streamed else completion([40, 49])
+
+    [response] = requests(chat_app(chat_over(checkpoint, vllm)), {"messages": [USER], "stream": True})
+    *_, answer, finish, done = response.text.splitlines()[::2]
+    assert json.loads(answer[6:])["choices"][0]["delta"] == {"content": text}
+    assert json.loads(finish[6:])["choices"][0]["finish_reason"] == "stop" and done == "data: [DONE]"
+
+
+FAILURES = {
+    "cut": (Parts(piece("7"), httpx.ReadError("reset")), "ReadError: reset"),
+    "short": (Parts(piece("7")), "ended its answer too early"),
+    "error": (Parts(piece("7"), b'data: {"error": {"message": "engine dead"}}\n\n'), "engine dead"),
+    "abort": (Parts(piece("7"), piece("", "abort"), b"data: [DONE]\n\n"), "broke off (abort)"),
+}
+
+
+@pytest.mark.parametrize("answer, words", FAILURES.values(), ids=FAILURES)
+def test_a_failure_in_mid_stream_is_an_event(checkpoint, answer, words):
+    def vllm(request: httpx.Request) -> httpx.Response:
+        return (
+            httpx.Response(200, stream=answer) if json.loads(request.content).get("stream") else completion([40, 49])
+        )
+
+    [response] = requests(chat_app(chat_over(checkpoint, vllm)), {"messages": [USER], "stream": True})
+    *events, last = [json.loads(line[6:]) for line in response.text.splitlines() if line]
+    assert [e["choices"][0]["delta"].get("content") for e in events] == ["", None, "7"]
+    assert words in last["error"]["message"] and "[DONE]" not in response.text
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, headers=response.headers, content=response.content))
+    client = OpenAI(api_key="none", http_client=httpx.Client(transport=transport))
+    with pytest.raises(APIError, match=re.escape(words)):
+        list(client.chat.completions.create(model=NAME, messages=[USER], stream=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_fails_is_502_in_words(checkpoint, stream):
+    answers = [
+        httpx.ConnectError("refused"),
+        httpx.Response(500, text="boom"),
+        httpx.Response(200, text="no JSON"),
+        httpx.Response(404, json={"error": {"message": "no such model"}}),
+        completion([40], "abort"),
+        httpx.Response(400, json={"error": {"message": "bad seed", "param": "seed"}}),
+    ]
+
+    def vllm(_: httpx.Request) -> httpx.Response:
+        answer = answers[served.pop(0)]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    served, body = list(range(len(answers))), {"messages": [USER], "stream": stream}
+    found = requests(chat_app(chat_over(checkpoint, vllm)), *[body] * len(answers))
+    assert [r.status_code for r in found] == [502] * 5 + [400]
+    words = ["ConnectError: refused", "500: boom", "200: no JSON", "no such model", "broke off (abort)", "bad seed"]
+    assert all(w in r.json()["error"]["message"] for w, r in zip(words, found, strict=True))
+
+
+def test_a_client_that_goes_away_takes_its_request_along(checkpoint):
+    async def leave() -> None:
+        asked, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def vllm(_: httpx.Request) -> httpx.Response:
+            asked.set()
+            try:
+                return await asyncio.Future()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+
+        body = [{"type": "http.request", "body": json.dumps({"messages": [USER]}).encode()}]
+
+        async def receive() -> dict:
+            if body:
+                return body.pop()
+            await asked.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_: dict) -> None:
+            pass
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+        await chat_app(chat_over(checkpoint, vllm))(scope, receive, send)
+        await asyncio.wait_for(cancelled.wait(), timeout=10)
+
+    asyncio.run(leave())
+
+
+def test_engine_arguments_as_flags():
+    engine = {"tensor_parallel_size": 2, "enforce_eager": True, "enable_chunked_prefill": False, "dtype": "float32"}
+    assert engine_flags(engine | {"lora_modules": ["a", "b"], "compilation_config": {"level": 0}}) == [
+        "--tensor-parallel-size=2",
+        "--enforce-eager",
+        "--no-enable-chunked-prefill",
+        "--dtype=float32",
+        "--lora-modules",
+        "a",
+        "b",
+        '--compilation-config={"level": 0}',
+    ]
+    for name in ("trust_remote_code", "trust-remote-code", "port", "logprobs_mode"):
+        with pytest.raises(ValueError, match=f"engine: {name} is .*leave it out"):
+            engine_flags({name: True})
+    with pytest.raises(ValueError, match="engine: dtype has no value"):
+        engine_flags({"dtype": None})
+
+
+def test_arguments():
+    assert ServeArguments("x", engine='{"max_model_len": 256}').engine == {"max_model_len": 256}
+    for fields, words in {
+        ("engine", "{"): "is no JSON object",
+        ("engine", "[1]"): "is no mapping",
+        ("upstream", "localhost:8000"): "write http://host:port",
+        ("trace_temperature", -1.0): "must not be negative",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            ServeArguments("x", **dict([fields]))
+    with pytest.raises(ValueError, match="upstream's own"):
+        ServeArguments("x", upstream="http://a:1", engine={"dtype": "float32"})
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port} .*choose another"):
+            bind("127.0.0.1", port)
+
+
+DIES_AT_ONCE = "print('no such flag')\nraise SystemExit(3)\n"
+DIES_LATER = """
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    asked = []
+    def do_GET(self):
+        self.reply({"data": [{"id": "x", "max_model_len": 256}]})
+        self.asked.append(self.path)
+        if self.asked.count("/v1/models") == 3:  # the last question before the server is up
+            os._exit(7)
+    def do_POST(self):
+        self.reply({"choices": [{"text": "<endabstract>", "logprobs": {"token_logprobs": [0.0]}}]})
+    def reply(self, content):
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        content = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
+
+port = next(int(a.removeprefix("--port=")) for a in sys.argv if a.startswith("--port="))
+print("engine dead", flush=True)
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [(DIES_AT_ONCE, "exit code 3; the end of its log: no such flag"), (DIES_LATER, "(?s)exit code 7;.*engine dead")],
+    ids=["at once", "later"],
+)
+def test_it_stops_with_words_when_vllm_dies(checkpoint, tmp_path, monkeypatch, script, words):
+    """A script in vLLM's place."""
+    (tmp_path / "vllm.py").write_text(script)
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path / "vllm.py"}" "$@"\n')
+    fake.chmod(0o755)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    try:
+        with pytest.raises(RuntimeError, match=words):
+            serve(ServeArguments(str(checkpoint), port=port))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    with socket.socket() as closed, pytest.raises(ConnectionRefusedError):
+        closed.connect(("127.0.0.1", port))
