@@ -12,11 +12,11 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate warmup report bench-train bench-sampling clean
+.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate warmup report serve bench-train bench-sampling clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo "  make init|data|evaluate             a phase of RECIPE; bottleneck|distill: with TUNING; traces|merge|report: by ARGS"
+	@echo "  make init|data|evaluate             a phase of RECIPE; bottleneck|distill: with TUNING; traces|merge|report|serve: by ARGS"
 	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=$(TUNING) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
 
 install: $(READY) ## the pinned set: CUDA build with an NVIDIA GPU, CPU build without
@@ -49,7 +49,7 @@ init data evaluate: $(READY)
 bottleneck distill: $(READY)
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(TUNING).yaml $(ARGS)
 
-traces merge report: $(READY)
+traces merge report serve: $(READY)
 	$(ABSCOT) $@ $(ARGS)
 
 warmup: $(READY) ## the policy iteration of RECIPE by METHOD

@@ -24,6 +24,7 @@ import uvicorn
 from transformers import AutoTokenizer
 
 from abscot_trl.serving.chat import Chat, chat_app
+from abscot_trl.traces.backends import engine_arguments
 from abscot_trl.traces.vllm import ServerTraceSampler, check_tensor_parallel
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -60,13 +61,7 @@ class ServeArguments:
     served_model_name: str | None = field(default=None, metadata={"help": "The model's name in the API."})
 
     def __post_init__(self):
-        if isinstance(self.engine, str):
-            try:
-                self.engine = json.loads(self.engine)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"engine: {self.engine!r} is no JSON object ({error})") from error
-        if not isinstance(self.engine, dict | None):
-            raise ValueError(f"engine: {self.engine!r} is no mapping of vllm serve's arguments")
+        self.engine = engine_arguments(self.engine)
         if self.upstream is not None and (self.engine or self.served_model_name):
             raise ValueError("engine and served_model_name are the upstream's own; give them to its `vllm serve`")
         if self.upstream is not None and not self.upstream.startswith(("http://", "https://")):
@@ -113,7 +108,7 @@ class VLLMServer:
         command += [f"--port={port}", f"--served-model-name={args.served_model_name or args.model}"]
         command += ["--logprobs-mode=processed_logprobs", "--enable-prefix-caching", "--disable-uvicorn-access-log"]
         self.process = subprocess.Popen(
-            [*command, *engine_flags(args.engine or {})],
+            [*command, *engine_flags(args.engine)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -224,7 +219,7 @@ def serve(args: ServeArguments) -> None:
         RuntimeError: vLLM died; with the end of its log.
     """
     AbstractVocabulary.load(args.model)
-    check_tensor_parallel(args.model, (args.engine or {}).get("tensor_parallel_size", 1))
+    check_tensor_parallel(args.model, args.engine.get("tensor_parallel_size", 1))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     with bind(args.host, args.port) as listener:

@@ -490,6 +490,7 @@ def test_arguments():
     for fields, words in {
         ("engine", "{"): "is no JSON object",
         ("engine", "[1]"): "is no mapping",
+        ("engine", '{"trust_remote_code": true}'): "trust_remote_code is never set here",
         ("upstream", "localhost:8000"): "write http://host:port",
         ("trace_temperature", -1.0): "must not be negative",
     }.items():

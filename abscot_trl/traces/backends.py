@@ -11,6 +11,25 @@ from abscot_trl.traces.vllm import ServerTraceSampler, VLLMTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
+def engine_arguments(engine: dict | str | None) -> dict:
+    """
+    A field `engine` as a mapping: a recipe gives one, a command line its JSON.
+
+    Raises:
+        ValueError: neither, or it asks for remote code.
+    """
+    if isinstance(engine, str):
+        try:
+            engine = json.loads(engine)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"engine: {engine!r} is no JSON object ({error})") from error
+    if not isinstance(engine, dict | None):
+        raise ValueError(f"engine: {engine!r} is no mapping of vLLM's arguments")
+    if "trust_remote_code" in (engine or {}):
+        raise ValueError("engine: trust_remote_code is never set here; leave it out")
+    return engine or {}
+
+
 @dataclass(kw_only=True)
 class SamplerArguments:
     """
@@ -35,17 +54,9 @@ class SamplerArguments:
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights."})
 
     def __post_init__(self):
-        if isinstance(self.engine, str):
-            try:
-                self.engine = json.loads(self.engine)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"engine: {self.engine!r} is no JSON object ({error})") from error
-        if self.engine is not None and not isinstance(self.engine, dict):
-            raise ValueError(f"engine: {self.engine!r} is no mapping of vLLM arguments")
+        self.engine = engine_arguments(self.engine) or None
         if self.engine and self.backend != "vllm":
             raise ValueError(f"engine is for backend: vllm, not {self.backend}; leave it out")
-        if "trust_remote_code" in (self.engine or {}):
-            raise ValueError("engine: trust_remote_code is never set here; leave it out")
         if (self.server is not None) != (self.backend == "server"):
             raise ValueError(f"server and backend: server go together, got {self.server!r} and {self.backend!r}")
         if self.batch_tokens < 1:

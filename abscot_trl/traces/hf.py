@@ -59,7 +59,7 @@ class _TraceProcessor(LogitsProcessor):
         choice = (logps + noise).argmax(dim=-1, keepdim=True)
         self.choices.append(choice[:, 0])
         self.logps.append(logps.gather(1, choice)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(1, allowed[choice], 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, allowed[choice], 0.0)
 
 
 class HFTraceSampler:
