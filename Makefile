@@ -58,7 +58,7 @@ warmup: $(READY) ## the policy iteration of RECIPE by METHOD
 bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
 
-bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, the second call (10 minutes on 2 cores)
+bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, the second call (17 minutes on 2 cores)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)
 
 clean: ## remove runs and the virtual environment
