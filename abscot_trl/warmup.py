@@ -43,7 +43,9 @@ class WarmupArguments(SamplerArguments):
         run_dir (`str`): folder of the run; a second call continues it.
         model (`str`): extended checkpoint (`abscot init`).
         data (`str`): prepared data (`abscot data`).
-        bottleneck, distill, evaluate (`str`): recipes of the phases; `evaluate` may be left out.
+        bottleneck, distill, evaluate (`str`): recipes of the phases, `{tuning}` in a name standing for `tuning`;
+            `evaluate` may be left out.
+        tuning (`str`): which of the phases' recipes: `lora` or `full`.
         name (`str`): the recipe's name in results: `informed`, `paper`.
         rounds (`int`): T.
         rows_per_phase (`int`): size of each part D_{t,1}, D_{t,2}.
@@ -59,6 +61,10 @@ class WarmupArguments(SamplerArguments):
     bottleneck: str = field(metadata={"help": "Recipe of phase A."})
     distill: str = field(metadata={"help": "Recipe of phase B."})
     evaluate: str | None = field(default=None, metadata={"help": "Recipe of the evaluation after each round."})
+    tuning: str = field(
+        default="lora",
+        metadata={"help": "Which recipes {tuning} in their names stands for.", "choices": ["lora", "full"]},
+    )
     name: str = field(default="informed", metadata={"help": "The recipe's name in results.json."})
     rounds: int = field(default=3, metadata={"help": "Rounds T."})
     rows_per_phase: int = field(default=5000, metadata={"help": "Rows of each part D_t,1 and D_t,2."})
@@ -86,6 +92,9 @@ class WarmupArguments(SamplerArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for phase in (*TRAINING, "evaluate"):
+            path = getattr(self, phase)
+            setattr(self, phase, path and path.replace("{tuning}", self.tuning))
         if self.backend == "vllm" and self.launch == "inline":
             raise ValueError("backend vllm hangs in a process that trains; use launch: accelerate")
         if self.temperature < 0 or self.rehearsal < 0:

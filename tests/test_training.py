@@ -284,3 +284,11 @@ def test_two_processes_give_one_process_losses(checkpoint, tmp_path):
     for a, b in zip(found[0][1][:3], found[1][1][:3], strict=True):
         for key in ("loss", "loss_trace", "loss_answer", "learning_rate", "num_tokens"):
             assert a[key] == pytest.approx(b[key], abs=1e-5), key
+
+
+def test_the_global_batch_sets_the_accumulation(tmp_path):
+    assert BottleneckConfig(**settings(tmp_path, global_batch_size=32)).gradient_accumulation_steps == 4
+    with pytest.raises(ValueError, match="global_batch_size 12 is no multiple of per_device_train_batch_size 8 x 1"):
+        BottleneckConfig(**settings(tmp_path, global_batch_size=12))
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        BottleneckConfig(**settings(tmp_path, global_batch_size=32, gradient_accumulation_steps=4))

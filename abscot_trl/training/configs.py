@@ -19,6 +19,9 @@ class BottleneckConfig(SFTConfig):
             `"discrete"`, only what the tokens themselves say.
         supervise_end (`bool`, *optional*, defaults to `True`):
             Train on `<endabstract>`. Eq. 3 to the letter does not, and then stopping is never learnt.
+        global_batch_size (`int`, *optional*):
+            Rows (packed rows with `packing`) of one optimiser step over all processes; sets
+            `gradient_accumulation_steps`, so that one recipe takes the same steps on any number of GPUs.
         overlong (`str`, *optional*, defaults to `"error"`):
             Rows longer than `max_length`: `"error"` refuses to start, `"drop"` leaves them out and counts them.
     """
@@ -37,13 +40,26 @@ class BottleneckConfig(SFTConfig):
         },
     )
     supervise_end: bool = field(default=True, metadata={"help": "Train on <endabstract> (eq. 3 to the letter: no)."})
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of a step over all processes; sets gradient_accumulation_steps."}
+    )
     overlong: str = field(
         default="error",
         metadata={"help": "Rows longer than max_length: refuse to start, or drop them.", "choices": ["error", "drop"]},
     )
 
     def __post_init__(self):
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError("global_batch_size sets gradient_accumulation_steps; leave one of the two out")
         super().__post_init__()
+        if self.global_batch_size is not None:
+            at_once = self.per_device_train_batch_size * self.world_size
+            if self.global_batch_size < 1 or self.global_batch_size % at_once:
+                raise ValueError(
+                    f"global_batch_size {self.global_batch_size} is no multiple of per_device_train_batch_size "
+                    f"{self.per_device_train_batch_size} x {self.world_size} processes = {at_once}"
+                )
+            self.gradient_accumulation_steps = self.global_batch_size // at_once
         if self.max_length is None or not self.pad_to_multiple_of:
             raise ValueError(
                 "max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)"
