@@ -5,7 +5,7 @@ One row is [x; c; z~; y] for the bottleneck (eq. 3), [x; z~; y] for self-distill
 The segments say which is which; `abscot_trl.attention` turns them into the mask.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -139,38 +139,44 @@ class Encoder:
         return row
 
 
-def pack(rows: Iterable[dict[str, list]], length: int) -> list[dict[str, list]]:
+def best_fit(lengths: list[int], length: int) -> list[list[int]]:
     """
-    Best-fit-decreasing packing of whole documents into rows of at most `length` tokens.
-
-    Adds `document_ids` (1, 2, .. within a packed row) to the columns of `Encoder`.
+    Best-fit-decreasing packing: indices of `lengths` in bins of at most `length` tokens.
 
     Raises:
         ValueError: a document is longer than `length`.
     """
-    bins: list[tuple[int, list[dict[str, list]]]] = []
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-        size = len(row["input_ids"])
-        if size > length:
-            raise ValueError(f"a row of {size} tokens exceeds max_length={length}; drop it first")
-        fitting = [i for i, (used, _) in enumerate(bins) if used + size <= length]
-        if fitting:
-            best = max(fitting, key=lambda i: bins[i][0])
-            bins[best] = (bins[best][0] + size, [*bins[best][1], row])
-        else:
-            bins.append((size, [row]))
-    packed_rows = []
-    for _, documents in bins:
-        packed = {key: [value for document in documents for value in document[key]] for key in documents[0]}
-        packed["document_ids"] = [n for n, document in enumerate(documents, 1) for _ in document["input_ids"]]
-        packed_rows.append(packed)
-    return packed_rows
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > length:
+            raise ValueError(f"a row of {lengths[i]} tokens exceeds max_length={length}; drop it first")
+        at = bisect_left(rooms, (lengths[i], 0))
+        room, number = rooms.pop(at) if at < len(rooms) else (length, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(i)
+        insort(rooms, (room - lengths[i], number))
+    return bins
+
+
+def join(rows: list[dict[str, list]]) -> dict[str, list]:
+    """One packed row of whole documents: the columns of `Encoder` and `document_ids` (1, 2, ..)."""
+    packed = {key: [value for row in rows for value in row[key]] for key in rows[0]}
+    packed["document_ids"] = [n for n, row in enumerate(rows, 1) for _ in row["input_ids"]]
+    return packed
+
+
+def pack(rows: list[dict[str, list]], length: int) -> list[dict[str, list]]:
+    """`rows` joined to packed rows of at most `length` tokens."""
+    bins = best_fit([len(row["input_ids"]) for row in rows], length)
+    return [join([rows[i] for i in members]) for members in bins]
 
 
 @dataclass
 class Collator:
     """
-    Right-pads rows of `Encoder` or `pack` to one length, a multiple of `pad_to_multiple_of`.
+    Right-pads rows of `Encoder` or `join` to one length, a multiple of `pad_to_multiple_of`.
 
     Returns `input_ids`, `labels`, `segment_ids`, `document_ids`, `position_ids`, `loss_weights` and the 2-D
     `attention_mask` (1 on real tokens), each of shape (B, L).

@@ -1,10 +1,22 @@
 """What phases read, told apart by content."""
 
 import hashlib
+import os
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 INPUTS = ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file so that a kill or a power cut leaves the old one or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def path_digest(path: str | Path) -> str | None:

@@ -292,3 +292,59 @@ def test_the_global_batch_sets_the_accumulation(tmp_path):
         BottleneckConfig(**settings(tmp_path, global_batch_size=12))
     with pytest.raises(ValueError, match="leave one of the two out"):
         BottleneckConfig(**settings(tmp_path, global_batch_size=32, gradient_accumulation_steps=4))
+
+
+def test_long_tailed_rows_waste_little(checkpoint, tmp_path):
+    """Lengths like Dolci's: under 5 % of a step's positions are padding, and the steps say what they held."""
+    rng, data = np.random.default_rng(0), rows(checkpoint, 400)
+    lengths = np.clip(rng.lognormal(4.6, 0.8, 400), 8, 440).astype(int)
+    data = data.remove_columns("cot_ids").add_column("cot_ids", [[7] * int(n) for n in lengths])
+    for batch in (1, 4):
+        trainer = run(
+            checkpoint, tmp_path / str(batch), data=data, max_length=512, packing=True, pad_to_multiple_of=16,
+            per_device_train_batch_size=batch, max_steps=-1, num_train_epochs=1, global_batch_size=8,
+        )  # fmt: skip
+        log = [entry for entry in trainer.state.log_history if "padding" in entry]
+        assert len(log) == trainer.state.max_steps
+        # Of several packed rows at once, the one that is left over pads a single step.
+        assert sum(entry["padding"] >= 0.05 for entry in log) <= (batch > 1)
+        assert sum(entry["sequences_per_step"] for entry in log) == pytest.approx(400)
+        supervised = sum(len(r["trace"]) + 1 + len(r["answer_ids"]) for r in data)
+        assert sum(entry["supervised_tokens_per_step"] for entry in log) == pytest.approx(supervised)
+
+
+def test_a_resumed_phase_ends_like_an_uninterrupted_one(checkpoint, tmp_path):
+    """Stop after a checkpoint, half write the next, go on: same weights, same log; older checkpoints are pruned."""
+    from transformers import TrainerCallback
+
+    from abscot_trl.training.resume import prepare_output, sealed_checkpoints
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    fields = {
+        "max_steps": 10, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "warmup_steps": 2,
+        "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3,
+    }  # fmt: skip
+    whole = run(checkpoint, tmp_path / "whole", **fields)
+    config = BottleneckConfig(**settings(tmp_path / "cut", **fields))
+    with pytest.raises(KeyboardInterrupt):
+        BottleneckSFTTrainer(str(checkpoint), config, rows(checkpoint), callbacks=[Stop()]).train()
+    output = tmp_path / "cut"
+    assert [path.name for path in sealed_checkpoints(output)] == ["checkpoint-6"]
+    (output / "checkpoint-8").mkdir()  # what a kill leaves
+    (output / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint true"):
+        prepare_output(output, resume=False)
+    prepare_output(output, resume=True)
+    assert [path.name for path in output.iterdir()] == ["checkpoint-6"]
+    resumed = BottleneckSFTTrainer(str(checkpoint), BottleneckConfig(**settings(output, **fields)), rows(checkpoint))
+    resumed.train(resume_from_checkpoint=str(output / "checkpoint-6"))
+    for a, b in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+    assert resumed.state.log_history[:10] == whole.state.log_history[:10]
+    assert [path.name for path in output.iterdir()] == ["checkpoint-10"]
+    with pytest.raises(ValueError, match="save_steps 3 must be a multiple of logging_steps 2"):
+        run(checkpoint, tmp_path / "odd", **fields | {"save_steps": 3, "logging_steps": 2})

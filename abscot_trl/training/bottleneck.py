@@ -7,7 +7,7 @@ on ONE sequence [x; c; z~; y]: the block mask keeps Y from attending to C, so y 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import datasets
@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from abscot_trl.attention import use_bottleneck_mask
-from abscot_trl.examples import Collator, Encoder, Segment, pack
+from abscot_trl.examples import Collator, Encoder, Segment, best_fit, join
 from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.configs import BottleneckConfig
+from abscot_trl.training.resume import SealCheckpoints
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COLUMNS = ["input_ids", "labels", "segment_ids", "document_ids", "position_ids", "loss_weights"]
-PACKING_WINDOW = 1024  # documents packed together
 
 
 @contextmanager
@@ -37,6 +37,26 @@ def temporary_caches() -> Iterator[None]:
     finally:
         if enabled:
             datasets.enable_caching()
+
+
+class TrainingRows(torch.utils.data.Dataset):
+    """
+    Training rows, encoded when asked for: the prepared ids stay on disk, mapped once for all processes of a machine.
+
+    Args:
+        examples ([`~datasets.Dataset`]): prepared ids and traces.
+        encode (`Callable`): an example to its rows.
+        documents (`list[list[tuple[int, int]]]`): per training row its documents: (example, which of its rows).
+    """
+
+    def __init__(self, examples: Dataset, encode: Callable, documents: list[list[tuple[int, int]]]):
+        self.examples, self.encode, self.documents = examples, encode, documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> dict[str, list]:
+        return join([self.encode(self.examples[i])[k] for i, k in self.documents[index]])
 
 
 class BottleneckSFTTrainer(SFTTrainer):
@@ -58,7 +78,8 @@ class BottleneckSFTTrainer(SFTTrainer):
 
     Beside trl's metrics it logs `loss_trace` (codebook tokens), `loss_end` (the end delimiter) and `loss_answer`, in
     nats a token, with `loss_trace_uniform` = ln M, the value at which nothing was learnt about the trace; rows trained
-    as rehearsal appear with the suffix `_given_cot`.
+    as rehearsal appear with the suffix `_given_cot`. `padding` is the share of positions that are padding;
+    `sequences_per_step` and `supervised_tokens_per_step` count documents and labelled tokens over all processes.
 
     Raises:
         ValueError: rows that do not fit `max_length`; a model or attention implementation that cannot carry the mask.
@@ -84,67 +105,63 @@ class BottleneckSFTTrainer(SFTTrainer):
         self.encoder = Encoder.from_tokenizer(
             vocabulary, tokenizer, channel=args.channel, supervise_end=args.supervise_end
         )
-        with temporary_caches():
-            rows = self._encode_dataset(train_dataset)
+        rows = self._rows(train_dataset)
         args.packing = False  # packed above; trl's packing would drop the segments
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,
             args=args,
-            train_dataset=rows,
+            train_dataset=Dataset.from_list([rows[0]]),  # trl wants a Dataset that holds its columns
             processing_class=tokenizer,
             data_collator=Collator(pad, args.pad_to_multiple_of),
             **kwargs,
         )
+        self.train_dataset = rows
         mend_output_head(self.model)
         if args.bf16 or args.fp16:
             keep_inputs_narrow(self.model)
         use_bottleneck_mask(self.model)
         self._sums: dict[str, Tensor] = {}
+        self._logged_step = 0
+        self.add_callback(SealCheckpoints(args, self))
 
     def encode(self, row: dict) -> list[dict[str, list]]:
         """The training rows of one example; here the one of eq. 3."""
         return [self.encoder(row["prompt_ids"], row["cot_ids"], row["trace"], row["answer_ids"])]
 
-    def _encode_dataset(self, dataset: Dataset) -> Dataset:
+    def _rows(self, examples: Dataset) -> "TrainingRows":
+        """What each training row is made of: the lengths of all rows, those that fit, and their packing."""
         args = self.args
 
-        def encode_batch(batch: dict[str, list]) -> dict[str, list]:
-            examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            rows = [row for example in examples for row in self.encode(example)]
-            columns = {key: [row[key] for row in rows] for key in rows[0]}
-            return columns | {"length": [len(row["input_ids"]) for row in rows]}
+        def measure(batch: dict[str, list]) -> dict[str, list]:
+            batch = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            return {"lengths": [[len(row["input_ids"]) for row in self.encode(example)] for example in batch]}
 
-        def pack_batch(batch: dict[str, list]) -> dict[str, list]:
-            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            packed = pack(rows, args.max_length)
-            return {key: [row[key] for row in packed] for key in packed[0]}
-
-        encoded = dataset.map(
-            encode_batch,
-            batched=True,
-            batch_size=64,
-            remove_columns=dataset.column_names,
-            num_proc=args.dataset_num_proc,
-            desc="encoding rows",
-        )
-        lengths = encoded["length"]
-        fitting = [i for i, length in enumerate(lengths) if length <= args.max_length]
-        overlong = len(lengths) - len(fitting)
+        with temporary_caches():
+            lengths = examples.map(
+                measure,
+                batched=True,
+                batch_size=64,
+                remove_columns=examples.column_names,
+                num_proc=args.dataset_num_proc,
+                desc="measuring rows",
+            )["lengths"]
+        documents = [(i, k) for i, found in enumerate(lengths) for k in range(len(found))]
+        sizes = [lengths[i][k] for i, k in documents]
+        fitting = [n for n, size in enumerate(sizes) if size <= args.max_length]
+        overlong = len(sizes) - len(fitting)
         if overlong and (args.overlong == "error" or not fitting):
             raise ValueError(
-                f"max_length {args.max_length} is shorter than {overlong} of {len(lengths)} rows (longest "
-                f"{max(lengths)} tokens); raise it, prepare the data with max_total_tokens, or set overlong: drop"
+                f"max_length {args.max_length} is shorter than {overlong} of {len(sizes)} rows (longest "
+                f"{max(sizes)} tokens); raise it, prepare the data with max_total_tokens, or set overlong: drop"
             )
-        if overlong:
-            encoded = encoded.select(fitting)
-        self.row_counts = {"rows": len(lengths), "overlong_dropped": overlong}
-        encoded = encoded.remove_columns("length")
-        if not args.packing:
-            return encoded
-        encoded = encoded.shuffle(seed=args.seed)  # a window should hold a fair sample of lengths
-        return encoded.map(pack_batch, batched=True, batch_size=PACKING_WINDOW, desc="packing rows")
+        self.row_counts = {"rows": len(sizes), "overlong_dropped": overlong}
+        bins = [[n] for n in range(len(fitting))]
+        if args.packing:
+            bins = best_fit([sizes[n] for n in fitting], args.max_length)
+            self.row_counts["packed_rows"] = len(bins)
+        return TrainingRows(examples, self.encode, [[documents[fitting[n]] for n in members] for members in bins])
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
@@ -186,7 +203,11 @@ class BottleneckSFTTrainer(SFTTrainer):
         }
         parts["mean_token_accuracy"] = (outputs.is_top1.float(), labelled)
         parts["entropy"] = (outputs.entropy.detach(), labelled)
-        parts["num_tokens"] = (inputs["attention_mask"].float(), torch.ones_like(inputs["attention_mask"]))
+        everywhere = torch.ones_like(inputs["attention_mask"])
+        parts["num_tokens"] = (inputs["attention_mask"].float(), everywhere)
+        parts["padding"] = (1.0 - inputs["attention_mask"].float(), everywhere)
+        parts["sequences_per_step"] = (documents.amax(dim=1).float(), torch.ones(len(documents), device=nll.device))
+        parts["supervised_tokens_per_step"] = (labelled.float(), torch.ones_like(labelled))
         precision = torch.float32 if nll.device.type == "mps" else torch.float64
         for name, (values, where) in parts.items():
             pair = torch.stack([(values * where).sum(), where.sum()]).to(precision)
@@ -203,9 +224,11 @@ class BottleneckSFTTrainer(SFTTrainer):
             if name == "num_tokens":
                 self._total_train_tokens += int(total) if not mode else 0
                 logs["num_tokens"] = self._total_train_tokens
+            elif name.endswith("_per_step"):
+                logs[mode + name] = total / max(self.state.global_step - self._logged_step, 1)
             elif count:
                 logs[mode + name] = total / count
         if mode + "loss_trace" in logs:
             logs[mode + "loss_trace_uniform"] = math.log(self.vocabulary.size)
-        self._sums = {}
+        self._sums, self._logged_step = {}, self.state.global_step
         super().log(logs, start_time)

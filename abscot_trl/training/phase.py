@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -16,7 +17,10 @@ from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer, temporary_caches
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
+from abscot_trl.training.resume import prepare_output, sealed_checkpoints
 from abscot_trl.vocabulary import AbstractVocabulary
+
+LOG_FILE = "training_log.json"
 
 
 @dataclass
@@ -60,17 +64,20 @@ def train(
     """
     Train one phase and save a full checkpoint, or an adapter to be merged, in `training_args.output_dir`.
 
+    With `resume_from_checkpoint: true` a killed phase goes on from its last sealed checkpoint (see `resume.py`) and
+    ends in the same files; without one it begins.
+
     Returns:
         `dict`: the trainer's final metrics.
 
     Raises:
-        FileExistsError: the folder holds a trained model already.
+        FileExistsError: the folder holds a trained model already, or checkpoints of a phase that did not end.
         ValueError: rows that do not fit, data of another tokenizer, settings that cannot work together.
     """
     path, output = model_args.model_name_or_path, Path(training_args.output_dir)
-    written = [name for name in ("config.json", "adapter_config.json") if (output / name).is_file()]
-    if written:
-        raise FileExistsError(f"{output} holds a trained model ({written[0]}); choose another output_dir or remove it")
+    if PartialState().is_main_process:
+        prepare_output(output, bool(training_args.resume_from_checkpoint))
+    PartialState().wait_for_everyone()
     vocabulary = AbstractVocabulary.load(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     token_ids = vocabulary.all_ids(tokenizer)
@@ -86,12 +93,14 @@ def train(
         processing_class=tokenizer,
         peft_config=lora_config(model_args, token_ids),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    sealed = sealed_checkpoints(output)
+    trainer.train(resume_from_checkpoint=str(sealed[-1]) if sealed else None)
     final = output / ".final"  # moved into place once it is whole
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
-        log = {"rows": trainer.row_counts, "log": trainer.state.log_history}
-        (final / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
+        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody reads it
+        log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+        (final / LOG_FILE).write_text(json.dumps({"rows": trainer.row_counts, "log": log}, indent=2) + "\n")
         if not model_args.use_peft:
             verify_checkpoint(final)
             write_model_card(final, vocabulary)
