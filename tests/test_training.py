@@ -1,8 +1,6 @@
 """The trainers on tiny models: which losses, which parameters, and the same result however the batch is cut."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,36 +252,6 @@ def test_bad_input_is_refused_before_training(checkpoint, tmp_path):
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(plain)
     with pytest.raises(FileNotFoundError, match="abstract_vocabulary.json is missing"):
         BottleneckSFTTrainer(str(plain), BottleneckConfig(**settings(tmp_path)), rows(checkpoint))
-
-
-SCRIPT = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from test_training import run
-trainer = run({checkpoint!r}, {folder!r}, max_steps=3, per_device_train_batch_size={batch})
-if trainer.is_world_process_zero():
-    json.dump([trainer.accelerator.num_processes, trainer.state.log_history], open({out!r}, "w"))
-"""
-
-
-def test_two_processes_give_one_process_losses(checkpoint, tmp_path):
-    """A real torchrun of two processes over gloo."""
-    import subprocess
-    import sys
-
-    found = []
-    for processes in (1, 2):
-        script, out = tmp_path / f"{processes}.py", tmp_path / f"{processes}.json"
-        fields = {"checkpoint": str(checkpoint), "folder": str(tmp_path / f"run{processes}"), "out": str(out)}
-        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), batch=8 // processes, **fields))
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(script)]
-        done = subprocess.run([sys.executable, *launch], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(out.read_text()))
-    assert [n for n, _ in found] == [1, 2]
-    for a, b in zip(found[0][1][:3], found[1][1][:3], strict=True):
-        for key in ("loss", "loss_trace", "loss_answer", "learning_rate", "num_tokens"):
-            assert a[key] == pytest.approx(b[key], abs=1e-5), key
 
 
 def test_the_global_batch_sets_the_accumulation(tmp_path):

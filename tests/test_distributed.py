@@ -1,0 +1,186 @@
+"""Two processes on CPU over gloo: one process's losses and learning rates, and ZeRO's equal to DDP's."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.phases import run_phase
+from abscot_trl.scripts.demo import write_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, WARMUP, PEAK = 8, 2, 1.0e-3
+FIELDS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 2,
+    "global_batch_size": 8,  # 4 micro-batches by one process, 2 by each of two
+    "learning_rate": PEAK,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": WARMUP / STEPS,  # a share, as in the recipes
+    "max_grad_norm": 0.5,
+}
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_training import lora, run
+checkpoint, folder, fields, with_lora = json.loads(sys.argv[1])
+trainer = run(checkpoint, folder, peft_config=lora(checkpoint) if with_lora else None, **fields)
+trainer.save_model(folder + "/model")
+if trainer.is_world_process_zero():
+    found = {{
+        "processes": trainer.accelerator.num_processes,
+        "kind": trainer.accelerator.distributed_type.value,
+        "rate_at_end": trainer.lr_scheduler.get_last_lr(),
+        "log": trainer.state.log_history[: trainer.state.global_step],
+    }}
+    json.dump(found, open(folder + "/found.json", "w"))
+"""
+
+
+def run_processes(launcher: list[str], checkpoint, folder: Path, lora: bool = False) -> dict:
+    """Train by the launcher's processes; what the first of them found, and the weights that were saved."""
+    folder.mkdir(parents=True)
+    (folder / "train.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    arguments = json.dumps([str(checkpoint), str(folder), FIELDS, lora])
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(folder / "train.py"), arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = next((folder / "model").glob("*model.safetensors"))
+    return json.loads((folder / "found.json").read_text()) | {"weights": load_file(weights)}
+
+
+def torchrun(processes: int) -> list[str]:
+    return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def accelerate(name: str, processes: int = 2) -> list[str]:
+    """`accelerate launch` with a configuration of the repository; what is overridden is what a CPU cannot."""
+    config = str(ROOT / "accelerate_configs" / f"{name}.yaml")
+    overridden = ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
+    return ["accelerate.commands.launch", "--config_file", config, *overridden]
+
+
+@pytest.fixture(scope="module")
+def ddp(checkpoint, tmp_path_factory):
+    return run_processes(accelerate("ddp"), checkpoint, tmp_path_factory.mktemp("ddp") / "run")
+
+
+def assert_same_training(found: dict, expected: dict) -> None:
+    assert len(found["log"]) == len(expected["log"]) == STEPS
+    for a, b in zip(found["log"], expected["log"], strict=True):
+        for key in ("loss", "loss_trace", "loss_end", "loss_answer", "num_tokens", "learning_rate"):
+            assert a[key] == pytest.approx(b[key], abs=1e-5), key
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["grad_norm"] > FIELDS["max_grad_norm"]  # clipping was at work
+    for name, weight in expected["weights"].items():
+        assert (found["weights"][name] - weight).abs().max() < 1e-4, name
+
+
+def test_two_processes_train_as_one(checkpoint, tmp_path, ddp):
+    one = run_processes(torchrun(1), checkpoint, tmp_path / "one")
+    assert (one["processes"], ddp["processes"], ddp["kind"]) == (1, 2, "MULTI_CPU")
+    assert_same_training(ddp, one)
+
+
+def test_the_cosine_ends_at_zero_and_never_rises_again(ddp):
+    rates = [entry["learning_rate"] for entry in ddp["log"]]
+    decay = [0.5 * (1 + math.cos(math.pi * i / (STEPS - WARMUP))) for i in range(STEPS - WARMUP)]
+    assert rates == pytest.approx([PEAK * share for share in [0.0, 0.5, *decay]], abs=1e-12)
+    after = rates[WARMUP:] + ddp["rate_at_end"][:1]
+    assert all(a > b for a, b in zip(after, after[1:], strict=False)) and set(ddp["rate_at_end"]) == {0.0}
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_zero_trains_as_ddp(checkpoint, tmp_path, ddp, name):
+    found = run_processes(accelerate(name), checkpoint, tmp_path / name)
+    assert (found["processes"], found["kind"]) == (2, "DEEPSPEED")
+    assert_same_training(found, ddp)
+    assert set(found["rate_at_end"]) == {0.0}
+
+
+def test_lora_under_zero2_trains_as_under_ddp(checkpoint, tmp_path):
+    by_ddp, by_zero = (
+        run_processes(accelerate(name), checkpoint, tmp_path / name, lora=True) for name in ("ddp", "zero2")
+    )
+    assert by_zero["kind"] == "DEEPSPEED" and any("token" in name for name in by_zero["weights"])
+    assert_same_training(by_zero, by_ddp)
+
+
+@pytest.mark.parametrize("name, words", [("zero3", "does not work under DeepSpeed ZeRO-3"), ("fsdp2", "under FSDP")])
+def test_lora_is_refused_in_words(checkpoint, tmp_path, name, words):
+    rows = write_problems(tmp_path / "rows.jsonl", chain_arithmetic(4, 2, 5, seed=0))
+    fields = {"tokenizer": str(checkpoint), "output_dir": str(tmp_path / "data"), "data_format": "problems"}
+    run_phase("data", [part for key, value in {"data": rows, **fields}.items() for part in (f"--{key}", value)])
+    fields = {"model_name_or_path": checkpoint, "data": tmp_path / "data", "output_dir": tmp_path / "out"}
+    fields |= {"use_peft": "true", "use_cpu": "true", "bf16": "false"}
+    done = subprocess.run(
+        [sys.executable, "-m", *accelerate(name, processes=1), "-m", "abscot_trl.scripts.bottleneck"]
+        + [part for key, value in fields.items() for part in (f"--{key}", str(value))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("abscot bottleneck: LoRA with trained token")]
+    assert len(said) == 1 and words in said[0] and not list((tmp_path / "out").glob("*model*"))
+
+
+def launched_environment(name: str) -> tuple:
+    """accelerate's arguments for a configuration, and the environment that it would give its processes."""
+    config = str(ROOT / "accelerate_configs" / f"{name}.yaml")
+    parsed = launch_command_parser().parse_args(["--config_file", config, "--main_process_port", "0", "train.py"])
+    args, defaults, _ = _validate_launch_command(parsed)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return args, prepare_deepspeed_cmd_env(args)[1]
+    return args, prepare_multi_gpu_env(args)
+
+
+DEEPSPEED = {  # stage, where weights and optimiser lie, processes, machines
+    "zero2": (2, "none", 2, 1),
+    "zero3": (3, "none", 8, 1),
+    "zero3_offload": (3, "cpu", 2, 1),
+    "zero3_multinode": (3, "none", 16, 2),
+}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))])
+def test_accelerate_reads_each_configuration_as_it_is_meant(name, monkeypatch):
+    args, environment = launched_environment(name)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert args.mixed_precision == ("no" if name == "cpu" else "bf16")
+    if name in DEEPSPEED:
+        stage, where, processes, machines = DEEPSPEED[name]
+        plugin = DeepSpeedPlugin()
+        assert (plugin.zero_stage, args.num_processes, args.num_machines) == (stage, processes, machines)
+        zero = plugin.deepspeed_config["zero_optimization"]
+        assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == where
+        assert zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)  # a whole checkpoint is written
+        assert plugin.deepspeed_config["gradient_clipping"] == "auto"  # the recipe's max_grad_norm
+        if machines > 1:
+            assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", 0)
+    elif name == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin()
+        assert (plugin.fsdp_version, plugin.reshard_after_forward, args.num_processes) == (2, True, 8)
+        assert plugin.state_dict_type.name == "FULL_STATE_DICT" and plugin.cpu_ram_efficient_loading
+        assert "transformer" in str(plugin.auto_wrap_policy) and not plugin.activation_checkpointing
+    else:
+        assert not args.use_deepspeed and not args.use_fsdp
+        assert (args.multi_gpu, args.num_processes) == {"cpu": (False, 1), "single": (False, 1), "ddp": (True, 2)}[
+            name
+        ]
