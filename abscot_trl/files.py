@@ -1,10 +1,12 @@
 """What phases read, told apart by content."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
 INPUTS = ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems")
 
 
@@ -22,6 +24,8 @@ def write_whole(path: str | Path, text: str) -> None:
 def path_digest(path: str | Path) -> str | None:
     """Of a file its bytes, of a folder its files' names, sizes and heads; `None` where neither is (a hub id)."""
     path, digest = Path(path), hashlib.sha256()
+    if (path / PRUNED).is_file():
+        return json.loads((path / PRUNED).read_text())["digest"]
     if path.is_file():
         digest.update(path.read_bytes())
     elif path.is_dir():

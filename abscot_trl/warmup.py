@@ -8,15 +8,9 @@ policy sees when it writes those of phase B (`distill_from`), and whether phase 
 Every stage reads files and writes a folder; it is done when its `manifest.json` is there, and is then skipped.
 """
 
-import fcntl
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +20,11 @@ from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
+from abscot_trl.driver import Stage, is_done, locked, prune_models, run_stage
 from abscot_trl.evaluation.report import results_table, write_results
-from abscot_trl.files import MANIFEST, input_digests
-from abscot_trl.phases import PHASES, check_fields, parse, read_yaml, run_phase
+from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
+from abscot_trl.record import write_record
 from abscot_trl.traces.backends import SamplerArguments
-
-WHERE = ("engine", "server")  # on what a stage's work was done: not what it made
 
 
 @dataclass
@@ -52,6 +45,11 @@ class WarmupArguments(SamplerArguments):
         initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided).
         rehearsal (`float`): loss weight of the masked row in phase B.
+        keep (`str`): whose weights stay when no later stage needs them: `all`, `rounds` (the last model of each round)
+            or `last`; all else of a stage stays.
+        keep_checkpoints (`bool`): keep the checkpoints of finished phases (`save_total_limit` prunes while they run).
+        from_stage, until (`str`, *optional*): first and last stage to run, such as `round2/distill`.
+        dry_run (`bool`): say what is done and what is to do, and write nothing.
         launch (`str`): `accelerate`, each phase in a process of its own, or `inline`, all in this one.
     """
 
@@ -82,6 +80,13 @@ class WarmupArguments(SamplerArguments):
     rehearsal: float = field(default=1.0, metadata={"help": "Loss weight of the masked row in phase B."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
     seed: int = field(default=0, metadata={"help": "Seed of splits, traces and training."})
+    keep: str = field(
+        default="all", metadata={"help": "Models whose weights stay.", "choices": ["all", "rounds", "last"]}
+    )
+    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep the checkpoints of finished phases."})
+    from_stage: str | None = field(default=None, metadata={"help": "First stage to run.", "aliases": ["--from"]})
+    until: str | None = field(default=None, metadata={"help": "Last stage to run, e.g. round1/distill."})
+    dry_run: bool = field(default=False, metadata={"help": "Say what is done and what is to do; write nothing."})
     launch: str = field(
         default="accelerate",
         metadata={"help": "A process a phase, or all in this one.", "choices": ["accelerate", "inline"]},
@@ -101,15 +106,6 @@ class WarmupArguments(SamplerArguments):
             raise ValueError(f"temperature {self.temperature} and rehearsal {self.rehearsal} must not be negative")
         if self.rounds < 1 or self.rows_per_phase < 1:
             raise ValueError(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")
-
-
-@dataclass
-class Stage:
-    """One step of the loop: a phase, its settings, and the folder (`output_dir` of the settings) it writes."""
-
-    name: str
-    phase: str
-    settings: dict
 
 
 def stages(args: WarmupArguments) -> Iterator[Stage]:
@@ -148,6 +144,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
                 "data": args.data,
                 "traces": str(traces),
                 "output_dir": str(model),
+                "resume_from_checkpoint": "true",
                 "seed": seed,
             }
             if phase == "distill":
@@ -162,90 +159,6 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
             output = run / f"round{t}" / "evaluate"
             settings = recipes["evaluate"] | {"model": policy, "output_dir": str(output), "name": args.name}
             yield Stage(f"round{t}/evaluate", "evaluate", settings)
-
-
-def launch(stage: Stage, config: Path, args: WarmupArguments, held: tuple[int, ...] = ()) -> None:
-    """
-    Run a stage from its configuration file.
-
-    Raises:
-        RuntimeError: the stage's process failed.
-    """
-    if args.launch == "inline":
-        run_phase(stage.phase, ["--config", str(config)])
-        return
-    module = ["-m", f"abscot_trl.scripts.{stage.phase}", "--config", str(config)]
-    command = [sys.executable, *module]
-    if stage.phase in TRAINING and args.accelerate_config:
-        accelerate = ["--accelerate_config", args.accelerate_config, "--config", str(config)]
-        command = [sys.executable, "-m", "abscot_trl.cli", stage.phase, *accelerate]
-    elif stage.phase in TRAINING:
-        command = [sys.executable, "-m", "accelerate.commands.launch", *module]
-    code = subprocess.run(command, pass_fds=held).returncode  # an orphan of a killed driver keeps the run's lock
-    if code:
-        raise RuntimeError(
-            f"stage {stage.name} failed with exit code {code} (its settings: {config}); mend its recipe and run the "
-            "same command again to continue from it"
-        )
-
-
-def run_stage(stage: Stage, args: WarmupArguments, held: tuple[int, ...] = ()) -> float:
-    """
-    Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
-
-    Raises:
-        ValueError: the stage was done with other settings or inputs; nothing is mixed or overwritten.
-        FileExistsError: its folder is there but not of this run's making.
-    """
-    output = Path(stage.settings["output_dir"])
-    manifest, started = output / MANIFEST, output.with_name(output.name + ".running")
-    inputs = input_digests(stage.settings)
-    if manifest.is_file():
-        done = json.loads(manifest.read_text())
-        keys = sorted(done["settings"].keys() | stage.settings.keys())
-        keys = [key for key in keys if key not in WHERE]
-        other = [key for key in keys if done["settings"].get(key) != stage.settings.get(key)]
-        if other:
-            differences = ", ".join(f"{k}: {done['settings'].get(k)!r} -> {stage.settings.get(k)!r}" for k in other)
-            raise ValueError(f"{output} was made with other settings ({differences}); use another run_dir")
-        other = [key for key in inputs if done["inputs"].get(key) != inputs[key]]
-        if other:
-            paths = ", ".join(f"{key} {stage.settings[key]}" for key in other)
-            raise ValueError(f"{output} was made from other files than now at {paths}; use another run_dir")
-        return done["wall_s"]
-    if output.exists() and not started.exists():
-        raise FileExistsError(f"{output} is there but was not made by this run; move it away")
-    if output.exists():  # left by a stage that did not end
-        shutil.rmtree(output)
-    config = output.with_name(output.name + ".yaml")
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(stage.settings, sort_keys=False))
-    started.touch()
-    start = time.monotonic()
-    launch(stage, config, args, held)
-    wall = round(time.monotonic() - start, 1)
-    record = {"stage": stage.name, "phase": stage.phase, "settings": stage.settings, "inputs": inputs, "wall_s": wall}
-    temporary = output / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(manifest)
-    started.unlink()
-    return wall
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[int]:
-    """
-    Hold the run's lock; yields its file descriptor.
-
-    Raises:
-        RuntimeError: another warm-up, or a process that a killed one left behind, still works in this folder.
-    """
-    with open(run / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
-        yield lock.fileno()
 
 
 def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
@@ -279,6 +192,27 @@ def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
                 settings = stage.settings
                 where = settings.get("problems_split", "test"), settings.get("problems_config")
                 load_problems(settings["problems"], *where, limit=1)
+
+
+def choose_stages(todo: list[Stage], args: WarmupArguments) -> list[Stage]:
+    """
+    Those from `from_stage` to `until`.
+
+    Raises:
+        ValueError: no stage of that name, none between the two, or one before them that is not done.
+    """
+    names = [stage.name for stage in todo]
+    for name in (args.from_stage, args.until):
+        if name is not None and name not in names:
+            raise ValueError(f"no stage {name!r}; the run has {', '.join(names)}")
+    first = names.index(args.from_stage or names[0])
+    chosen = todo[first : names.index(args.until or names[-1]) + 1]
+    if not chosen:
+        raise ValueError(f"from {args.from_stage} until {args.until} holds no stage: they are the other way round")
+    missing = [stage.name for stage in todo[:first] if not is_done(stage)]
+    if missing:
+        raise ValueError(f"from {args.from_stage}: {missing[0]} is not done; leave `from` out to run it too")
+    return chosen
 
 
 def collect_results(args: WarmupArguments) -> list[dict]:
@@ -317,24 +251,32 @@ def warmup(args: WarmupArguments) -> list[dict]:
     longest, fits = counts["lengths"]["total"]["max"], read_yaml(args.bottleneck).get("max_length", 8192)
     if longest > fits:
         print(f"WARNING: {args.data} holds rows of {longest:.0f} tokens, {args.bottleneck} takes {fits}")  # noqa: T201
+    chosen = choose_stages(todo, args)
+    if args.dry_run:
+        for stage in todo:
+            note = "done" if is_done(stage) else "to do" if stage in chosen else "not asked for"
+            print(f"{stage.name:<24} {note:<14} {stage.settings['output_dir']}")  # noqa: T201
+        return collect_results(args)
     run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    if (run / "splits.json").is_file():
-        load_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
-    else:
-        splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
-        save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
     times = []
     with locked(run) as lock:
-        for number, stage in enumerate(todo, 1):
-            done = " (done)" if (Path(stage.settings["output_dir"]) / MANIFEST).is_file() else ""
-            print(f"[{number}/{len(todo)}] {args.name} {stage.name}{done}", flush=True)  # noqa: T201
+        if (run / "splits.json").is_file():
+            load_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+        else:
+            splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
+            save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
+        for stage in chosen:
+            number = todo.index(stage) + 1
+            print(f"[{number}/{len(todo)}] {args.name} {stage.name}{' (done)' * is_done(stage)}", flush=True)  # noqa: T201
             times.append((stage.name, run_stage(stage, args, held=(lock,))))
+            prune_models(todo, number, args.keep)
             if stage.phase == "evaluate":
                 results = collect_results(args)
                 write_results(run / "results.json", results)
                 for sentence in lost_rounds(results):
                     print(f"WARNING: {sentence}", flush=True)  # noqa: T201
+            write_record(run, todo[:number])
     results = collect_results(args)
     if results:
         print(results_table(results))  # noqa: T201

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from abscot_trl import warmup as driver
+from abscot_trl import driver
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
@@ -179,7 +179,7 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
         warmup(WarmupArguments(**fields | {"seed": 7}))
     counts = Path(fields["data"]) / "counts.json"
     counts.write_text(counts.read_text() + " ")
-    with pytest.raises(ValueError, match="was made from other files than now at data"):
+    with pytest.raises(ValueError, match="made with other settings .other files at data"):
         warmup(WarmupArguments(**fields))
 
 

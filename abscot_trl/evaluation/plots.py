@@ -79,3 +79,28 @@ def plot_accuracy_by_swap(results: list[dict], path: str | Path, chance: float |
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def plot_losses(logs: dict[str, list[dict]], path: str | Path) -> None:
+    """Losses of trace and answer (left, nats a token) and the learning rate (right) over all steps, stage by stage."""
+    figure, axis = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    rates, offset = axis.twinx(), 0
+    for stage, log in logs.items():
+        steps = [offset + entry["step"] for entry in log]
+        rates.plot(steps, [entry.get("learning_rate", float("nan")) for entry in log], color="0.75", linewidth=1)
+        for key, color in (("loss_trace", "C0"), ("loss_answer", "C1")):
+            values = [entry.get(key, float("nan")) for entry in log]
+            axis.plot(steps, values, color=color, linewidth=1, marker="." if len(log) == 1 else None)
+        axis.axvline(offset, color="0.9", linewidth=1, zorder=0)
+        axis.text(offset, 1.0, stage, transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom")
+        offset += log[-1]["step"]
+    handles = [
+        plt.Line2D([], [], color=c, label=name)
+        for c, name in (("C0", "trace"), ("C1", "answer"), ("0.75", "learning rate"))
+    ]
+    axis.legend(handles=handles, frameon=False, fontsize=8)
+    axis.set(xlabel="step", ylabel="nats a token")
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)

@@ -17,10 +17,8 @@ from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer, temporary_caches
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
-from abscot_trl.training.resume import prepare_output, sealed_checkpoints
+from abscot_trl.training.resume import LOG_FILE, prepare_output, sealed_checkpoints
 from abscot_trl.vocabulary import AbstractVocabulary
-
-LOG_FILE = "training_log.json"
 
 
 @dataclass
@@ -104,7 +102,7 @@ def train(
         if not model_args.use_peft:
             verify_checkpoint(final)
             write_model_card(final, vocabulary)
-        for file in final.iterdir():
+        for file in sorted(final.iterdir(), key=lambda file: file.name == LOG_FILE):
             file.replace(output / file.name)
         final.rmdir()
     trainer.accelerator.wait_for_everyone()

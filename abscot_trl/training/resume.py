@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from abscot_trl.files import write_whole
 
 SEAL = "sealed.json"
+LOG_FILE = "training_log.json"  # the last file to be moved into place: with it a phase has ended
 
 
 def sealed_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -69,9 +70,9 @@ def prepare_output(output_dir: str | Path, resume: bool) -> None:
         FileExistsError: a trained model is there, or checkpoints without `resume`.
     """
     output = Path(output_dir)
-    written = [name for name in ("config.json", "adapter_config.json") if (output / name).is_file()]
+    written = [name for name in (LOG_FILE, "config.json", "adapter_config.json") if (output / name).is_file()]
     sealed = sealed_checkpoints(output)
-    if written and not (resume and sealed):
+    if LOG_FILE in written or (written and not (resume and sealed)):
         raise FileExistsError(f"{output} holds a trained model ({written[0]}); choose another output_dir or remove it")
     if sealed and not resume:
         raise FileExistsError(

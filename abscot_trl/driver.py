@@ -1,0 +1,193 @@
+"""
+Stages that may be killed at any moment and end in the files of a run that was not.
+
+A stage writes one folder. Before it starts, `<folder>.running` records its settings and inputs; when it has ended,
+`manifest.json` in the folder does, and the stage is skipped from then on. A training stage that was killed goes on
+from its last sealed checkpoint, `abscot traces` from its parts; the others are short and begin again.
+"""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from abscot_trl.cli import TRAINING
+from abscot_trl.files import INPUTS, MANIFEST, PRUNED, input_digests, path_digest, write_whole
+from abscot_trl.phases import run_phase
+from abscot_trl.record import environment
+from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
+
+WHERE = ("engine", "server", "batch_tokens")  # on what a stage's work was done: not what it made
+
+
+@dataclass
+class Stage:
+    """One step of the loop: a phase, its settings, and the folder (`output_dir` of the settings) it writes."""
+
+    name: str
+    phase: str
+    settings: dict
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings["output_dir"])
+
+
+def is_done(stage: Stage) -> bool:
+    return (stage.output / MANIFEST).is_file()
+
+
+def launch(stage: Stage, config: Path, args, held: tuple[int, ...] = ()) -> None:
+    """
+    Run a stage from its configuration file.
+
+    Raises:
+        RuntimeError: the stage's process failed.
+    """
+    if args.launch == "inline":
+        run_phase(stage.phase, ["--config", str(config)])
+        return
+    module = ["-m", f"abscot_trl.scripts.{stage.phase}", "--config", str(config)]
+    command = [sys.executable, *module]
+    if stage.phase in TRAINING and args.accelerate_config:
+        accelerate = ["--accelerate_config", args.accelerate_config, "--config", str(config)]
+        command = [sys.executable, "-m", "abscot_trl.cli", stage.phase, *accelerate]
+    elif stage.phase in TRAINING:
+        command = [sys.executable, "-m", "accelerate.commands.launch", *module]
+    code = subprocess.run(command, pass_fds=held).returncode  # an orphan of a killed driver keeps the run's lock
+    if code:
+        raise RuntimeError(
+            f"stage {stage.name} failed with exit code {code} (its settings: {config}); mend its recipe and run the "
+            "same command again to continue from it"
+        )
+
+
+def _differences(then: dict, now: dict) -> str:
+    """What tells two records of a stage apart, in words; empty when nothing does."""
+    old, new = then["settings"], now["settings"]
+    keys = [key for key in sorted(old.keys() | new.keys()) if key not in WHERE and old.get(key) != new.get(key)]
+    words = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
+    words += [
+        f"other files at {key} {new[key]}"
+        for key, digest in now["inputs"].items()
+        if key not in keys and then["inputs"].get(key) != digest
+    ]
+    return ", ".join(words)
+
+
+def _begin(stage: Stage, record: dict, running: Path) -> int:
+    """
+    Clear what an attempt that did not end has left, except the work it can go on from, and note the new attempt.
+
+    Returns:
+        `int`: which attempt this is, from 1.
+
+    Raises:
+        FileExistsError: the folder is there but not of this run's making.
+        ValueError: checkpoints are there that were made with other settings or inputs.
+    """
+    output, attempt = stage.output, 1
+    if running.exists():
+        then = json.loads(running.read_text())
+        attempt = then["attempt"] + 1
+        different = _differences(then, record)
+        if sealed_checkpoints(output) and different:
+            raise ValueError(
+                f"{output} was begun with other settings ({different}); go back to them to continue from "
+                f"{sealed_checkpoints(output)[-1].name}, or remove the folder to begin this stage again"
+            )
+        if sealed_checkpoints(output):
+            (output / LOG_FILE).unlink(missing_ok=True)
+        elif output.exists():
+            shutil.rmtree(output)
+        for left in output.parent.glob(f".{output.name}-*"):  # of `written_whole`; the run's lock is ours
+            shutil.rmtree(left)
+    elif output.exists():
+        raise FileExistsError(f"{output} is there but was not made by this run; move it away")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(running, json.dumps(record | {"attempt": attempt}, indent=2) + "\n")
+    return attempt
+
+
+def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
+    """
+    Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
+
+    Raises:
+        ValueError: the stage was done, or begun, with other settings or inputs; nothing is mixed or overwritten.
+        FileExistsError: its folder is there but not of this run's making.
+    """
+    output = stage.output
+    running = output.with_name(output.name + ".running")
+    inputs = input_digests(stage.settings)
+    record = {"stage": stage.name, "phase": stage.phase, "settings": stage.settings, "inputs": inputs}
+    record = json.loads(json.dumps(record))
+    if not is_done(stage):
+        pruned = [str(stage.settings[key]) for key in inputs if (Path(stage.settings[key]) / PRUNED).is_file()]
+        if pruned:
+            raise ValueError(
+                f"{stage.name} needs {pruned[0]}, whose weights were pruned (`keep`); use another run_dir"
+            )
+        attempt = _begin(stage, record, running)
+        config = output.with_name(output.name + ".yaml")
+        write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))
+        start = time.monotonic()
+        launch(stage, config, args, held)
+        record["wall_s"] = round(time.monotonic() - start, 1)
+        record |= {"attempts": attempt, "environment": environment()}
+        write_whole(output / MANIFEST, json.dumps(record, indent=2) + "\n")
+    done = json.loads((output / MANIFEST).read_text())
+    different = _differences(done, record)
+    if different:
+        raise ValueError(f"{output} was made with other settings ({different}); use another run_dir")
+    running.unlink(missing_ok=True)
+    if not args.keep_checkpoints:
+        for checkpoint in output.glob("checkpoint-*"):
+            remove_checkpoint(checkpoint)
+    return done["wall_s"]
+
+
+def prune_models(todo: list[Stage], done: int, keep: str) -> None:
+    """
+    Remove weights that none of the stages after the first `done` needs; the last model of all always stays.
+
+    With `keep` `rounds` the last model of each round stays too, with `all` every one. The folder keeps its digest
+    (`pruned.json`), so that what was made from it still counts as done.
+    """
+    if keep == "all":
+        return
+    models = [stage for stage in todo if stage.phase in (*TRAINING, "merge")]
+    last = {stage.name.split("/")[0] if keep == "rounds" else "": stage.output for stage in models}
+    needed = {str(stage.settings.get(key)) for stage in todo[done:] for key in INPUTS}
+    for stage in todo[:done]:
+        output = stage.output
+        is_model = stage in models and (output / "config.json").is_file()
+        if is_model and output not in last.values() and str(output) not in needed:
+            if not (output / PRUNED).is_file():
+                write_whole(output / PRUNED, json.dumps({"digest": path_digest(output)}) + "\n")
+            for weights in output.glob("*.safetensors"):
+                weights.unlink()
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[int]:
+    """
+    Hold the run's lock; yields its file descriptor.
+
+    Raises:
+        RuntimeError: another warm-up, or a process that a killed one left behind, still works in this folder.
+    """
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
+        yield lock.fileno()

@@ -1,0 +1,129 @@
+"""
+A warm-up that is killed again and again: a script of its own (tests/test_kill.py), so that it may fork.
+
+Each attempt is a forked process that really dies by SIGKILL: before the n-th change to the file system, at a stage's
+manifest, right after it, or at a moment the clock chooses. Prints what happened as JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from abscot_trl import driver
+from abscot_trl.training import phase
+from abscot_trl.warmup import WarmupArguments, warmup
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+
+
+class Killer:
+    """An audit hook: counts changes to the file system and dies before the chosen one."""
+
+    def __init__(self, plan: dict):
+        self.plan, self.count, self.manifests, self.armed = plan, 0, 0, True
+
+    def __call__(self, event: str, args: tuple) -> None:
+        writes = event == "open" and isinstance(args[1], str) and any(mode in args[1] for mode in "wax+")
+        if not self.armed or not (event in CHANGES or writes):
+            return
+        self.count += 1
+        manifest = event == "os.rename" and str(args[1]).endswith("/manifest.json")
+        if self.plan.get("after") and self.manifests == self.plan["after"]:
+            self.die()
+        if manifest:
+            self.manifests += 1
+            if self.manifests == self.plan.get("before"):
+                self.die()
+        if self.count == self.plan.get("change"):
+            self.die()
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def attempt(fields: dict, log: Path, plan: dict) -> int:
+    """Run the warm-up in a forked process under `plan`; returns its wait status, -9 for SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        if not os.environ.get("KILL_RUN_SHOW"):
+            os.dup2(null, 1), os.dup2(null, 2)
+        killer = Killer(plan)
+        launch, sealed = driver.launch, phase.sealed_checkpoints
+
+        def note(kind: str, what: str) -> None:
+            killer.armed = False
+            with open(log, "a") as file:
+                file.write(json.dumps([kind, what, time.time()]) + "\n")
+            killer.armed = True
+
+        def launch_and_note(stage, *args):
+            note("start", stage.name)
+            launch(stage, *args)
+            note("end", stage.name)
+
+        def sealed_and_note(output):
+            found = sealed(output)
+            if found:
+                note("resume", f"{output} {found[-1].name}")
+            return found
+
+        driver.launch, phase.sealed_checkpoints = launch_and_note, sealed_and_note
+        sys.addaudithook(killer)
+        if "delay" in plan:
+            signal.signal(signal.SIGALRM, lambda *_: killer.die())
+
+            def launch_and_wait(stage, *args, inner=launch_and_note):
+                if stage.name == plan["stage"]:
+                    signal.setitimer(signal.ITIMER_REAL, plan["delay"])
+                inner(stage, *args)
+
+            driver.launch = launch_and_wait
+        try:
+            warmup(WarmupArguments(**fields))
+            note("changes", str(killer.count))
+        except BaseException as error:
+            note("error", repr(error))
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(fields: dict, folder: Path, seed: int) -> dict:
+    """One whole run, and one that is killed at every stage's boundaries and at random moments inside each."""
+    rng = random.Random(seed)
+    found = {"kills": 0, "codes": []}
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+    os.chdir(folder / "whole")
+    assert attempt(fields, folder / "whole.jsonl", {}) == 0, (folder / "whole.jsonl").read_text()
+    events = [json.loads(line) for line in (folder / "whole.jsonl").read_text().splitlines()]
+    starts = {what: at for kind, what, at in events if kind == "start"}
+    seconds = {what: at - starts[what] for kind, what, at in events if kind == "end"}
+    changes = int(events[-1][1])
+    plans = []
+    for number, stage in enumerate(starts, 1):
+        plans.append({"stage": stage, "delay": rng.uniform(0.05, 0.95) * seconds[stage]})
+        plans.append({"change": rng.randint(2, max(2, changes // len(starts)))})
+        plans.append({"before": 1})  # the manifest of this stage, the first that this attempt writes
+        plans.append({"after": 1} if number < len(starts) else {"change": 2})
+    os.chdir(folder / "killed")
+    for plan in plans:
+        code = attempt(fields, folder / "killed.jsonl", plan)
+        found["codes"].append(code)
+        found["kills"] += code == -signal.SIGKILL
+    found["last"] = attempt(fields, folder / "killed.jsonl", {})
+    found["again"] = attempt(fields, folder / "killed.jsonl", {})  # nothing left to do
+    return found | {"stages": list(starts)}
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    print(json.dumps(main(given["fields"], Path(given["folder"]), given["seed"])))
