@@ -29,7 +29,10 @@ def lora_config(model_args: ModelConfig, token_ids: list[int]) -> LoraConfig | N
             "configuration with LoRA, or zero3 with full fine-tuning (use_peft: false)"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError("LoRA with trained token rows is not supported under FSDP; use single, ddp or zero2")
+        raise ValueError(
+            "LoRA with trained token rows is not supported under FSDP. Use the single, ddp or zero2 configuration "
+            "with LoRA, or fsdp2 with full fine-tuning (use_peft: false)"
+        )
     whole = {"embed_tokens", "lm_head"} & set(config.modules_to_save or [])
     if whole:
         raise ValueError(
