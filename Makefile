@@ -5,6 +5,8 @@ ROUNDS  ?= 1
 RECIPE  ?= qwen3-4b
 TUNING  ?= lora
 METHOD  ?= informed
+RUN     ?= $(METHOD)
+ACCELERATE ?= $(if $(filter full,$(TUNING)),zero3,single)
 ARGS    ?=
 BIN     := $(VENV)/bin
 ABSCOT  := $(BIN)/abscot
@@ -16,8 +18,8 @@ READY   := $(VENV)/.ready
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo "  make init|data|evaluate             a phase of RECIPE; bottleneck|distill: with TUNING; traces|merge|report|serve: by ARGS"
-	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=$(TUNING) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
+	@echo "  make init|data|evaluate             a phase of RECIPE; bottleneck|distill: with TUNING; traces: with METHOD; merge|report|serve: by ARGS"
+	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=lora|full RUN=$(RUN) ACCELERATE=$(ACCELERATE) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
 
 install: $(READY) ## the pinned set: CUDA build with an NVIDIA GPU, CPU build without
 
@@ -47,13 +49,17 @@ init data evaluate: $(READY)
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml $(ARGS)
 
 bottleneck distill: $(READY)
-	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(TUNING).yaml $(ARGS)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(TUNING).yaml --accelerate_config $(ACCELERATE) $(ARGS)
 
-traces merge report serve: $(READY)
+traces: $(READY)
+	$(ABSCOT) traces --config recipes/$(RECIPE)/traces.$(METHOD).yaml $(ARGS)
+
+merge report serve: $(READY)
 	$(ABSCOT) $@ $(ARGS)
 
-warmup: $(READY) ## the policy iteration of RECIPE by METHOD
-	$(ABSCOT) warmup --config recipes/$(RECIPE)/warmup.$(METHOD).yaml $(ARGS)
+warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes on with the same command
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(METHOD).yaml --tuning $(TUNING) \
+	    --accelerate_config $(ACCELERATE) --run_dir runs/$(RECIPE)/$(RUN) $(ARGS)
 
 bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)

@@ -61,11 +61,12 @@ def attempt(fields: dict, log: Path, plan: dict) -> int:
         def note(kind: str, what: str) -> None:
             killer.armed = False
             with open(log, "a") as file:
-                file.write(json.dumps([kind, what, time.time()]) + "\n")
+                file.write(json.dumps([kind, what, time.time(), killer.count]) + "\n")
             killer.armed = True
 
         def launch_and_note(stage, *args):
             note("start", stage.name)
+            killer.count = 0
             launch(stage, *args)
             note("end", stage.name)
 
@@ -88,7 +89,6 @@ def attempt(fields: dict, log: Path, plan: dict) -> int:
             driver.launch = launch_and_wait
         try:
             warmup(WarmupArguments(**fields))
-            note("changes", str(killer.count))
         except BaseException as error:
             note("error", repr(error))
             os._exit(1)
@@ -97,7 +97,7 @@ def attempt(fields: dict, log: Path, plan: dict) -> int:
 
 
 def main(fields: dict, folder: Path, seed: int) -> dict:
-    """One whole run, and one that is killed at every stage's boundaries and at random moments inside each."""
+    """One whole run, and one killed in each stage: by the clock, at a random change, before and after its manifest."""
     rng = random.Random(seed)
     found = {"kills": 0, "codes": []}
     for name in ("whole", "killed"):
@@ -105,18 +105,21 @@ def main(fields: dict, folder: Path, seed: int) -> dict:
     os.chdir(folder / "whole")
     assert attempt(fields, folder / "whole.jsonl", {}) == 0, (folder / "whole.jsonl").read_text()
     events = [json.loads(line) for line in (folder / "whole.jsonl").read_text().splitlines()]
-    starts = {what: at for kind, what, at in events if kind == "start"}
-    seconds = {what: at - starts[what] for kind, what, at in events if kind == "end"}
-    changes = int(events[-1][1])
-    plans = []
-    for number, stage in enumerate(starts, 1):
-        plans.append({"stage": stage, "delay": rng.uniform(0.05, 0.95) * seconds[stage]})
-        plans.append({"change": rng.randint(2, max(2, changes // len(starts)))})
-        plans.append({"before": 1})  # the manifest of this stage, the first that this attempt writes
-        plans.append({"after": 1} if number < len(starts) else {"change": 2})
+    starts = {what: at for kind, what, at, _ in events if kind == "start"}
+    ends = {what: (at - starts[what], changes) for kind, what, at, changes in events if kind == "end"}
     os.chdir(folder / "killed")
-    for plan in plans:
-        code = attempt(fields, folder / "killed.jsonl", plan)
+    tried: set[tuple[str, str]] = set()
+    while True:
+        done = {json.loads(path.read_text())["stage"] for path in Path().glob("run/*/*/manifest.json")}
+        left = [stage for stage in starts if stage not in done]
+        kinds = [kind for kind in ("delay", "change", "before", "after") if left and (left[0], kind) not in tried]
+        if not kinds:  # the last stage is done, or was killed after its manifest
+            break
+        stage, kind = left[0], kinds[0]
+        tried.add((stage, kind))
+        seconds, changes = ends[stage]
+        value = {"delay": rng.uniform(0.05, 0.95) * seconds, "change": rng.randint(1, changes)}.get(kind, 1)
+        code = attempt(fields, folder / "killed.jsonl", {"stage": stage, kind: value})
         found["codes"].append(code)
         found["kills"] += code == -signal.SIGKILL
     found["last"] = attempt(fields, folder / "killed.jsonl", {})

@@ -43,6 +43,9 @@ class BottleneckConfig(SFTConfig):
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of a step over all processes; sets gradient_accumulation_steps."}
     )
+    router_aux_loss_coef: float = field(
+        default=0.0, metadata={"help": "Not added by this loss; 0 keeps trl from asking a dense Granite for it."}
+    )
     overlong: str = field(
         default="error",
         metadata={"help": "Rows longer than max_length: refuse to start, or drop them.", "choices": ["error", "drop"]},

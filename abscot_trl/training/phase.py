@@ -83,13 +83,14 @@ def train(
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation or "sdpa",
     }
+    peft_config = lora_config(model_args, token_ids)  # refuses before rows are read
     trainer = trainer_class(
         model=path,
         args=training_args,
         train_dataset=training_rows(args, vocabulary, tokenizer),
         vocabulary=vocabulary,
         processing_class=tokenizer,
-        peft_config=lora_config(model_args, token_ids),
+        peft_config=peft_config,
     )
     sealed = sealed_checkpoints(output)
     trainer.train(resume_from_checkpoint=str(sealed[-1]) if sealed else None)
@@ -98,7 +99,8 @@ def train(
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody reads it
         log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        (final / LOG_FILE).write_text(json.dumps({"rows": trainer.row_counts, "log": log}, indent=2) + "\n")
+        log = {"rows": trainer.row_counts, "log": log}
+        (final / LOG_FILE).write_text(json.dumps(log, indent=2, sort_keys=True) + "\n")
         if not model_args.use_peft:
             verify_checkpoint(final)
             write_model_card(final, vocabulary)
