@@ -58,8 +58,7 @@ merge report serve: $(READY)
 	$(ABSCOT) $@ $(ARGS)
 
 warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes on with the same command
-	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(METHOD).yaml --tuning $(TUNING) \
-	    --accelerate_config $(ACCELERATE) --run_dir runs/$(RECIPE)/$(RUN) $(ARGS)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --run_dir runs/$(RECIPE)/$(RUN) $(ARGS)
 
 bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
