@@ -15,6 +15,7 @@ PHASES = {
     "evaluate": "score a model in verbal, direct and abstract mode, with every swap of the trace",
     "serve": "OpenAI's chat API for a trained checkpoint, the trace as reasoning_content",
     "report": "table and plots of one or more runs",
+    "plan": "what a warm-up will take: steps, tokens, memory, disk, hours",
     "warmup": "the policy iteration: all of the above, T rounds",
     "demo": "the whole on a toy task, minutes on a laptop",
 }

@@ -21,6 +21,7 @@ import yaml
 
 from abscot_trl.cli import TRAINING
 from abscot_trl.files import INPUTS, MANIFEST, PRUNED, input_digests, path_digest, write_whole
+from abscot_trl.memory import GIB, stage_disk
 from abscot_trl.phases import run_phase
 from abscot_trl.record import environment
 from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
@@ -117,6 +118,20 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
     return attempt
 
 
+def check_disk(stage: Stage) -> None:
+    """
+    Raises:
+        RuntimeError: the stage will write more than is free.
+    """
+    folder = next(path for path in stage.output.absolute().parents if path.exists())
+    needed, free = stage_disk(stage.phase, stage.settings), shutil.disk_usage(folder).free
+    if needed > free:
+        raise RuntimeError(
+            f"{stage.name} will write about {needed / GIB:.1f} GiB, {free / GIB:.1f} are free at {folder}: make room "
+            "(keep: last, a smaller save_total_limit) and run the same command again"
+        )
+
+
 def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
     """
     Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
@@ -124,6 +139,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
     Raises:
         ValueError: the stage was done, or begun, with other settings or inputs; nothing is mixed or overwritten.
         FileExistsError: its folder is there but not of this run's making.
+        RuntimeError: too little disk, or the stage's process failed.
     """
     output = stage.output
     running = output.with_name(output.name + ".running")
@@ -136,6 +152,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
             raise ValueError(
                 f"{stage.name} needs {pruned[0]}, whose weights were pruned (`keep`); use another run_dir"
             )
+        check_disk(stage)
         attempt = _begin(stage, record, running)
         config = output.with_name(output.name + ".yaml")
         write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))

@@ -12,13 +12,19 @@ from trl import ModelConfig
 from abscot_trl import cli
 from abscot_trl.evaluation.report import ReportArguments
 from abscot_trl.phases import PHASES, parse
+from abscot_trl.plan import PlanArguments
 from abscot_trl.scripts.demo import DemoArguments
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.warmup import WarmupArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
-CLASSES |= {"warmup": (WarmupArguments,), "report": (ReportArguments,), "demo": (DemoArguments,)}
+CLASSES |= {
+    "plan": (PlanArguments,),
+    "warmup": (WarmupArguments,),
+    "report": (ReportArguments,),
+    "demo": (DemoArguments,),
+}
 
 
 def abscot(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,143 @@
+"""
+What a model weighs: parameters, GPU memory of a training step, disk of a stage. From its config, without weights.
+
+The constants of the two peaks were measured (tests/test_plan.py holds the table); the terms are what torch holds.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from abscot_trl.vocabulary import AbstractVocabulary
+
+GIB = 2**30
+HEAD_COPIES = 4.1  # token rows: the head with its rows in place, its gradient, and that in 32 bits, in 2-byte copies
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder: width d, query and key/value widths, MLP width; `linear` are its (name, in, out)."""
+
+    parameters: int
+    vocabulary: int
+    width: int
+    layers: int
+    queries: int
+    keys: int
+    mlp: int
+    tied: bool
+    linear: tuple[tuple[str, int, int], ...]
+
+
+@cache
+def shape_of(path: str) -> Shape:
+    """
+    The shape of the model at `path` (a folder with config.json, or such a file), built on the meta device.
+
+    Raises:
+        FileNotFoundError: no config.json there.
+    """
+    file = Path(path) if Path(path).is_file() else Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there; run `abscot init` first, or give model_config")
+    config = AutoConfig.from_pretrained(file.parent if file.name == "config.json" else file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    modules = model.named_modules()
+    linear = [(n, m.in_features, m.out_features) for n, m in modules if isinstance(m, torch.nn.Linear)]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocabulary=config.vocab_size,
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        queries=config.num_attention_heads * head_dim,
+        keys=config.num_key_value_heads * head_dim,
+        mlp=getattr(config, "shared_intermediate_size", None) or config.intermediate_size,
+        tied=bool(config.tie_word_embeddings),
+        linear=tuple(linear),
+    )
+
+
+def trained_parameters(shape: Shape, recipe: dict, codebook_size: int) -> int:
+    """r (in + out) of each matrix LoRA adapts, and the token rows (M + 2) d, of head and embedding if untied."""
+    if not recipe.get("use_peft"):
+        return shape.parameters
+    targets = recipe.get("lora_target_modules") or []
+    every = targets in ("all-linear", ["all-linear"])
+    matrices = [
+        sizes for name, *sizes in shape.linear if (every and name != "lm_head") or name.rpartition(".")[2] in targets
+    ]
+    rows = (codebook_size + 2) * shape.width * (1 if shape.tied else 2)
+    return recipe.get("lora_r", 16) * sum(map(sum, matrices)) + rows
+
+
+def checkpointed(shape: Shape, tokens: int) -> int:
+    """Bytes of the layers' inputs in 16 bits, which gradient checkpointing keeps: layers x L x d x 2."""
+    return shape.layers * tokens * shape.width * 2
+
+
+def activations(shape: Shape, tokens: int) -> int:
+    """Bytes of all that backward needs without checkpointing, with Liger's kernels and flex attention, in 16 bits."""
+    of_a_token = 4 * shape.width + 4 * shape.queries + 5 * shape.keys + 3 * shape.mlp
+    return shape.layers * tokens * of_a_token * 2
+
+
+def training_memory(shape: Shape, recipe: dict, trained: int, tokens: int, stage: int = 0, gpus: int = 1) -> int:
+    """
+    Peak bytes on one GPU of a step of `tokens` positions at once (micro-batch x row length), AdamW, 16-bit compute.
+
+    LoRA: 2 bytes a frozen parameter, 12 a trained one (weight and moments in 32 bits), then what forward keeps and the
+    head's copies. Full: 16 bytes a parameter (weight, gradient, moments in 32 bits) and the head's gradient once more.
+    ZeRO `stage` 1 divides the moments by `gpus`, 2 the gradients too, 3 all (arXiv:1910.02054, section 5).
+    """
+    checkpointing = recipe.get("gradient_checkpointing", True)
+    kept = checkpointed(shape, tokens) if checkpointing else activations(shape, tokens)
+    head = shape.vocabulary * shape.width
+    share = [gpus if stage >= level else 1 for level in (3, 2, 1)]
+    if recipe.get("use_peft"):
+        states = 2 * shape.parameters + (4 / share[0] + 8 / share[2]) * trained + 0.065 * GIB
+        return int(states + kept + (HEAD_COPIES * head * 2 if checkpointing else 0))
+    weights, gradients, moments = (n * shape.parameters for n in (4, 4, 8))
+    states = weights / share[0] + moments / share[2]
+    at_step = gradients / share[1] + 1.12 * head * 4
+    return int(states + max(at_step, kept + 2 * head * 4))
+
+
+def checkpoint_bytes(shape: Shape, recipe: dict, trained: int) -> int:
+    """A training checkpoint: what is trained and its two moments, in 32 bits."""
+    return 12 * (trained if recipe.get("use_peft") else shape.parameters)
+
+
+def stage_disk(phase: str, settings: dict) -> int:
+    """
+    Bytes that a stage of the warm-up will write at most, as far as its settings say.
+
+    A training phase: its checkpoints (one more than `save_total_limit` at the moment of writing) and the result; a
+    merge: the weights again; traces: their lines, twice while parts are joined.
+    """
+    if phase == "merge":
+        adapter = json.loads((Path(settings["adapter"]) / "adapter_config.json").read_text())
+        weights = Path(adapter["base_model_name_or_path"]).glob("*.safetensors")
+        return sum(file.stat().st_size for file in weights)
+    if phase == "traces" and settings.get("splits"):
+        splits = json.loads(Path(settings["splits"]).read_text())["splits"]
+        m_max = AbstractVocabulary.load(settings["model"]).m_max
+        return 2 * len(splits[settings["part"]]) * (4 * m_max + 150)
+    if phase not in ("bottleneck", "distill"):
+        return 0
+    path = settings["model_name_or_path"]
+    shape, size = shape_of(str(path)), AbstractVocabulary.load(path).size
+    trained = trained_parameters(shape, settings, size)
+    result = 4 * (trained if settings.get("use_peft") else shape.parameters)
+    if settings.get("save_strategy", "steps") == "no":
+        return result
+    return (
+        result
+        + (settings.get("save_total_limit") or 2) * checkpoint_bytes(shape, settings, trained)
+        + (checkpoint_bytes(shape, settings, trained))
+    )

@@ -1,0 +1,236 @@
+"""
+`abscot plan`: what a warm-up will take, before it is started. Reads configurations only; writes nothing.
+
+Steps are counted as transformers counts them, packed rows estimated. Hours are floating-point operations over what a
+GPU was measured to reach; they are an estimate.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.data.splits import PHASES as PARTS
+from abscot_trl.memory import GIB, Shape, checkpoint_bytes, shape_of, trained_parameters, training_memory
+from abscot_trl.vocabulary import AbstractVocabulary
+from abscot_trl.warmup import WarmupArguments, stages
+
+GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}  # bf16 peak of the data sheets, GB
+REACHED = {
+    True: 0.35,
+    False: 0.42,
+}  # share of the peak, by LoRA: 36 and 43 % for Qwen3-4B on an H200, less when smaller
+SAMPLING = 0.4  # share of the peak in reading prefixes: the earlier run's 5.6 rows/s of 5500 tokens on two A100s
+PACKED = 0.97  # how full packed rows are
+
+
+@dataclass
+class PlanArguments(WarmupArguments):
+    """
+    What `--config WARMUP.yaml` will take.
+
+    Args:
+        gpu (`str`): `a100`, `h100` or `h200`.
+        gpus (`int`, *optional*): how many; those of the accelerate configuration when left out.
+        model_config (`str`, *optional*): a config.json, while `model` is not there yet.
+        prompt_tokens, cot_tokens, answer_tokens (`int`): mean lengths, while `data` is not there yet.
+    """
+
+    gpu: str = field(default="h200", metadata={"help": "Which GPU.", "choices": list(GPUS)})
+    gpus: int | None = field(default=None, metadata={"help": "How many; the accelerate configuration's otherwise."})
+    model_config: str | None = field(default=None, metadata={"help": "A config.json, while model is not there yet."})
+    prompt_tokens: int = field(default=200, metadata={"help": "Mean prompt length, while data is not there yet."})
+    cot_tokens: int = field(default=4500, metadata={"help": "Mean CoT length, while data is not there yet."})
+    answer_tokens: int = field(default=600, metadata={"help": "Mean answer length, while data is not there yet."})
+
+
+def steps_of(rows: int, recipe: dict, processes: int) -> int:
+    """Optimiser steps of `rows` training rows: transformers' Trainer, whole batches over all processes."""
+    if recipe.get("max_steps", -1) > 0:
+        return recipe["max_steps"]
+    micro = recipe.get("per_device_train_batch_size", 8)
+    whole = recipe.get("global_batch_size")
+    accumulation = whole // (micro * processes) if whole else recipe.get("gradient_accumulation_steps", 1)
+    batches = math.ceil(rows / (micro * processes))
+    return math.ceil(recipe.get("num_train_epochs", 3) * math.ceil(batches / accumulation))
+
+
+def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:
+    """
+    Operations of forward and backward over `tokens` in documents of mean `length`.
+
+    2 a parameter and token forward, 2 for the gradient of activations, 2 more for that of the weights (full), 2 when
+    layers are computed again; causal attention 2 L q a token and layer forward, twice that backward.
+    """
+    parameters = sum(a * b for name, a, b in shape.linear if name != "lm_head")
+    passes = 2 + 2 + (0 if lora else 2) + (2 if checkpointing else 0)
+    attention = 2 * length * shape.queries * shape.layers * (3 + checkpointing)
+    return tokens * (passes * parameters + attention)
+
+
+def _lengths(args: PlanArguments) -> tuple[dict[str, float], dict | None]:
+    """Mean tokens of prompt, CoT and answer, and the counts of the prepared data when they are there."""
+    path = Path(args.data) / "counts.json"
+    if not path.is_file():
+        return {"prompt": args.prompt_tokens, "cot": args.cot_tokens, "answer": args.answer_tokens}, None
+    counts = json.loads(path.read_text())
+    found = counts["lengths"]
+    return {name: found[name].get("mean", found[name]["median"]) for name in ("prompt", "cot", "answer")}, counts
+
+
+def _launcher(args: PlanArguments) -> tuple[int, int, dict]:
+    """GPUs, ZeRO stage (FSDP counts as 3) and the accelerate configuration."""
+    if args.accelerate_config is None:
+        return args.gpus or 1, 0, {}
+    config = yaml.safe_load(Path(accelerate_config_path(args.accelerate_config)).read_text())
+    stage = config.get("deepspeed_config", {}).get("zero_stage", 3 if config.get("fsdp_config") else 0)
+    return args.gpus or config.get("num_processes", 1), stage, config
+
+
+def plan(args: PlanArguments) -> dict:
+    """
+    Compute the plan.
+
+    Returns:
+        `dict` with `stages` (name, phase, rows, steps, tokens, trained, memory, disk, hours), `assumptions` and
+        `warnings` (sentences).
+    """
+    there = (Path(args.model) / "config.json").is_file()
+    shape = shape_of(str(args.model) if there or not args.model_config else args.model_config)
+    vocabulary = AbstractVocabulary.load(args.model) if there else AbstractVocabulary()
+    gpus, zero, launcher = _launcher(args)
+    peak, gpu_memory = GPUS[args.gpu]
+    lengths, counts = _lengths(args)
+    trace = min(vocabulary.m_max, lengths["cot"] / 2) + 2
+    warnings, table = [], []
+    n = args.rows_per_phase
+    for stage in stages(args):
+        settings, line = stage.settings, {"name": stage.name, "phase": stage.phase, "rows": n}
+        if stage.phase == "traces":
+            seen = lengths["prompt"] + (lengths["cot"] if settings["given"] == "cot" else 0)
+            if settings["method"] in ("uniform", "cycle", "power_law"):
+                seen = 0
+            read = n * (seen + trace if seen else 0)
+            line |= {"tokens": read, "disk": 2 * n * (4 * vocabulary.m_max + 150)}
+            line["hours"] = 2 * shape.parameters * read / (SAMPLING * peak * gpus) / 3600
+        elif stage.phase in TRAINING:
+            lora = bool(settings.get("use_peft"))
+            trained = trained_parameters(shape, settings, vocabulary.size)
+            masked, blind = sum(lengths.values()) + trace, lengths["prompt"] + lengths["answer"] + trace
+            documents = [masked] * n if stage.phase == "bottleneck" else [blind] * n
+            if stage.phase == "distill" and settings.get("rehearsal"):
+                documents += [masked] * n
+            longest = settings.get("max_length", 8192)
+            epochs = settings.get("num_train_epochs", 3)
+            packing = bool(settings.get("packing"))
+            rows = math.ceil(sum(documents) / (PACKED * longest)) if packing else len(documents)
+            steps = steps_of(rows, settings, gpus)
+            tokens = sum(documents) * epochs
+            memory = training_memory(
+                shape, settings, trained, longest * settings.get("per_device_train_batch_size", 8), zero, gpus
+            )
+            checkpointing = settings.get("gradient_checkpointing", True)
+            flops = training_flops(shape, lora, checkpointing, tokens, sum(documents) / len(documents))
+            checkpoints = (settings.get("save_total_limit") or 2) + 1
+            checkpoints = checkpoints if settings.get("save_strategy", "steps") != "no" else 0
+            size = checkpoint_bytes(shape, settings, trained)
+            line |= {"rows": len(documents), "steps": steps, "packed": packing, "tokens": tokens, "trained": trained}
+            line |= {"memory": memory, "disk": size // 3 + checkpoints * size}
+            line["hours"] = flops / (REACHED[lora] * peak * gpus) / 3600
+            warnings += _warnings(
+                stage.phase, settings, lora, steps, memory / GIB, gpu_memory, longest, counts, zero, launcher
+            )
+        elif stage.phase == "merge":
+            line |= {"rows": None, "disk": 2 * shape.parameters}
+        else:
+            line |= {"rows": None}
+        table.append(line)
+    warnings += _data_warnings(args, vocabulary, lengths, counts)
+    need = sum(line.get("disk", 0) for line in table if line["phase"] in ("merge", "traces")) + max(
+        line.get("disk", 0) for line in table
+    )
+    run = next(
+        path for path in [Path(args.run_dir).absolute(), *Path(args.run_dir).absolute().parents] if path.exists()
+    )
+    free = shutil.disk_usage(run).free
+    if need > free:
+        warnings.append(
+            f"the run writes about {need / GIB:.0f} GiB, {free / GIB:.0f} are free at {run}; `keep: last`?"
+        )
+    known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
+    assumptions = [
+        f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {args.gpu}, ZeRO stage {zero}",
+        "mean tokens " + ", ".join(f"{name} {value:.0f}" for name, value in lengths.items()) + f": {known}",
+        f"hours: {100 * REACHED[True]:.0f} % (LoRA) or {100 * REACHED[False]:.0f} % (full) of {peak / 1e12:.0f} TFLOP/s "
+        f"in training, {100 * SAMPLING:.0f} % in reading prefixes; evaluations and loading are not counted",
+        "~ steps of packed rows are estimated; memory with ZeRO or FSDP is calculated, not measured",
+    ]
+    return {"stages": table, "assumptions": assumptions, "warnings": list(dict.fromkeys(warnings))}
+
+
+def _warnings(phase, recipe, lora, steps, memory, gpu_memory, longest, counts, zero, launcher) -> list[str]:
+    """What makes no sense in a training recipe."""
+    found, rate = [], recipe.get("learning_rate", 2e-5)
+    if lora and rate <= 2e-5:
+        found.append(f"{phase}: learning_rate {rate} is one of full fine-tuning; LoRA wants about 1.0e-4")
+    if not lora and rate >= 5e-5:
+        found.append(f"{phase}: learning_rate {rate} is one of LoRA; full fine-tuning wants about 1.0e-5")
+    if lora and zero == 3:
+        found.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")
+    if recipe.get("warmup_steps", 0) >= max(steps, 1):
+        found.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {steps} steps")
+    if memory * GIB > gpu_memory * 1e9:
+        found.append(f"{phase}: about {memory:.0f} GiB a GPU, which has {gpu_memory} GB; more GPUs, ZeRO or LoRA")
+    if counts and counts["lengths"]["total"]["median"] > longest:
+        median = counts["lengths"]["total"]["median"]
+        found.append(f"{phase}: max_length {longest} drops over half of the rows (median {median:.0f} tokens)")
+    if "use_cpu" in launcher and launcher["use_cpu"]:
+        found.append(f"{phase}: the accelerate configuration is one of a CPU")
+    return found
+
+
+def _data_warnings(
+    args: PlanArguments, vocabulary: AbstractVocabulary, lengths: dict, counts: dict | None
+) -> list[str]:
+    found, needed = [], len(PARTS) * args.rounds * args.rows_per_phase
+    if vocabulary.m_max > lengths["cot"]:
+        found.append(
+            f"m_max {vocabulary.m_max} is over the CoT's {lengths['cot']:.0f} tokens: a trace should be shorter"
+        )
+    if counts and counts["rows_kept"] < needed:
+        found.append(
+            f"{needed} rows are needed (2 x {args.rounds} x {args.rows_per_phase}), {counts['rows_kept']} kept"
+        )
+    return found
+
+
+def describe_plan(found: dict) -> str:
+    """The plan as a Markdown table, a stage a line, with totals, assumptions and warnings."""
+    header = "| stage | rows | steps | tokens | trained | GiB a GPU | disk GiB | hours |"
+    lines = [header, "|---|" + "---:|" * 7]
+
+    def number(value, unit=1.0, digits=0) -> str:
+        return "" if value is None else f"{value / unit:,.{digits}f}"
+
+    for line in found["stages"]:
+        steps = ("~" if line.get("packed") else "") + number(line.get("steps"))
+        cells = [
+            line["name"],
+            number(line["rows"]),
+            steps,
+            number(line.get("tokens"), 1e6, 1) + "M" * ("tokens" in line),
+        ]
+        cells += [number(line.get("trained"), 1e6, 1) + "M" * ("trained" in line), number(line.get("memory"), GIB, 1)]
+        cells += [number(line.get("disk"), GIB, 2), number(line.get("hours"), 1, 2)]
+        lines.append("| " + " | ".join(cells) + " |")
+    steps = sum(line.get("steps", 0) for line in found["stages"])
+    tokens = sum(line.get("tokens", 0) for line in found["stages"] if line["phase"] in TRAINING)
+    hours = sum(line.get("hours", 0) for line in found["stages"])
+    lines.append(f"| total |  | {steps:,} | {tokens / 1e6:,.0f}M trained |  |  |  | {hours:,.1f} |")
+    lines += ["", *(f"- {sentence}" for sentence in found["assumptions"])]
+    lines += [f"- WARNING: {sentence}" for sentence in found["warnings"]]
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""The plan against what was measured, against transformers' own counts, and against files on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from test_training import lora, rows, run
+from test_warmup import LORA, recipes, toy  # noqa: F401
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from abscot_trl.checkpoint import MergeArguments, merge_adapter
+from abscot_trl.memory import GIB, shape_of, stage_disk, trained_parameters, training_memory
+from abscot_trl.plan import PlanArguments, describe_plan, plan, steps_of
+from abscot_trl.warmup import WarmupArguments, warmup
+
+# Peak GiB of a step of BottleneckSFTTrainer on one H200: flex attention, Liger, bf16, AdamW, micro-batches of one row.
+SIZES = {  # d, layers, heads, d_ff, tied
+    "0.6b": (1024, 28, 16, 3072, True),
+    "1.7b": (2048, 28, 16, 6144, True),
+    "4b": (2560, 36, 32, 9728, True),
+    "8b": (4096, 36, 32, 12288, False),
+}
+MEASURED = [  # size, LoRA r=32, gradient checkpointing, tokens, GiB, trained parameters
+    ("0.6b", True, True, 8192, 3.051, 20.25e6),
+    ("0.6b", False, True, 8192, 9.593, None),
+    ("0.6b", True, False, 8192, 12.407, 20.25e6),
+    ("1.7b", True, True, 8192, 6.929, 35.0e6),
+    ("1.7b", True, True, 16384, 7.840, 35.0e6),
+    ("1.7b", False, True, 8192, 26.997, None),
+    ("4b", True, True, 8192, 12.740, 66.2e6),
+    ("4b", False, True, 8192, 61.93, None),
+    ("4b", True, False, 8192, 41.8, 66.2e6),
+    ("8b", True, True, 8192, 23.348, 87.8e6),
+]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def config_of(size: str, folder: Path) -> str:
+    width, layers, heads, mlp, tied = SIZES[size]
+    config = Qwen3Config(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+        intermediate_size=mlp, vocab_size=151936, tie_word_embeddings=tied, architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder / size)
+    return str(folder / size)
+
+
+@pytest.mark.parametrize(("size", "is_lora", "checkpointing", "tokens", "gib", "trained"), MEASURED)
+def test_peak_memory_is_what_an_h200_measured(tmp_path, size, is_lora, checkpointing, tokens, gib, trained):
+    shape = shape_of(config_of(size, tmp_path))
+    recipe = {"use_peft": is_lora, "gradient_checkpointing": checkpointing}
+    if is_lora:
+        recipe |= {"lora_r": 32, "lora_target_modules": PROJECTIONS}
+        assert trained_parameters(shape, recipe, 64) == pytest.approx(trained, rel=2e-3)
+    predicted = training_memory(shape, recipe, trained_parameters(shape, recipe, 64), tokens) / GIB
+    assert predicted == pytest.approx(gib, rel=0.1)
+    shared = training_memory(shape, recipe, trained_parameters(shape, recipe, 64), tokens, stage=3, gpus=8) / GIB
+    assert shared < predicted
+
+
+def test_parameters_are_counted_right(checkpoint, tmp_path):
+    shape = shape_of(str(checkpoint))
+    assert shape.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
+    trainer = run(checkpoint, tmp_path, peft_config=lora(checkpoint))
+    recipe = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "down_proj"]}
+    really = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert trained_parameters(shape, recipe, 8) == really
+    with pytest.raises(FileNotFoundError, match="config.json is not there; run `abscot init` first"):
+        shape_of(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_train_epochs": 1, "per_device_train_batch_size": 3},
+        {"num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 5},
+        {"num_train_epochs": 2, "per_device_train_batch_size": 1, "global_batch_size": 6},
+        {"num_train_epochs": 1.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+        {"max_steps": 2, "per_device_train_batch_size": 4},
+    ],
+)
+def test_steps_are_transformers_own(checkpoint, tmp_path, fields):
+    trainer = run(checkpoint, tmp_path, data=rows(checkpoint, 16), **{"max_steps": -1} | fields)
+    assert steps_of(16, fields, 1) == trainer.state.max_steps == trainer.state.global_step
+
+
+def test_disk_is_what_stages_write(checkpoint, tmp_path):
+    def size(folder):
+        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+
+    settings = {"model_name_or_path": str(checkpoint), "save_total_limit": 1, "save_strategy": "steps"}
+    fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = run(checkpoint, tmp_path / "full", **fields)
+    trainer.save_model(str(tmp_path / "full"))
+    written = size(tmp_path / "full") + sum(p.stat().st_size for p in (tmp_path / "full").rglob("optimizer.pt"))
+    assert stage_disk("bottleneck", settings) == pytest.approx(written, rel=0.2)
+    adapter = run(checkpoint, tmp_path / "lora", peft_config=lora(checkpoint))
+    adapter.save_model(str(tmp_path / "lora"))
+    merge_adapter(MergeArguments(str(tmp_path / "lora"), str(tmp_path / "merged")))
+    merge = {"adapter": str(tmp_path / "lora"), "output_dir": str(tmp_path / "merged")}
+    assert stage_disk("merge", merge) == pytest.approx(size(tmp_path / "merged"), rel=0.2)
+
+
+def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811
+    """Steps of every training stage as they were taken, nothing written; then what makes no sense is said."""
+    training = LORA | {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3}
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), training) | {"rounds": 1}
+    found = plan(PlanArguments(**fields))
+    assert not Path(fields["run_dir"]).exists()
+    warmup(WarmupArguments(**fields))
+    for line in found["stages"]:
+        log = Path(fields["run_dir"]) / line["name"] / "training_log.json"
+        if log.is_file():
+            steps = [entry["step"] for entry in json.loads(log.read_text())["log"]]
+            assert line["steps"] == max(steps) and line["rows"] == json.loads(log.read_text())["rows"]["rows"]
+    shown = describe_plan(found)
+    assert "| round1/distill |" in shown and "the prepared data" in shown
+    assert not [w for w in found["warnings"] if "rows are needed" in w]
+    (tmp_path / "bottleneck.yaml").write_text(
+        yaml.safe_dump(training | {"learning_rate": 1.0e-5, "max_length": 20, "warmup_steps": 1000})
+    )
+    found = plan(PlanArguments(**fields | {"rows_per_phase": 100, "accelerate_config": "zero3"}))
+    words = " ".join(found["warnings"])
+    for expected in (
+        "learning_rate 1e-05 is one of full", "max_length 20 drops over half", "refused on ZeRO-3",
+        "warmup_steps 1000 is not under", "200 rows are needed",
+    ):  # fmt: skip
+        assert expected in words
+    with pytest.raises(FileNotFoundError, match="give model_config"):
+        plan(PlanArguments(**fields | {"model": str(tmp_path / "none")}))
