@@ -14,7 +14,7 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate warmup report serve bench-train bench-sampling clean
+.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate plan warmup report serve bench-train bench-sampling bench-plan clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,11 +60,17 @@ merge report serve: $(READY)
 warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes on with the same command
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --run_dir runs/$(RECIPE)/$(RUN) $(ARGS)
 
+plan: $(READY) ## what that warm-up will take: steps, memory, disk, hours
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/warmup.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) $(ARGS)
+
 bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
 
 bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, the second call (17 minutes on 2 cores)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)
+
+bench-plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
+	$(BIN)/python tests/benchmarks/bench_plan.py $(ARGS)
 
 clean: ## remove runs and the virtual environment
 	rm -rf runs $(VENV)

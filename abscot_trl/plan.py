@@ -165,8 +165,8 @@ def plan(args: PlanArguments) -> dict:
     assumptions = [
         f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {args.gpu}, ZeRO stage {zero}",
         "mean tokens " + ", ".join(f"{name} {value:.0f}" for name, value in lengths.items()) + f": {known}",
-        f"hours: {100 * REACHED[True]:.0f} % (LoRA) or {100 * REACHED[False]:.0f} % (full) of {peak / 1e12:.0f} TFLOP/s "
-        f"in training, {100 * SAMPLING:.0f} % in reading prefixes; evaluations and loading are not counted",
+        f"hours: {100 * REACHED[True]:.0f} % (LoRA) or {100 * REACHED[False]:.0f} % (full) of {peak / 1e12:.0f} "
+        f"TFLOP/s in training, {100 * SAMPLING:.0f} % in reading prefixes; evaluations and loading are not counted",
         "~ steps of packed rows are estimated; memory with ZeRO or FSDP is calculated, not measured",
     ]
     return {"stages": table, "assumptions": assumptions, "warnings": list(dict.fromkeys(warnings))}
