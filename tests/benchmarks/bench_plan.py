@@ -1,65 +1,158 @@
 """
-`abscot plan` against truth: the peak memory it predicts and what a step of phase A takes on this GPU.
+`abscot plan` against truth: predicted peak memory and steps beside those of runs at sizes it was not fitted to.
 
-    python tests/benchmarks/bench_plan.py
+    python tests/benchmarks/bench_plan.py                  # one H200 or H100-80GB, under 6 minutes
+    python tests/benchmarks/bench_plan.py --tiny --cpu     # that every case is built and its steps are right; no memory
 
-Settings that its constants were not fitted to: other lengths, another rank, another size. Random weights.
+Random weights in Qwen3's shapes, `BottleneckSFTTrainer` as the recipes run it (bf16, flex attention, Liger), micro-batches
+of one full row, 3 steps. The peak is that of the steps after the first, which has no optimiser state yet. A case has a
+process of its own. Exit code 1 when a prediction is off by more than 10 %, or a case fails.
 """
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 
-import bench_train
 import torch
-from bench_train import MODULES, bench_ours
-from transformers import Qwen3Config
+from bench_train import ALPHA, GIB, MODULES, QWEN3_4B, SHAPE, TINY, build_model, extended_tokenizer, training_row
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import ModelConfig
 
-from abscot_trl.memory import GIB, shape_of, trained_parameters, training_memory
+from abscot_trl.memory import shape_of, trained_parameters, training_memory
+from abscot_trl.plan import steps_of
+from abscot_trl.training.adapters import lora_config
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.configs import BottleneckConfig
 
-SIZES = {  # d, layers, heads, d_ff
-    "0.6b": (1024, 28, 16, 3072),
-    "1.7b": (2048, 28, 16, 6144),
-    "4b": (2560, 36, 32, 9728),
+BOUND = 0.1
+STEPS = 3
+SIZES = {
+    "0.6b": dict(zip(SHAPE, (151936, 1024, 3072, 28, 16, 8), strict=True)),
+    "1.7b": dict(zip(SHAPE, (151936, 2048, 6144, 28, 16, 8), strict=True)),
+    "4b": QWEN3_4B,
 }
-SETTINGS = [  # size, LoRA rank (0: full fine-tuning), gradient checkpointing, tokens of a row
-    ("0.6b", 32, True, 4096),
-    ("0.6b", 64, False, 4096),
-    ("0.6b", 0, True, 12288),
-    ("1.7b", 16, True, 12288),
-    ("1.7b", 0, True, 4096),
-    ("4b", 16, True, 4096),
-    ("4b", 64, True, 12288),
-    ("4b", 0, True, 4096),
+CASES = [  # size, LoRA rank (None: full), gradient checkpointing, tokens of a row, rows of a step
+    ("0.6b", 32, True, 4096, 1),
+    ("1.7b", 32, True, 12288, 2),
+    ("4b", 16, True, 4096, 1),
+    ("1.7b", None, True, 4096, 1),
+    ("0.6b", None, True, 12288, 2),
+    ("0.6b", 32, True, 32768, 1),  # one layer's activations outweigh the head's copies
+    ("1.7b", None, False, 4096, 2),
 ]
 
 
-def main() -> None:
-    print(f"{torch.cuda.get_device_name()}\n")
-    print("| model | tuning | checkpointing | tokens | s a step | measured GiB | planned GiB | ratio |")
-    print("|---|---|---|---:|---:|---:|---:|---:|")
-    args = argparse.Namespace(device="cuda", steps=4, tiny=False)
-    for size, rank, checkpointing, tokens in SETTINGS:
-        width, layers, heads, mlp = SIZES[size]
-        fields = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": 128}
-        fields |= {"num_key_value_heads": 8, "intermediate_size": mlp, "vocab_size": 151936}
-        fields |= {"tie_word_embeddings": True, "max_position_embeddings": 40960}
+class Peak(TrainerCallback):
+    """Peak memory and seconds of the steps after the first."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step == 1:
+            self.start = time.perf_counter()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+        self.seconds = (time.perf_counter() - self.start) / max(state.global_step - 1, 1)
+
+
+def measure(case: tuple, tiny: bool, device: str) -> dict:
+    """Train the case and return what `abscot plan` says of it beside what happened."""
+    size, rank, checkpointing, tokens, accumulation = case
+    shape, tokens = (TINY, 128) if tiny else (SIZES[size], tokens)
+    lengths = {"prompt": tokens // 16, "trace": 6 if tiny else 128, "answer": tokens // 16}
+    lengths["cot"] = tokens - 2 - sum(lengths.values())  # 2: the trace's delimiters
+    tokenizer, vocabulary = extended_tokenizer()
+    attention = "sdpa" if tiny else "flex_attention"
+    model = build_model(shape, device, torch.bfloat16 if rank else torch.float32, attention)
+    rows = [training_row(lengths, shape["vocab_size"])] * (STEPS * accumulation - (accumulation > 1))
+    peft = {"use_peft": rank is not None, "lora_r": rank or 1, "lora_target_modules": MODULES}
+    fields = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+    fields |= {"gradient_checkpointing": checkpointing, "max_length": tokens, "bf16": True}
+    peak = Peak()
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        planned = shape_of(folder)
+        trained = trained_parameters(planned, peft, vocabulary.size)
+        predicted = training_memory(planned, fields | peft, trained, tokens)
+        others = {"use_liger_kernel": not tiny, "use_cpu": device == "cpu", "save_strategy": "no", "logging_steps": 1}
+        others |= {"report_to": "none", "disable_tqdm": True}
+        trainer = BottleneckSFTTrainer(
+            model=model,
+            args=BottleneckConfig(folder, **fields, **others),
+            train_dataset=Dataset.from_list(rows),
+            vocabulary=vocabulary,
+            processing_class=tokenizer,
+            peft_config=lora_config(
+                ModelConfig(model_name_or_path=folder, lora_alpha=ALPHA, lora_dropout=0.0, **peft),
+                vocabulary.all_ids(tokenizer),
+            ),
+            callbacks=[peak],
+        )
+        trainer.train()
+    really = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    return {
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
+        "step_s": peak.seconds,
+        "trained": (trained, really),
+        "steps": (steps_of(len(rows), fields, 1), trainer.state.global_step),
+        "peak": (predicted / GIB, 0.0 if device == "cpu" else torch.cuda.max_memory_allocated() / GIB),
+    }
+
+
+def line(case: tuple, found: dict) -> tuple[str, bool]:
+    """A line of the table, and whether the prediction holds."""
+    size, rank, checkpointing, tokens, accumulation = case
+    name = f"{size} {f'LoRA r={rank}' if rank else 'full'}{'' if checkpointing else ', no checkpointing'}"
+    if "error" in found:
+        return f"| {name} | {tokens} x {accumulation} | {found['error']} | | | | | |", False
+    (steps, took), (predicted, measured), (trained, really) = found["steps"], found["peak"], found["trained"]
+    ratio = predicted / measured if measured else None
+    cells = [name, f"{tokens} x {accumulation}", f"{trained / 1e6:.2f}", f"{steps} / {took}"]
+    cells += [f"{predicted:.2f}", f"{measured:.2f}" if ratio else "", f"{ratio:.3f}" if ratio else ""]
+    holds = steps == took and trained == really and (ratio is None or abs(ratio - 1) <= BOUND)
+    return "| " + " | ".join([*cells, f"{found['step_s']:.2f}"]) + " |", holds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, sdpa, no Liger")
+    parser.add_argument("--cpu", action="store_true", help="steps and parameters only; with --tiny")
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="numbers, from 0")
+    parser.add_argument("--budget", type=float, default=350, help="seconds for everything; later cases are cut")
+    parser.add_argument("--output", type=Path, default=Path("bench_plan.json"))
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        args.output.write_text(json.dumps(measure(CASES[args.child], args.tiny, "cpu" if args.cpu else "cuda")))
+        return 0
+
+    start, results, lines, good = time.monotonic(), {}, [], True
+    for number in args.cases:
         with tempfile.TemporaryDirectory() as folder:
-            Qwen3Config(**fields, architectures=["Qwen3ForCausalLM"]).save_pretrained(folder)
-            shape = shape_of(folder)
-        recipe = {"use_peft": rank > 0, "lora_r": rank, "lora_target_modules": MODULES}
-        recipe["gradient_checkpointing"] = checkpointing
-        planned = training_memory(shape, recipe, trained_parameters(shape, recipe, 64), tokens) / GIB
-        bench_train.RANK = rank
-        lengths = {"prompt": 200, "trace": 126, "answer": 466, "cot": tokens - 794}
-        options = {"gradient_checkpointing": checkpointing, "peft": rank > 0}
-        found = bench_ours(args, fields, lengths, options)
-        tuning = f"LoRA r={rank}" if rank else "full"
-        cells = [f"Qwen3-{size}", tuning, "yes" if checkpointing else "no", tokens, f"{found['step_s']:.3f}"]
-        cells += [f"{found['peak_gib']:.2f}", f"{planned:.2f}", f"{planned / found['peak_gib']:.3f}"]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+            path = Path(folder) / "result.json"
+            command = [sys.executable, __file__, "--child", str(number), "--output", str(path)]
+            command += ["--tiny"] * args.tiny + ["--cpu"] * args.cpu
+            try:
+                left = max(1.0, args.budget - (time.monotonic() - start))
+                subprocess.run(command, check=True, timeout=left, stdout=subprocess.DEVNULL)
+                results[number] = json.loads(path.read_text())
+            except subprocess.TimeoutExpired:
+                results[number] = {"error": "out of time"}
+            except subprocess.CalledProcessError as failure:
+                results[number] = {"error": f"failed with exit code {failure.returncode}"}
+        text, holds = line(CASES[number], results[number])
+        lines, good = [*lines, text], good and holds
+        print(f"{'ok    ' if holds else 'FAILED'} {text}", flush=True)
+        args.output.write_text(json.dumps({"torch": torch.__version__, "cases": results}, indent=2) + "\n")
+    header = "| run | tokens x rows a step | trained M | steps | predicted GiB | measured GiB | ratio | s a step |"
+    print("\n".join(["", header, "|---|---|" + "---:|" * 6, *lines]))
+    return int(not good)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
