@@ -2,11 +2,11 @@
 `abscot plan` against truth: predicted peak memory and steps beside those of runs at sizes it was not fitted to.
 
     python tests/benchmarks/bench_plan.py                  # one H200 or H100-80GB, under 6 minutes
-    python tests/benchmarks/bench_plan.py --tiny --cpu     # that every case is built and its steps are right; no memory
+    python tests/benchmarks/bench_plan.py --tiny --cpu     # every case is built and its steps are right; no memory
 
-Random weights in Qwen3's shapes, `BottleneckSFTTrainer` as the recipes run it (bf16, flex attention, Liger), micro-batches
-of one full row, 3 steps. The peak is that of the steps after the first, which has no optimiser state yet. A case has a
-process of its own. Exit code 1 when a prediction is off by more than 10 %, or a case fails.
+Random weights in Qwen3's shapes, `BottleneckSFTTrainer` as the recipes run it (bf16, flex attention, Liger), 3 steps
+of micro-batches of one full row. The peak is that of the steps after the first, which has no optimiser state yet. A
+case has a process of its own. Exit code 1 when a prediction is off by more than 10 %, or a case fails.
 """
 
 import argparse
