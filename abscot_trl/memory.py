@@ -1,10 +1,11 @@
 """
-What a model weighs: parameters, GPU memory of a training step, disk of a stage. From its config, without weights.
+What training takes: parameters, steps, GPU memory, disk. From its config, without weights.
 
 The constants of the two peaks were measured (tests/test_plan.py holds the table); the terms are what torch holds.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,6 +75,17 @@ def trained_parameters(shape: Shape, recipe: dict, codebook_size: int) -> int:
     ]
     rows = (codebook_size + 2) * shape.width * (1 if shape.tied else 2)
     return recipe.get("lora_r", 16) * sum(map(sum, matrices)) + rows
+
+
+def steps_of(rows: int, recipe: dict, processes: int) -> int:
+    """Optimiser steps of `rows` training rows: transformers' Trainer, whole batches over all processes."""
+    if recipe.get("max_steps", -1) > 0:
+        return recipe["max_steps"]
+    micro = recipe.get("per_device_train_batch_size", 8)
+    whole = recipe.get("global_batch_size")
+    accumulation = whole // (micro * processes) if whole else recipe.get("gradient_accumulation_steps", 1)
+    batches = math.ceil(rows / (micro * processes))
+    return math.ceil(recipe.get("num_train_epochs", 3) * math.ceil(batches / accumulation))
 
 
 def checkpointed(shape: Shape, tokens: int) -> int:

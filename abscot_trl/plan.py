@@ -15,7 +15,7 @@ import yaml
 
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.memory import GIB, Shape, checkpoint_bytes, shape_of, trained_parameters, training_memory
+from abscot_trl.memory import GIB, Shape, checkpoint_bytes, shape_of, steps_of, trained_parameters, training_memory
 from abscot_trl.vocabulary import AbstractVocabulary
 from abscot_trl.warmup import WarmupArguments, stages
 
@@ -46,17 +46,6 @@ class PlanArguments(WarmupArguments):
     prompt_tokens: int = field(default=200, metadata={"help": "Mean prompt length, while data is not there yet."})
     cot_tokens: int = field(default=4500, metadata={"help": "Mean CoT length, while data is not there yet."})
     answer_tokens: int = field(default=600, metadata={"help": "Mean answer length, while data is not there yet."})
-
-
-def steps_of(rows: int, recipe: dict, processes: int) -> int:
-    """Optimiser steps of `rows` training rows: transformers' Trainer, whole batches over all processes."""
-    if recipe.get("max_steps", -1) > 0:
-        return recipe["max_steps"]
-    micro = recipe.get("per_device_train_batch_size", 8)
-    whole = recipe.get("global_batch_size")
-    accumulation = whole // (micro * processes) if whole else recipe.get("gradient_accumulation_steps", 1)
-    batches = math.ceil(rows / (micro * processes))
-    return math.ceil(recipe.get("num_train_epochs", 3) * math.ceil(batches / accumulation))
 
 
 def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:

@@ -10,8 +10,8 @@ from test_warmup import LORA, recipes, toy  # noqa: F401
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
-from abscot_trl.memory import GIB, shape_of, stage_disk, trained_parameters, training_memory
-from abscot_trl.plan import PlanArguments, describe_plan, plan, steps_of
+from abscot_trl.memory import GIB, shape_of, stage_disk, steps_of, trained_parameters, training_memory
+from abscot_trl.plan import PlanArguments, describe_plan, plan
 from abscot_trl.warmup import WarmupArguments, warmup
 
 # Peak GiB of a step of BottleneckSFTTrainer on one H200: flex attention, Liger, bf16, AdamW, micro-batches of one row.

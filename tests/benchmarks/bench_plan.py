@@ -23,8 +23,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import ModelConfig
 
-from abscot_trl.memory import shape_of, trained_parameters, training_memory
-from abscot_trl.plan import steps_of
+from abscot_trl.memory import shape_of, steps_of, trained_parameters, training_memory
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig
