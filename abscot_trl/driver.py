@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from abscot_trl.cli import TRAINING
 from abscot_trl.files import INPUTS, MANIFEST, PRUNED, input_digests, path_digest, write_whole
 from abscot_trl.memory import GIB, stage_disk
 from abscot_trl.phases import run_phase
-from abscot_trl.record import environment
+from abscot_trl.record import environment, write_record
 from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
 
 WHERE = ("engine", "server", "batch_tokens")  # on what a stage's work was done: not what it made
@@ -208,3 +208,34 @@ def locked(run: Path) -> Iterator[int]:
         except BlockingIOError:
             raise RuntimeError(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
         yield lock.fileno()
+
+
+def run_stages(
+    run: Path, todo: list[Stage], chosen: list[Stage], args, lock: int, after: Callable[[Stage], None]
+) -> list[tuple[str, float]]:
+    """
+    Run those `chosen` among the run's stages `todo`; after each, prune models, call `after` and write the record.
+
+    Args:
+        args: the run's fields: `name`, `launch`, `accelerate_config`, `keep`, `keep_checkpoints`.
+        lock (`int`): the file descriptor that `locked` yields.
+
+    Returns:
+        (name, wall seconds) of each stage chosen.
+    """
+    times = []
+    for stage in chosen:
+        number = todo.index(stage) + 1
+        print(f"[{number}/{len(todo)}] {args.name} {stage.name}{' (done)' * is_done(stage)}", flush=True)  # noqa: T201
+        times.append((stage.name, run_stage(stage, args, held=(lock,))))
+        prune_models(todo, number, args.keep)
+        after(stage)
+        write_record(run, todo[:number])
+    return times
+
+
+def print_times(times: list[tuple[str, float]]) -> None:
+    """Wall time by stage, and in all."""
+    width = max(len(name) for name, _ in times)
+    for name, seconds in [*times, ("total", sum(seconds for _, seconds in times))]:
+        print(f"{name:<{width}} {seconds:>9.1f} s")  # noqa: T201

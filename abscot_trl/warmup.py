@@ -20,10 +20,9 @@ from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
-from abscot_trl.driver import Stage, is_done, locked, prune_models, run_stage
+from abscot_trl.driver import Stage, is_done, locked, print_times, run_stages
 from abscot_trl.evaluation.report import results_table, write_results
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
-from abscot_trl.record import write_record
 from abscot_trl.traces.backends import SamplerArguments
 
 
@@ -259,28 +258,23 @@ def warmup(args: WarmupArguments) -> list[dict]:
         return collect_results(args)
     run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    times = []
+
+    def after(stage: Stage) -> None:
+        if stage.phase == "evaluate":
+            results = collect_results(args)
+            write_results(run / "results.json", results)
+            for sentence in lost_rounds(results):
+                print(f"WARNING: {sentence}", flush=True)  # noqa: T201
+
     with locked(run) as lock:
         if (run / "splits.json").is_file():
             load_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
         else:
             splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
             save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
-        for stage in chosen:
-            number = todo.index(stage) + 1
-            print(f"[{number}/{len(todo)}] {args.name} {stage.name}{' (done)' * is_done(stage)}", flush=True)  # noqa: T201
-            times.append((stage.name, run_stage(stage, args, held=(lock,))))
-            prune_models(todo, number, args.keep)
-            if stage.phase == "evaluate":
-                results = collect_results(args)
-                write_results(run / "results.json", results)
-                for sentence in lost_rounds(results):
-                    print(f"WARNING: {sentence}", flush=True)  # noqa: T201
-            write_record(run, todo[:number])
+        times = run_stages(run, todo, chosen, args, lock, after)
     results = collect_results(args)
     if results:
         print(results_table(results))  # noqa: T201
-    width = max(len(name) for name, _ in times)
-    for name, seconds in [*times, ("total", sum(seconds for _, seconds in times))]:
-        print(f"{name:<{width}} {seconds:>9.1f} s")  # noqa: T201
+    print_times(times)
     return results
