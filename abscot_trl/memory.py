@@ -1,7 +1,7 @@
 """
 What training takes: parameters, steps, GPU memory, disk. From its config, without weights.
 
-The constants of the two peaks were measured (tests/test_plan.py holds the table); the terms are what torch holds.
+The terms are what torch holds at its peak; two constants were measured (tests/test_plan.py holds the table).
 """
 
 import json
@@ -17,6 +17,7 @@ from abscot_trl.vocabulary import AbstractVocabulary
 
 GIB = 2**30
 HEAD_COPIES = 4.1  # token rows: the head with its rows in place, its gradient, and that in 32 bits, in 2-byte copies
+REST = 0.065 * GIB  # what no term explains
 
 
 @dataclass(frozen=True)
@@ -77,47 +78,69 @@ def trained_parameters(shape: Shape, recipe: dict, codebook_size: int) -> int:
     return recipe.get("lora_r", 16) * sum(map(sum, matrices)) + rows
 
 
+def accumulation_of(recipe: dict, processes: int) -> int:
+    """Micro-batches of an optimiser step on each process."""
+    whole = recipe.get("global_batch_size")
+    at_once = recipe.get("per_device_train_batch_size", 8) * processes
+    return max(whole // at_once, 1) if whole else recipe.get("gradient_accumulation_steps", 1)
+
+
 def steps_of(rows: int, recipe: dict, processes: int) -> int:
     """Optimiser steps of `rows` training rows: transformers' Trainer, whole batches over all processes."""
     if recipe.get("max_steps", -1) > 0:
         return recipe["max_steps"]
-    micro = recipe.get("per_device_train_batch_size", 8)
-    whole = recipe.get("global_batch_size")
-    accumulation = whole // (micro * processes) if whole else recipe.get("gradient_accumulation_steps", 1)
-    batches = math.ceil(rows / (micro * processes))
-    return math.ceil(recipe.get("num_train_epochs", 3) * math.ceil(batches / accumulation))
+    batches = math.ceil(rows / (recipe.get("per_device_train_batch_size", 8) * processes))
+    return math.ceil(recipe.get("num_train_epochs", 3) * math.ceil(batches / accumulation_of(recipe, processes)))
 
 
-def checkpointed(shape: Shape, tokens: int) -> int:
-    """Bytes of the layers' inputs in 16 bits, which gradient checkpointing keeps: layers x L x d x 2."""
-    return shape.layers * tokens * shape.width * 2
+def layer_activations(shape: Shape, tokens: int) -> int:
+    """Bytes that backward through one layer needs, with Liger's kernels and flex attention, in 16 bits."""
+    return tokens * (4 * shape.width + 4 * shape.queries + 5 * shape.keys + 3 * shape.mlp) * 2
 
 
-def activations(shape: Shape, tokens: int) -> int:
-    """Bytes of all that backward needs without checkpointing, with Liger's kernels and flex attention, in 16 bits."""
-    of_a_token = 4 * shape.width + 4 * shape.queries + 5 * shape.keys + 3 * shape.mlp
-    return shape.layers * tokens * of_a_token * 2
+def lora_memory(shape: Shape, recipe: dict, trained: int, tokens: int, share: list[int], accumulates: bool) -> float:
+    """
+    2 bytes a frozen parameter, 12 a trained one (weight and moments in 32 bits), 4 for its gradient when they add up;
+    what forward keeps; then the head's copies or, in longer rows, a layer computed again and its two gradients.
+    """
+    states = 2 * shape.parameters + (4 / share[0] + 4 * accumulates / share[1] + 8 / share[2]) * trained
+    if not recipe.get("gradient_checkpointing", True):
+        return states + shape.layers * layer_activations(shape, tokens)
+    stream = tokens * shape.width * 2  # hidden states of all tokens
+    head = HEAD_COPIES * shape.vocabulary * shape.width * 2
+    return states + shape.layers * stream + max(head, layer_activations(shape, tokens) + 2 * stream)
+
+
+def full_memory(shape: Shape, recipe: dict, tokens: int, share: list[int], accumulates: bool) -> float:
+    """
+    16 bytes a parameter (weight, gradient, moments in 32 bits), and the larger of two: what backward begins with (all
+    that forward kept, the hidden states in 32 bits, the head's gradient and 16-bit copy) or ends with (the embedding's
+    gradient before it is added to the head's).
+    """
+    weights, gradients, moments = (n * shape.parameters / s for n, s in zip((4, 4, 8), share, strict=True))
+    stream, head = tokens * shape.width * 4, shape.vocabulary * shape.width * 4
+    layer, linear = layer_activations(shape, tokens), sum(a * b for name, a, b in shape.linear if name != "lm_head")
+    kept = shape.layers * stream
+    if recipe.get("gradient_checkpointing", True):
+        kept += layer
+    else:
+        kept += shape.layers * layer + 2 * linear  # autocast's 16-bit weights are kept for backward
+    begin = gradients * accumulates + kept + 1.5 * head
+    end = gradients + head + 2 * stream
+    return weights + moments + max(begin, end)
 
 
 def training_memory(shape: Shape, recipe: dict, trained: int, tokens: int, stage: int = 0, gpus: int = 1) -> int:
     """
     Peak bytes on one GPU of a step of `tokens` positions at once (micro-batch x row length), AdamW, 16-bit compute.
 
-    LoRA: 2 bytes a frozen parameter, 12 a trained one (weight and moments in 32 bits), then what forward keeps and the
-    head's copies. Full: 16 bytes a parameter (weight, gradient, moments in 32 bits) and the head's gradient once more.
     ZeRO `stage` 1 divides the moments by `gpus`, 2 the gradients too, 3 all (arXiv:1910.02054, section 5).
     """
-    checkpointing = recipe.get("gradient_checkpointing", True)
-    kept = checkpointed(shape, tokens) if checkpointing else activations(shape, tokens)
-    head = shape.vocabulary * shape.width
-    share = [gpus if stage >= level else 1 for level in (3, 2, 1)]
+    share = [gpus if stage >= level else 1 for level in (3, 2, 1)]  # of weights, gradients, moments
+    accumulates = accumulation_of(recipe, gpus) > 1
     if recipe.get("use_peft"):
-        states = 2 * shape.parameters + (4 / share[0] + 8 / share[2]) * trained + 0.065 * GIB
-        return int(states + kept + (HEAD_COPIES * head * 2 if checkpointing else 0))
-    weights, gradients, moments = (n * shape.parameters for n in (4, 4, 8))
-    states = weights / share[0] + moments / share[2]
-    at_step = gradients / share[1] + 1.12 * head * 4
-    return int(states + max(at_step, kept + 2 * head * 4))
+        return int(lora_memory(shape, recipe, trained, tokens, share, accumulates) + REST)
+    return int(full_memory(shape, recipe, tokens, share, accumulates) + REST)
 
 
 def checkpoint_bytes(shape: Shape, recipe: dict, trained: int) -> int:
