@@ -94,21 +94,25 @@ def steps_of(rows: int, recipe: dict, processes: int) -> int:
 
 
 def layer_activations(shape: Shape, tokens: int) -> int:
-    """Bytes that backward through one layer needs, with Liger's kernels and flex attention, in 16 bits."""
-    return tokens * (4 * shape.width + 4 * shape.queries + 5 * shape.keys + 3 * shape.mlp) * 2
+    """Bytes that one layer keeps for backward, with Liger's kernels and flex attention, in 16 bits."""
+    return tokens * (4 * shape.width + 3 * shape.queries + 3 * shape.keys + 3 * shape.mlp) * 2
+
+
+def layer_backward(shape: Shape, tokens: int) -> int:
+    """Bytes of one layer computed again, and the gradients of its hidden states and its MLP."""
+    return layer_activations(shape, tokens) + tokens * (2 * shape.width + shape.mlp) * 2
 
 
 def lora_memory(shape: Shape, recipe: dict, trained: int, tokens: int, share: list[int], accumulates: bool) -> float:
     """
     2 bytes a frozen parameter, 12 a trained one (weight and moments in 32 bits), 4 for its gradient when they add up;
-    what forward keeps; then the head's copies or, in longer rows, a layer computed again and its two gradients.
+    what forward keeps; then the head's copies or, in longer rows, a layer's backward.
     """
     states = 2 * shape.parameters + (4 / share[0] + 4 * accumulates / share[1] + 8 / share[2]) * trained
-    if not recipe.get("gradient_checkpointing", True):
-        return states + shape.layers * layer_activations(shape, tokens)
-    stream = tokens * shape.width * 2  # hidden states of all tokens
     head = HEAD_COPIES * shape.vocabulary * shape.width * 2
-    return states + shape.layers * stream + max(head, layer_activations(shape, tokens) + 2 * stream)
+    if not recipe.get("gradient_checkpointing", True):
+        return states + shape.layers * layer_activations(shape, tokens) + head
+    return states + shape.layers * tokens * shape.width * 2 + max(head, layer_backward(shape, tokens))
 
 
 def full_memory(shape: Shape, recipe: dict, tokens: int, share: list[int], accumulates: bool) -> float:
@@ -119,12 +123,12 @@ def full_memory(shape: Shape, recipe: dict, tokens: int, share: list[int], accum
     """
     weights, gradients, moments = (n * shape.parameters / s for n, s in zip((4, 4, 8), share, strict=True))
     stream, head = tokens * shape.width * 4, shape.vocabulary * shape.width * 4
-    layer, linear = layer_activations(shape, tokens), sum(a * b for name, a, b in shape.linear if name != "lm_head")
     kept = shape.layers * stream
     if recipe.get("gradient_checkpointing", True):
-        kept += layer
+        kept += layer_backward(shape, tokens)
     else:
-        kept += shape.layers * layer + 2 * linear  # autocast's 16-bit weights are kept for backward
+        linear = sum(a * b for name, a, b in shape.linear if name != "lm_head")  # autocast's 16-bit weights
+        kept += shape.layers * layer_activations(shape, tokens) + 2 * linear
     begin = gradients * accumulates + kept + 1.5 * head
     end = gradients + head + 2 * stream
     return weights + moments + max(begin, end)
@@ -148,12 +152,19 @@ def checkpoint_bytes(shape: Shape, recipe: dict, trained: int) -> int:
     return 12 * (trained if recipe.get("use_peft") else shape.parameters)
 
 
+def training_disk(shape: Shape, recipe: dict, trained: int) -> int:
+    """Bytes of a phase's result and its checkpoints: one more than `save_total_limit` at the moment of writing."""
+    result = 4 * (trained if recipe.get("use_peft") else shape.parameters)
+    if recipe.get("save_strategy", "steps") == "no":
+        return result
+    return result + ((recipe.get("save_total_limit") or 2) + 1) * checkpoint_bytes(shape, recipe, trained)
+
+
 def stage_disk(phase: str, settings: dict) -> int:
     """
     Bytes that a stage of the warm-up will write at most, as far as its settings say.
 
-    A training phase: its checkpoints (one more than `save_total_limit` at the moment of writing) and the result; a
-    merge: the weights again; traces: their lines, twice while parts are joined.
+    Training: `training_disk`; a merge: the weights again; traces: their lines, twice while parts are joined.
     """
     if phase == "merge":
         adapter = json.loads((Path(settings["adapter"]) / "adapter_config.json").read_text())
@@ -168,11 +179,4 @@ def stage_disk(phase: str, settings: dict) -> int:
     path = settings["model_name_or_path"]
     shape, size = shape_of(str(path)), AbstractVocabulary.load(path).size
     trained = trained_parameters(shape, settings, size)
-    result = 4 * (trained if settings.get("use_peft") else shape.parameters)
-    if settings.get("save_strategy", "steps") == "no":
-        return result
-    return (
-        result
-        + (settings.get("save_total_limit") or 2) * checkpoint_bytes(shape, settings, trained)
-        + (checkpoint_bytes(shape, settings, trained))
-    )
+    return training_disk(shape, settings, trained)

@@ -15,15 +15,22 @@ import yaml
 
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.memory import GIB, Shape, checkpoint_bytes, shape_of, steps_of, trained_parameters, training_memory
+from abscot_trl.driver import Stage
+from abscot_trl.memory import (
+    GIB,
+    Shape,
+    shape_of,
+    steps_of,
+    trained_parameters,
+    training_disk,
+    training_memory,
+)
 from abscot_trl.vocabulary import AbstractVocabulary
 from abscot_trl.warmup import WarmupArguments, stages
 
 GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}  # bf16 peak of the data sheets, GB
-REACHED = {
-    True: 0.35,
-    False: 0.42,
-}  # share of the peak, by LoRA: 36 and 43 % for Qwen3-4B on an H200, less when smaller
+# Share of the peak reached in training, by LoRA: 36 and 43 % were measured for Qwen3-4B on an H200, less when smaller.
+REACHED = {True: 0.35, False: 0.42}
 SAMPLING = 0.4  # share of the peak in reading prefixes: the earlier run's 5.6 rows/s of 5500 tokens on two A100s
 PACKED = 0.97  # how full packed rows are
 
@@ -80,6 +87,20 @@ def _launcher(args: PlanArguments) -> tuple[int, int, dict]:
     return args.gpus or config.get("num_processes", 1), stage, config
 
 
+@dataclass
+class Setting:
+    """What all stages of a plan share."""
+
+    shape: Shape
+    vocabulary: AbstractVocabulary
+    lengths: dict[str, float]  # mean tokens of prompt, cot and answer, and of a trace with its delimiters
+    counts: dict | None  # of the prepared data
+    gpus: int
+    zero: int
+    flops: float  # peak of all GPUs
+    gpu_gb: int
+
+
 def plan(args: PlanArguments) -> dict:
     """
     Compute the plan.
@@ -92,64 +113,24 @@ def plan(args: PlanArguments) -> dict:
     shape = shape_of(str(args.model) if there or not args.model_config else args.model_config)
     vocabulary = AbstractVocabulary.load(args.model) if there else AbstractVocabulary()
     gpus, zero, launcher = _launcher(args)
-    peak, gpu_memory = GPUS[args.gpu]
+    peak, gpu_gb = GPUS[args.gpu]
     lengths, counts = _lengths(args)
-    trace = min(vocabulary.m_max, lengths["cot"] / 2) + 2
-    warnings, table = [], []
-    n = args.rows_per_phase
+    lengths["trace"] = min(vocabulary.m_max, lengths["cot"] / 2) + 2
+    setting = Setting(shape, vocabulary, lengths, counts, gpus, zero, peak * gpus, gpu_gb)
+    table, warnings = [], []
     for stage in stages(args):
-        settings, line = stage.settings, {"name": stage.name, "phase": stage.phase, "rows": n}
+        line = {"name": stage.name, "phase": stage.phase}
         if stage.phase == "traces":
-            seen = lengths["prompt"] + (lengths["cot"] if settings["given"] == "cot" else 0)
-            if settings["method"] in ("uniform", "cycle", "power_law"):
-                seen = 0
-            read = n * (seen + trace if seen else 0)
-            line |= {"tokens": read, "disk": 2 * n * (4 * vocabulary.m_max + 150)}
-            line["hours"] = 2 * shape.parameters * read / (SAMPLING * peak * gpus) / 3600
+            line |= _sampling(stage.settings, args.rows_per_phase, setting)
         elif stage.phase in TRAINING:
-            lora = bool(settings.get("use_peft"))
-            trained = trained_parameters(shape, settings, vocabulary.size)
-            masked, blind = sum(lengths.values()) + trace, lengths["prompt"] + lengths["answer"] + trace
-            documents = [masked] * n if stage.phase == "bottleneck" else [blind] * n
-            if stage.phase == "distill" and settings.get("rehearsal"):
-                documents += [masked] * n
-            longest = settings.get("max_length", 8192)
-            epochs = settings.get("num_train_epochs", 3)
-            packing = bool(settings.get("packing"))
-            rows = math.ceil(sum(documents) / (PACKED * longest)) if packing else len(documents)
-            steps = steps_of(rows, settings, gpus)
-            tokens = sum(documents) * epochs
-            memory = training_memory(
-                shape, settings, trained, longest * settings.get("per_device_train_batch_size", 8), zero, gpus
-            )
-            checkpointing = settings.get("gradient_checkpointing", True)
-            flops = training_flops(shape, lora, checkpointing, tokens, sum(documents) / len(documents))
-            checkpoints = (settings.get("save_total_limit") or 2) + 1
-            checkpoints = checkpoints if settings.get("save_strategy", "steps") != "no" else 0
-            size = checkpoint_bytes(shape, settings, trained)
-            line |= {"rows": len(documents), "steps": steps, "packed": packing, "tokens": tokens, "trained": trained}
-            line |= {"memory": memory, "disk": size // 3 + checkpoints * size}
-            line["hours"] = flops / (REACHED[lora] * peak * gpus) / 3600
-            warnings += _warnings(
-                stage.phase, settings, lora, steps, memory / GIB, gpu_memory, longest, counts, zero, launcher
-            )
+            line |= _training(stage, args.rows_per_phase, setting)
+            warnings += _recipe_warnings(line, stage.settings, setting)
         elif stage.phase == "merge":
-            line |= {"rows": None, "disk": 2 * shape.parameters}
-        else:
-            line |= {"rows": None}
+            line["disk"] = 2 * shape.parameters
         table.append(line)
-    warnings += _data_warnings(args, vocabulary, lengths, counts)
-    need = sum(line.get("disk", 0) for line in table if line["phase"] in ("merge", "traces")) + max(
-        line.get("disk", 0) for line in table
-    )
-    run = next(
-        path for path in [Path(args.run_dir).absolute(), *Path(args.run_dir).absolute().parents] if path.exists()
-    )
-    free = shutil.disk_usage(run).free
-    if need > free:
-        warnings.append(
-            f"the run writes about {need / GIB:.0f} GiB, {free / GIB:.0f} are free at {run}; `keep: last`?"
-        )
+    if launcher.get("use_cpu"):
+        warnings.append(f"accelerate_config {args.accelerate_config} is one of a CPU")
+    warnings += _data_warnings(args, setting) + _disk_warnings(args, table)
     known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
     assumptions = [
         f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {args.gpu}, ZeRO stage {zero}",
@@ -161,35 +142,82 @@ def plan(args: PlanArguments) -> dict:
     return {"stages": table, "assumptions": assumptions, "warnings": list(dict.fromkeys(warnings))}
 
 
-def _warnings(phase, recipe, lora, steps, memory, gpu_memory, longest, counts, zero, launcher) -> list[str]:
+def _sampling(settings: dict, rows: int, setting: Setting) -> dict:
+    """Tokens read and hours of a trace stage; random traces read nothing."""
+    seen = ["prompt", "trace"] + ["cot"] * (settings["given"] == "cot")
+    reads = settings["method"] in ("clusters", "policy")
+    tokens = rows * sum(setting.lengths[name] for name in seen) * reads
+    hours = 2 * setting.shape.parameters * tokens / (SAMPLING * setting.flops) / 3600
+    return {"rows": rows, "tokens": tokens, "disk": 2 * rows * (4 * setting.vocabulary.m_max + 150), "hours": hours}
+
+
+def _training(stage: Stage, examples: int, setting: Setting) -> dict:
+    """Rows, steps, tokens, memory, disk and hours of a training stage."""
+    recipe, shape, lengths = stage.settings, setting.shape, setting.lengths
+    lora, longest = bool(recipe.get("use_peft")), recipe.get("max_length", 8192)
+    masked = sum(lengths.values())
+    documents = [masked if stage.phase == "bottleneck" else masked - lengths["cot"]] * examples
+    if stage.phase == "distill" and recipe.get("rehearsal"):
+        documents += [masked] * examples
+    packed = bool(recipe.get("packing"))
+    rows = math.ceil(sum(documents) / (PACKED * longest)) if packed else len(documents)
+    trained = trained_parameters(shape, recipe, setting.vocabulary.size)
+    at_once = longest * recipe.get("per_device_train_batch_size", 8)
+    tokens = sum(documents) * recipe.get("num_train_epochs", 3)
+    flops = training_flops(
+        shape, lora, recipe.get("gradient_checkpointing", True), tokens, sum(documents) / len(documents)
+    )
+    return {
+        "rows": len(documents),
+        "steps": steps_of(rows, recipe, setting.gpus),
+        "packed": packed,
+        "tokens": tokens,
+        "trained": trained,
+        "memory": training_memory(shape, recipe, trained, at_once, setting.zero, setting.gpus),
+        "disk": training_disk(shape, recipe, trained),
+        "stays": 4 * (trained if lora else shape.parameters),
+        "hours": flops / (REACHED[lora] * setting.flops) / 3600,
+    }
+
+
+def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
     """What makes no sense in a training recipe."""
-    found, rate = [], recipe.get("learning_rate", 2e-5)
+    found, phase, rate = [], line["phase"], recipe.get("learning_rate", 2e-5)
+    lora, longest, counts = bool(recipe.get("use_peft")), recipe.get("max_length", 8192), setting.counts
     if lora and rate <= 2e-5:
         found.append(f"{phase}: learning_rate {rate} is one of full fine-tuning; LoRA wants about 1.0e-4")
     if not lora and rate >= 5e-5:
         found.append(f"{phase}: learning_rate {rate} is one of LoRA; full fine-tuning wants about 1.0e-5")
-    if lora and zero == 3:
+    if lora and setting.zero == 3:
         found.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")
-    if recipe.get("warmup_steps", 0) >= max(steps, 1):
-        found.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {steps} steps")
-    if memory * GIB > gpu_memory * 1e9:
-        found.append(f"{phase}: about {memory:.0f} GiB a GPU, which has {gpu_memory} GB; more GPUs, ZeRO or LoRA")
+    if recipe.get("warmup_steps", 0) >= max(line["steps"], 1):
+        found.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {line['steps']} steps")
+    if line["memory"] > setting.gpu_gb * 1e9:
+        memory = line["memory"] / GIB
+        found.append(f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.gpu_gb} GB; more GPUs, ZeRO or LoRA")
     if counts and counts["lengths"]["total"]["median"] > longest:
         median = counts["lengths"]["total"]["median"]
         found.append(f"{phase}: max_length {longest} drops over half of the rows (median {median:.0f} tokens)")
-    if "use_cpu" in launcher and launcher["use_cpu"]:
-        found.append(f"{phase}: the accelerate configuration is one of a CPU")
     return found
 
 
-def _data_warnings(
-    args: PlanArguments, vocabulary: AbstractVocabulary, lengths: dict, counts: dict | None
-) -> list[str]:
+def _disk_warnings(args: PlanArguments, table: list[dict]) -> list[str]:
+    """Whether the run's models, traces and the checkpoints of one phase fit on the disk."""
+    stays = [line.get("stays", line.get("disk", 0)) for line in table]
+    needed = sum(stays) + max(line.get("disk", 0) - size for line, size in zip(table, stays, strict=True))
+    run = Path(args.run_dir).absolute()
+    there = next(path for path in [run, *run.parents] if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed <= free:
+        return []
+    return [f"the run writes about {needed / GIB:.0f} GiB, {free / GIB:.0f} are free at {there}; `keep: last`?"]
+
+
+def _data_warnings(args: PlanArguments, setting: Setting) -> list[str]:
     found, needed = [], len(PARTS) * args.rounds * args.rows_per_phase
-    if vocabulary.m_max > lengths["cot"]:
-        found.append(
-            f"m_max {vocabulary.m_max} is over the CoT's {lengths['cot']:.0f} tokens: a trace should be shorter"
-        )
+    m_max, cot, counts = setting.vocabulary.m_max, setting.lengths["cot"], setting.counts
+    if m_max > cot:
+        found.append(f"m_max {m_max} is over the CoT's {cot:.0f} tokens: a trace should be shorter")
     if counts and counts["rows_kept"] < needed:
         found.append(
             f"{needed} rows are needed (2 x {args.rounds} x {args.rows_per_phase}), {counts['rows_kept']} kept"
@@ -209,7 +237,7 @@ def describe_plan(found: dict) -> str:
         steps = ("~" if line.get("packed") else "") + number(line.get("steps"))
         cells = [
             line["name"],
-            number(line["rows"]),
+            number(line.get("rows")),
             steps,
             number(line.get("tokens"), 1e6, 1) + "M" * ("tokens" in line),
         ]

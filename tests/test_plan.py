@@ -39,6 +39,10 @@ MEASURED = [  # size, LoRA rank, gradient checkpointing, tokens, rows of a step,
     ("0.6b", None, True, 12288, 2, 11.616, None),
     ("0.6b", 32, True, 32768, 1, 4.937, 20.25e6),
     ("1.7b", None, False, 4096, 2, 39.67, None),
+    ("0.6b", 16, True, 16384, 2, 3.482, 10.16e6),
+    ("1.7b", 32, True, 24576, 1, 8.835, 35.0e6),
+    ("4b", 32, True, 16384, 2, 14.493, 66.2e6),
+    ("1.7b", 32, False, 4096, 2, 13.948, 35.0e6),
 ]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
