@@ -44,13 +44,15 @@ def made(chunks: Iterator[list], args: DataArguments) -> Iterator[Made]:
     Raises:
         RuntimeError: a process died.
     """
+    global _maker
+    _maker = RowMaker(args, AutoTokenizer.from_pretrained(args.tokenizer), AbstractVocabulary.load(args.tokenizer))
     if args.num_proc == 1:
-        yield from map(_row_maker(args), chunks)
+        yield from map(_work, chunks)
         return
-    context = multiprocessing.get_context("forkserver")  # imports once; no fork of this process and its threads
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(args.num_proc, context, _start, (args,)) as pool:
+    # Forked: imports and tokenizer are shared, not loaded again by each.
+    with ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("fork"), _end_with_parent) as pool:
         try:
+            pool.submit(os.getpid).result()  # forks all of them, before the shuffle buffer fills
             under_way = deque(pool.submit(_work, chunk) for chunk in islice(chunks, 2 * args.num_proc))
             while under_way:
                 result = under_way.popleft().result()
@@ -65,25 +67,18 @@ def made(chunks: Iterator[list], args: DataArguments) -> Iterator[Made]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _row_maker(args: DataArguments) -> RowMaker:
-    return RowMaker(args, AutoTokenizer.from_pretrained(args.tokenizer), AbstractVocabulary.load(args.tokenizer))
-
-
-def _start(args: DataArguments) -> None:
-    """Make a process ready."""
-    global _maker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _maker = _row_maker(args)
+def _work(chunk: list) -> Made:
+    return _maker(chunk)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed tells nobody."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """A parent that is killed tells nobody: watch it."""
 
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
 
-def _work(chunk: list) -> Made:
-    return _maker(chunk)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Shards:
@@ -119,8 +114,8 @@ class Shards:
     def __enter__(self) -> "Shards":
         self.lock = open(self.folder / ".lock", "w")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forks
+        except OSError:
             self.lock.close()
             raise RuntimeError(f"{self.folder}: another preparation is at work here") from None
         return self
