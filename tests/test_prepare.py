@@ -15,10 +15,14 @@ import datasets
 import psutil
 import pytest
 from test_data import row, tokenizer_folder, write_jsonl  # noqa: F401
+from transformers import AutoTokenizer
 
 from abscot_trl.data import prepare as module
 from abscot_trl.data.dolci import iter_rows
 from abscot_trl.data.prepare import DataArguments, load_prepared, prepare
+from abscot_trl.traces.files import write_traces
+from abscot_trl.training.phase import TrainArguments, training_rows
+from abscot_trl.vocabulary import AbstractVocabulary
 
 SHARD, CHUNK, ROWS = 40, 8, 600
 SCRIPT = Path(__file__).with_name("prepare_run.py")
@@ -52,36 +56,30 @@ def contents(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-class Runs:
-    """Runs of `prepare_run.py` for one output."""
+class Script:
+    """`prepare_run.py`, started once."""
 
-    def __init__(self, fields: dict, folder: Path):
-        self.given = {"fields": fields | {"output_dir": str(folder / "out")}, "log": str(folder / "log")}
-        self.given |= {"shard": SHARD, "chunk": CHUNK}
-        with open(folder / "errors", "w") as self.errors:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-            self.script = subprocess.Popen([sys.executable, str(SCRIPT)], text=True, **pipes)
+    def __init__(self, errors: Path):
+        self.errors = errors
+        with open(errors, "w") as stderr:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
+            self.process = subprocess.Popen([sys.executable, str(SCRIPT)], text=True, **pipes)
 
-    def start(self, **kwargs) -> int:
-        self.script.stdin.write(json.dumps(self.given | kwargs) + "\n")
-        self.script.stdin.flush()
-        return int(self.script.stdout.readline())
+    def start(self, fields: dict, folder: Path, **kwargs) -> int:
+        given = {"fields": fields | {"output_dir": str(folder / "out")}, "log": str(folder / "log")} | kwargs
+        self.process.stdin.write(json.dumps(given | {"shard": SHARD, "chunk": CHUNK}) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
 
     def ended(self) -> int:
-        return int(self.script.stdout.readline())
+        return int(self.process.stdout.readline())
 
 
-@pytest.fixture
-def runs(tmp_path):
-    begun = []
-
-    def begin(fields: dict) -> Runs:
-        begun.append(Runs(fields, tmp_path))
-        return begun[-1]
-
-    yield begin
-    for found in begun:
-        found.script.communicate()
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    found = Script(tmp_path_factory.mktemp("script") / "errors")
+    yield found
+    found.process.communicate()
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -96,14 +94,14 @@ def logged(log: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_killed_at_random_it_ends_in_the_same_files(fields, tmp_path, small, runs, num_proc):
+def test_killed_at_random_it_ends_in_the_same_files(fields, tmp_path, small, script, num_proc):
     counts = prepare(DataArguments(**fields, output_dir=str(tmp_path / "whole")))
     tokenised = counts["rows_read"] - counts["rejected"]["no_think"]
     parts, log, rng = tmp_path / "out.parts", tmp_path / "log", random.Random(num_proc)
-    script, lost = runs(fields | {"num_proc": num_proc}), 0
+    given, lost = (fields | {"num_proc": num_proc}, tmp_path), 0
     for _ in range(5):
         before, done_before = len(logged(log)), len(list(parts.glob("[0-9]*.json")))
-        pid = script.start(sleep=0.01)
+        pid = script.start(*given, sleep=0.01)
         moment = before + rng.randint(1, 90)
         wait_for(lambda: len(logged(log)) > moment)  # noqa: B023
         time.sleep(rng.uniform(0, 0.05))
@@ -115,8 +113,8 @@ def test_killed_at_random_it_ends_in_the_same_files(fields, tmp_path, small, run
         outcomes = sum((Counter(json.loads(file.read_text())) for file in done[done_before:]), Counter())
         lost += len(logged(log)) - before - (outcomes.total() - outcomes["rejected.no_think"])
     assert 0 < len(done) <= ROWS // SHARD
-    script.start()
-    assert script.ended() == 0, (tmp_path / "errors").read_text()[-2000:]
+    script.start(*given)
+    assert script.ended() == 0, script.errors.read_text()[-2000:]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") and not parts.exists()
     # Only what a kill left unfinished was tokenised again.
     seen = Counter(logged(log))
@@ -206,21 +204,38 @@ def test_a_finished_output_that_was_removed_is_made_anew(fields, tmp_path, small
     assert contents(tmp_path / "out") == before and not (tmp_path / "out.parts").exists()
 
 
-def test_two_at_once_are_refused(fields, tmp_path, runs):
-    pid = runs(fields).start(sleep=0.2)
+def test_two_at_once_are_refused(fields, tmp_path, script):
+    pid = script.start(fields, tmp_path, sleep=0.2)
     wait_for(lambda: logged(tmp_path / "log"))
     with pytest.raises(RuntimeError, match="another preparation is at work here"):
         prepare(DataArguments(**fields, output_dir=str(tmp_path / "out")))
     os.kill(pid, signal.SIGKILL)
+    assert script.ended() == -signal.SIGKILL
 
 
-def test_a_process_that_dies_is_an_error_and_finished_shards_stay(fields, tmp_path, runs):
-    script = runs(fields | {"shuffle_buffer": 0, "num_proc": 2})
-    script.start(dies=str(next(i for i in range(6 * SHARD, ROWS) if i % 9 != 4)))
-    error = (script.ended(), (tmp_path / "errors").read_text())
+def test_a_process_that_dies_is_an_error_and_finished_shards_stay(fields, tmp_path, script):
+    given = (fields | {"shuffle_buffer": 0, "num_proc": 2}, tmp_path)
+    script.start(*given, dies=str(next(i for i in range(6 * SHARD, ROWS) if i % 9 != 4)))
+    error = (script.ended(), script.errors.read_text())
     assert error[0] == 1 and "one of 2 processes died" in error[1] and "lower num_proc" in error[1]
     assert not (tmp_path / "out").exists() and (tmp_path / "out.parts" / "00004.json").is_file()
     (tmp_path / "log").unlink()
-    script.start()
+    script.start(*given)
     assert script.ended() == 0 and (tmp_path / "out").is_dir()
     assert min(map(int, logged(tmp_path / "log"))) >= 5 * SHARD  # the finished ones were not made again
+
+
+def test_training_reads_the_prepared_files_themselves(fields, tmp_path, small):
+    prepare(DataArguments(**fields, output_dir=str(tmp_path / "out")))
+    data, _ = load_prepared(tmp_path / "out")
+    chosen = random.Random(0).sample(range(len(data)), 20)
+    records = [{"row": i, "id": data[i]["id"], "trace": [i % 8] * (k % 4)} for k, i in enumerate(chosen)]
+    write_traces(tmp_path, records)
+    vocabulary = AbstractVocabulary.load(fields["tokenizer"])
+    tokenizer = AutoTokenizer.from_pretrained(fields["tokenizer"])
+    rows = training_rows(TrainArguments(str(tmp_path / "out"), str(tmp_path)), vocabulary, tokenizer)
+    assert rows.cache_files == data.cache_files
+    columns = ("prompt_ids", "cot_ids", "answer_ids")
+    assert list(rows) == [{name: data[r["row"]][name] for name in columns} | {"trace": r["trace"]} for r in records]
+    plain = training_rows(TrainArguments(str(tmp_path / "out")), vocabulary, tokenizer)
+    assert plain["trace"][:] == [None] * len(data) and plain.cache_files == data.cache_files
