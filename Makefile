@@ -14,7 +14,7 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate plan warmup report serve bench-train bench-sampling bench-plan clean
+.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate plan warmup report serve bench-train bench-sampling bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -71,6 +71,9 @@ bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, th
 
 bench-plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
 	$(BIN)/python tests/benchmarks/bench_plan.py $(ARGS)
+
+bench-data: $(READY) ## abscot data on 200,000 rows: rows a second, memory, after a kill (20 minutes on 2 cores)
+	$(BIN)/python tests/benchmarks/bench_data.py $(ARGS)
 
 clean: ## remove runs and the virtual environment
 	rm -rf runs $(VENV)

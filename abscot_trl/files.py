@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -21,20 +22,46 @@ def write_whole(path: str | Path, text: str) -> None:
     temporary.replace(path)
 
 
+def begin_parts(output_dir: str | Path, settings: dict) -> Path:
+    """
+    `<output_dir>.parts`, where the finished parts of a long work are kept, with the `settings` it was begun with.
+
+    Raises:
+        ValueError: it was begun with other settings.
+    """
+    folder = Path(f"{output_dir}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
+    begun, settings = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    other = [key for key in sorted(begun | settings) if begun.get(key) != settings.get(key)]
+    if other:
+        differences = ", ".join(f"{key}: {begun.get(key)!r} -> {settings.get(key)!r}" for key in other)
+        raise ValueError(f"{folder} was begun with other settings ({differences}); go back to them or remove it")
+    return folder
+
+
+def files_digest(files: Iterable[str | Path]) -> str:
+    """Of the files' names, sizes and heads."""
+    digest = hashlib.sha256()
+    for file in map(Path, files):
+        with open(file, "rb") as content:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + content.read(2**20))
+    return digest.hexdigest()
+
+
 def path_digest(path: str | Path) -> str | None:
     """Of a file its bytes, of a folder its files' names, sizes and heads; `None` where neither is (a hub id)."""
-    path, digest = Path(path), hashlib.sha256()
+    path = Path(path)
     if (path / PRUNED).is_file():
         return json.loads((path / PRUNED).read_text())["digest"]
     if path.is_file():
-        digest.update(path.read_bytes())
-    elif path.is_dir():
-        for file in sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST):
-            with open(file, "rb") as content:
-                digest.update(f"{file.name} {file.stat().st_size} ".encode() + content.read(2**20))
-    else:
-        return None
-    return digest.hexdigest()
+        with open(path, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    if path.is_dir():
+        return files_digest(sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST))
+    return None
 
 
 def input_digests(settings: dict) -> dict[str, str]:

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFas
 
 from abscot_trl.data import dolci
 from abscot_trl.data.dolci import RowRejected, iter_rows, parse_row
-from abscot_trl.data.prepare import DataArguments, cut_cot, load_prepared, prepare, tokenizer_digest
+from abscot_trl.data.prepare import DataArguments, load_prepared, prepare, tokenizer_digest
 from abscot_trl.data.problems import last_boxed, load_problems, problem_to_example, with_instruction
+from abscot_trl.data.rows import cut_cot
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.data.toy import CHAT_TEMPLATE, toy_tokenizer
 from abscot_trl.examples import cot_ids
@@ -535,7 +536,7 @@ def test_text_and_ids_of_a_cut_cot_agree(tmp_path, byte_level_folder, overlong):
 def test_a_cut_cot_is_no_shorter_than_allowed(tmp_path, tokenizer_folder):
     lengths = {"min_cot_tokens": 5, "max_cot_tokens": 5, "overlong": "cut_cot_tail"}
     counts = prepare(arguments(tmp_path, tokenizer_folder, rows=ROWS[:3], **lengths))
-    assert counts["lengths"]["cot"] == {"median": 5, "p90": 5, "max": 5} and counts["cut"] == 2
+    assert counts["lengths"]["cot"] == {"mean": 5, "median": 5, "p90": 5, "max": 5} and counts["cut"] == 2
     assert counts["filtered"] == {"cot_too_short": 1}
 
 

@@ -132,6 +132,8 @@ def iter_rows(
     """
     Stream rows from local files or from the hub, shuffled through a buffer (shard order too).
 
+    On their way they are JSON: a value that JSON lacks (a date) comes as its text.
+
     Args:
         data (`str` or `list[str]`): .parquet or .jsonl files, folders of them, or one hub dataset id.
         split, config (`str`): of a hub dataset; local files have none.
@@ -142,17 +144,46 @@ def iter_rows(
         FileNotFoundError, ValueError: nothing there, or a file that cannot be read; the message names it. A damaged
             parquet footer is found before the first row, a damaged page or a bad JSON line when it is reached.
     """
-    names = [data] if isinstance(data, str) else list(data)
-    if len(names) == 1 and _is_hub_id(names[0]):
-        rows = _hub_rows(names[0], split, config)
+    return map(unpack, iter_packed(data, split, config, seed, shuffle_buffer))
+
+
+def iter_packed(
+    data: str | list[str],
+    split: str = "train",
+    config: str | None = None,
+    seed: int = 0,
+    shuffle_buffer: int = SHUFFLE_BUFFER,
+) -> Iterator[dict[str, Any]]:
+    """`iter_rows`, each row compressed (see `unpack`): 20,000 rows of Dolci are gigabytes, packed a quarter of it."""
+    files = data_files(data)
+    if files is None:
+        rows = _hub_rows(data if isinstance(data, str) else data[0], split, config)
+        rows = rows.map(_pack, remove_columns=rows.column_names)
     else:
-        files = [file for name in names for file in local_files(name)]
         # Whether a parquet file is whole stands in its footer: read them all before hours of work.
         for file in files:
             if file.endswith(".parquet"):
                 _open_parquet(file).close()
-        rows = IterableDataset.from_generator(_file_rows, gen_kwargs={"files": files})
+        rows = IterableDataset.from_generator(_packed_rows, gen_kwargs={"files": files})
     return iter(rows.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer > 0 else rows)
+
+
+def data_files(data: str | list[str]) -> list[str] | None:
+    """The local files that `data` names, `None` where it is a hub id; raises as `local_files`."""
+    names = [data] if isinstance(data, str) else list(data)
+    if len(names) == 1 and _is_hub_id(names[0]):
+        return None
+    return [file for name in names for file in local_files(name)]
+
+
+def _pack(row: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(row, default=str).encode()
+    return {"packed": pyarrow.Codec("zstd", 1).compress(text, asbytes=True), "size": len(text)}
+
+
+def unpack(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it was read."""
+    return json.loads(pyarrow.Codec("zstd").decompress(row["packed"], row["size"], asbytes=True))
 
 
 def _is_hub_id(name: str) -> bool:
@@ -198,9 +229,9 @@ def local_files(name: str) -> list[str]:
     return found[".parquet"] or found[".jsonl"]
 
 
-def _file_rows(files: list[str]) -> Iterator[dict[str, Any]]:
+def _packed_rows(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
-        yield from _parquet_rows(file) if file.endswith(".parquet") else _jsonl_rows(file)
+        yield from map(_pack, _parquet_rows(file) if file.endswith(".parquet") else _jsonl_rows(file))
 
 
 def _open_parquet(file: str) -> pyarrow.parquet.ParquetFile:

@@ -5,7 +5,7 @@ Traces are codebook indices 0..M-1 here, delimiters left out.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,39 +88,40 @@ def group_ends(n_steps: int, m_max: int) -> list[int]:
 def _states(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
+    rows: Sequence[dict],
+    among: Sequence[int],
     m_max: int,
     batch_tokens: int,
     progress: bool,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Per row the last hidden states at the ends of its groups of steps, given x and c: (index, (groups, d))."""
+    """Of the rows `among` the last hidden states at the ends of their groups of steps: (row, (groups, d))."""
     backbone, pad = model.base_model, tokenizer.pad_token_id or 0
-    lengths = [len(row["prompt_ids"]) + len(row["cot_ids"]) for row in rows]
-    with torch.inference_mode(), tqdm(total=len(rows), unit="row", desc="step states", disable=not progress) as bar:
+    lengths = [len(row["prompt_ids"]) + len(row["cot_ids"]) for row in (rows[i] for i in among)]
+    with torch.inference_mode(), tqdm(total=len(among), unit="row", desc="step states", disable=not progress) as bar:
         for indices in batches(lengths, batch_tokens):
             longest = max(lengths[i] for i in indices)
             ids = torch.full((len(indices), longest), pad)
-            for k, i in enumerate(indices):
-                ids[k, : lengths[i]] = torch.tensor(rows[i]["prompt_ids"] + rows[i]["cot_ids"])
+            batch = [rows[among[i]] for i in indices]
+            for k, row in enumerate(batch):
+                ids[k, : lengths[indices[k]]] = torch.tensor(row["prompt_ids"] + row["cot_ids"])
             mask = torch.arange(longest)[None] < torch.tensor([lengths[i] for i in indices])[:, None]
             output = backbone(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device))
-            for hidden, i in zip(output.last_hidden_state, indices, strict=True):
-                row = rows[i]
+            for hidden, i, row in zip(output.last_hidden_state, indices, batch, strict=True):
                 ends = step_ends(row["cot"], tokenizer)
                 if not ends or ends[-1] >= len(row["cot_ids"]):
                     raise ValueError(
-                        f"row {row.get('id', i)!r}: {len(row['cot_ids'])} CoT tokens do not match its {len(ends)} "
-                        "steps; prepare the data again with this checkpoint's tokenizer"
+                        f"row {row.get('id', among[i])!r}: {len(row['cot_ids'])} CoT tokens do not match its "
+                        f"{len(ends)} steps; prepare the data again with this checkpoint's tokenizer"
                     )
                 at = [len(row["prompt_ids"]) + ends[step] for step in group_ends(len(ends), m_max)]
-                yield i, hidden[at].float().cpu().numpy()
+                yield among[i], hidden[at].float().cpu().numpy()
             bar.update(len(indices))
 
 
 def cluster_traces(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
+    rows: Sequence[dict],
     vocabulary_size: int,
     m_max: int,
     seed: int = 0,
@@ -135,7 +136,7 @@ def cluster_traces(
     Consecutive steps are grouped so that a trace fits `m_max`; the last state of a group stands for it.
 
     Args:
-        rows (`list[dict]`): prepared rows with `cot`, `prompt_ids` and `cot_ids`.
+        rows (`list[dict]` or [`~datasets.Dataset`]): prepared rows with `cot`, `prompt_ids` and `cot_ids`.
         folder (`str` or `Path`, *optional*): where the centroids (M, d) are kept, as `clusters.safetensors`.
         fit_rows (`int`): rows the clusters are fitted on; all rows are then assigned.
 
@@ -144,9 +145,9 @@ def cluster_traces(
     """
     training = model.training
     model.eval()
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:fit_rows]
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:fit_rows].tolist()
     options = {"m_max": m_max, "batch_tokens": batch_tokens, "progress": progress}
-    sample = np.concatenate([s for _, s in _states(model, tokenizer, [rows[i] for i in chosen], **options)])
+    sample = np.concatenate([s for _, s in _states(model, tokenizer, rows, chosen, **options)])
     if len(sample) < vocabulary_size:
         raise ValueError(
             f"{len(sample)} CoT steps in {len(chosen)} rows cannot form {vocabulary_size} clusters; give more rows "
@@ -154,7 +155,7 @@ def cluster_traces(
         )
     kmeans = MiniBatchKMeans(vocabulary_size, random_state=seed, n_init=10, batch_size=4096, max_iter=300).fit(sample)
     traces: list[list[int]] = [[]] * len(rows)
-    for i, states in _states(model, tokenizer, rows, **options):
+    for i, states in _states(model, tokenizer, rows, range(len(rows)), **options):
         traces[i] = kmeans.predict(states).tolist()
     model.train(training)
     if folder is not None:

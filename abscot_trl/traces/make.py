@@ -122,7 +122,7 @@ def make_traces(args: TracesArguments) -> dict:
             traces = initial.cluster_traces(
                 AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto"),
                 tokenizer,
-                part.select_columns(["id", "cot", "prompt_ids", "cot_ids"]).to_list(),
+                part.select_columns(["id", "cot", "prompt_ids", "cot_ids"]),
                 vocabulary.size,
                 vocabulary.m_max,
                 args.seed,

@@ -7,11 +7,12 @@ depends on the rows alone, so the joined file does not depend on who made which 
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from abscot_trl.files import begin_parts, write_whole
 
 
 def parse_shard(shard: str | None) -> tuple[int, int]:
@@ -27,14 +28,6 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise ValueError(f"shard {shard!r} is not of the form 2/8 (the second of eight)")
     return int(index), int(count)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class Parts:
@@ -53,18 +46,7 @@ class Parts:
     def __init__(self, output_dir: str | Path, settings: dict):
         if Path(output_dir).exists():
             raise FileExistsError(f"{output_dir} is there already; choose another output_dir or remove it")
-        self.folder = Path(f"{output_dir}.parts")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "settings.json"
-        if not path.is_file():
-            _write_whole(path, json.dumps(settings, indent=2) + "\n")
-        begun, settings = json.loads(path.read_text()), json.loads(json.dumps(settings))
-        other = [key for key in sorted(begun | settings) if begun.get(key) != settings.get(key)]
-        if other:
-            differences = ", ".join(f"{key}: {begun.get(key)!r} -> {settings.get(key)!r}" for key in other)
-            raise ValueError(
-                f"{self.folder} was begun with other settings ({differences}); go back to them or remove it"
-            )
+        self.folder = begin_parts(output_dir, settings)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.jsonl"
@@ -74,7 +56,7 @@ class Parts:
 
     def write(self, number: int, records: list[dict]) -> None:
         """Write one part, whole or not at all."""
-        _write_whole(self._path(number), "".join(json.dumps(record) + "\n" for record in records))
+        write_whole(self._path(number), "".join(json.dumps(record) + "\n" for record in records))
 
     def records(self, count: int) -> Iterator[dict]:
         """The records of parts 0 .. count - 1, in order."""

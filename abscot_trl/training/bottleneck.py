@@ -146,7 +146,7 @@ class BottleneckSFTTrainer(SFTTrainer):
                 remove_columns=examples.column_names,
                 num_proc=args.dataset_num_proc,
                 desc="measuring rows",
-            )["lengths"]
+            )["lengths"][:]
         documents = [(i, k) for i, found in enumerate(lengths) for k in range(len(found))]
         sizes = [lengths[i][k] for i, k in documents]
         fitting = [n for n, size in enumerate(sizes) if size <= args.max_length]

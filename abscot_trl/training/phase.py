@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -14,7 +14,7 @@ from abscot_trl.data.prepare import load_prepared
 from abscot_trl.traces.files import read_traces
 from abscot_trl.traces.make import part_rows
 from abscot_trl.training.adapters import lora_config
-from abscot_trl.training.bottleneck import BottleneckSFTTrainer, temporary_caches
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.resume import LOG_FILE, prepare_output, sealed_checkpoints
@@ -42,15 +42,17 @@ class TrainArguments:
 def training_rows(args: TrainArguments, vocabulary: AbstractVocabulary, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The prepared rows of a phase with their `trace` column, as the trainers take them."""
     data, _ = load_prepared(args.data, tokenizer)
+    traces: list[list[int] | None] = [None] * len(data)
     if args.traces is None:
         rows = part_rows(args.splits, args.part, len(data))
-        traces = [None] * len(rows)
     else:
-        records = read_traces(args.traces, data["id"], vocabulary)
-        rows, traces = [r["row"] for r in records], [r["trace"] for r in records]
-    chosen = data.select(rows).select_columns(["prompt_ids", "cot_ids", "answer_ids"])
-    with temporary_caches():
-        return chosen.add_column("trace", traces)
+        rows = []
+        for record in read_traces(args.traces, data["id"][:], vocabulary):
+            rows.append(record["row"])
+            traces[record["row"]] = record["trace"]
+    # The column first, then the rows: the other way round would write all chosen rows again.
+    columns = data.select_columns(["prompt_ids", "cot_ids", "answer_ids"])
+    return columns.add_column("trace", traces, feature=List(Value("int32"))).select(rows)
 
 
 def train(
