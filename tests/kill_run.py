@@ -1,8 +1,8 @@
 """
 A warm-up that is killed again and again: a script of its own (tests/test_kill.py), so that it may fork.
 
-Each attempt is a forked process that really dies by SIGKILL: before the n-th change to the file system, at a stage's
-manifest, right after it, or at a moment the clock chooses. Prints what happened as JSON.
+Each attempt is a forked process that really dies by SIGKILL: before the n-th change to the file system, after a
+checkpoint was sealed, at a stage's manifest, right after it, or at a moment the clock chooses. Prints what happened as JSON.
 """
 
 import json
@@ -26,13 +26,16 @@ class Killer:
     """An audit hook: counts changes to the file system and dies before the chosen one."""
 
     def __init__(self, plan: dict):
-        self.plan, self.count, self.manifests, self.armed = plan, 0, 0, True
+        self.plan, self.count, self.manifests, self.sealed, self.armed = plan, 0, 0, 0, True
 
     def __call__(self, event: str, args: tuple) -> None:
         writes = event == "open" and isinstance(args[1], str) and any(mode in args[1] for mode in "wax+")
         if not self.armed or not (event in CHANGES or writes):
             return
         self.count += 1
+        if self.plan.get("seal") and self.sealed == self.plan["seal"]:
+            self.die()
+        self.sealed += event == "os.rename" and str(args[1]).endswith("/sealed.json")
         manifest = event == "os.rename" and str(args[1]).endswith("/manifest.json")
         if self.plan.get("after") and self.manifests == self.plan["after"]:
             self.die()
@@ -69,6 +72,8 @@ def attempt(fields: dict, log: Path, plan: dict) -> int:
             killer.count = 0
             launch(stage, *args)
             note("end", stage.name)
+            if stage.name == plan.get("stage") and not plan.keys() & {"before", "after"}:
+                killer.die()  # faster than the whole run was: what was to kill it did not come
 
         def sealed_and_note(output):
             found = sealed(output)
@@ -112,7 +117,9 @@ def main(fields: dict, folder: Path, seed: int) -> dict:
     while True:
         done = {json.loads(path.read_text())["stage"] for path in Path().glob("run/*/*/manifest.json")}
         left = [stage for stage in starts if stage not in done]
-        kinds = [kind for kind in ("delay", "change", "before", "after") if left and (left[0], kind) not in tried]
+        trains = bool(left) and left[0].endswith(("/bottleneck", "/distill"))
+        kinds = ["seal"] * trains + ["delay", "change", "before", "after"]
+        kinds = [kind for kind in kinds if left and (left[0], kind) not in tried]
         if not kinds:  # the last stage is done, or was killed after its manifest
             break
         stage, kind = left[0], kinds[0]
