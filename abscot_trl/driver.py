@@ -107,7 +107,7 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
             )
         if sealed_checkpoints(output):
             (output / LOG_FILE).unlink(missing_ok=True)
-        elif output.exists():
+        elif output.exists() and (different or stage.phase in TRAINING):
             shutil.rmtree(output)
         for left in output.parent.glob(f".{output.name}-*"):  # of `written_whole`; the run's lock is ours
             shutil.rmtree(left)
@@ -157,7 +157,10 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
         config = output.with_name(output.name + ".yaml")
         write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))
         start = time.monotonic()
-        launch(stage, config, args, held)
+        if output.exists() and stage.phase not in TRAINING:  # whole, and killed before its manifest
+            shutil.rmtree(f"{output}.parts", ignore_errors=True)
+        else:
+            launch(stage, config, args, held)
         record["wall_s"] = round(time.monotonic() - start, 1)
         record |= {"attempts": attempt, "environment": environment()}
         write_whole(output / MANIFEST, json.dumps(record, indent=2) + "\n")

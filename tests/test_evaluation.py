@@ -10,13 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.evaluation.evaluate import (
-    EvaluateArguments,
-    answer_after_traces,
-    evaluate,
-    evaluate_model,
-    verbal_reasoning_tokens,
-)
+from abscot_trl.evaluation.answering import Answerer, verbal_reasoning_tokens
+from abscot_trl.evaluation.arguments import EvaluateArguments
+from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.report import ReportArguments, read_results, report, results_table
 from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.examples import prompt_ids
