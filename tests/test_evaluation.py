@@ -1,20 +1,25 @@
 """Swaps, token counts, results and plots, by hand and by property; and the files of an evaluation."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.answering import Answerer, verbal_reasoning_tokens
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.report import ReportArguments, read_results, report, results_table
-from abscot_trl.evaluation.swaps import swap_traces
+from abscot_trl.evaluation.statistics import mean_interval, wilson_interval
+from abscot_trl.evaluation.swaps import own_steps, swap_steps, swap_traces, verbal_prefix
 from abscot_trl.examples import prompt_ids
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
@@ -96,11 +101,11 @@ def evaluated(checkpoint, tmp_path_factory):
 
 def test_results_follow_from_the_answers(evaluated):
     """Every figure of results.json recomputed from answers.jsonl."""
-    folder, _, results = evaluated
+    folder, arguments, results = evaluated
     assert results == json.loads((folder / "out" / "results.json").read_text())
     answers = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(r["mode"], r["swap"]) for r in results] == [
-        ("verbal", "own"),
+        *(("verbal", s) for s in ("own", "shuffled", "cut:2")),
         ("direct", "own"),
         *(("abstract", s) for s in ("own", "random", "shuffled", "other", "none", "cut:2")),
     ]
@@ -113,24 +118,34 @@ def test_results_follow_from_the_answers(evaluated):
         assert row["tokens"] == pytest.approx(row["trace_tokens"] + row["answer_tokens"])
         if row["mode"] == "abstract":
             assert row["trace_tokens"] == pytest.approx(np.mean([len(a["trace"]) for a in mine]))
+        own = [a for a in answers if (a["mode"], a["swap"]) == (row["mode"], "own")]
+        assert [a["id"] for a in own] == [a["id"] for a in mine]
+        if row["swap"] != "own":
+            pairs = list(zip(own, mine, strict=True))
+            assert row["difference"] == pytest.approx(100 * np.mean([b["score"] - a["score"] for a, b in pairs]))
+            assert row["difference_ci95"][0] <= row["difference"] <= row["difference_ci95"][1]
+            changed = [(a["answer"] or "").replace(" ", "") != (b["answer"] or "").replace(" ", "") for a, b in pairs]
+            assert row["changed"] == pytest.approx(np.mean(changed)) and row["changed"] > 0
+        assert row["metric"] == "accuracy" and row["samples"] == 1 and "maj" not in row
+        assert row["decoding"] == arguments.decoding() and row["decoding"]["seed"] == 0
+    assert {(a["sample"], len(a["problem"]) > 3) for a in answers} == {(0, True)}
     own, cut = ([a["trace"] for a in answers if a["swap"] == s and a["mode"] == "abstract"] for s in ("own", "cut:2"))
     assert cut == [t[:2] for t in own] and all(1 <= len(t) <= 6 for t in own)
 
 
-def test_grades_are_the_problems_own(checkpoint, evaluated, monkeypatch):
+def test_grades_are_the_problems_own(checkpoint, evaluated, monkeypatch, tmp_path):
     """A decoder that answers some problems right and some wrong: the accuracy is exactly that share."""
     _, arguments, _ = evaluated
     tokenizer, problems = AutoTokenizer.from_pretrained(checkpoint), load_problems(arguments.problems)
 
-    def oracle(self, prefixes, *args, **kwargs):
+    def oracle(self, prefixes, length, temperature, seed, rows, bar, **_):
         texts = [f"\\boxed{{{p.gold if i % 4 else (int(p.gold) + 1) % 5}}}" for i, p in enumerate(problems)]
-        return [Continuation(tokenizer(t, add_special_tokens=False)["input_ids"], False) for t in texts]
+        return [Continuation(tokenizer(texts[row], add_special_tokens=False)["input_ids"], False) for row in rows]
 
     monkeypatch.setattr(HFTraceSampler, "answer", oracle)
-    vocabulary = AbstractVocabulary.load(checkpoint)
-    sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, vocabulary)
-    results, _ = evaluate_model(sampler, tokenizer, problems, arguments, vocabulary)
+    results = evaluate(replace(arguments, output_dir=str(tmp_path / "out"), modes=["direct", "abstract"]))
     assert {row["accuracy"] for row in results} == {75.0} and {row["answer_tokens"] for row in results} == {3.0}
+    assert {row["changed"] for row in results if row["swap"] != "own"} == {0.0}
 
 
 def test_report(evaluated, tmp_path, capsys):
@@ -151,8 +166,26 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
     fields = {"model": str(checkpoint), "problems": arguments.problems, "output_dir": str(tmp_path / "x")}
     with pytest.raises(ValueError, match="modes: 'aloud'"):
         EvaluateArguments(**fields, modes=["aloud"])
-    with pytest.raises(ValueError, match="swap 'mine'"):
-        EvaluateArguments(**fields, swaps=["mine"])
+    for wrong, words in [
+        ({"swaps": ["own", "mine"]}, "swap 'mine'"),
+        ({"swaps": ["random"]}, "compared with 'own'; name it beside random"),
+        ({"modes": ["verbal"], "swaps": ["own", "random"]}, "none of the modes verbal has a 'random'"),
+        ({"modes": ["direct"], "swaps": ["own", "cut:3"]}, "none of the modes direct has a 'cut:3'"),
+        ({"swaps": ["own", "none", "none"]}, "names one of them twice"),
+        ({"samples": 4}, "4 answers at temperature 0 are one and the same"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"pause_tokens": 3, "swaps": ["own", "random"]}, "pause_tokens takes the place of the trace"),
+        ({"pause_tokens": 3, "modes": ["direct"]}, "pause_tokens takes the place of the trace"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            EvaluateArguments(**fields | wrong)
+    with pytest.raises(ValueError, match="pause_tokens 7 exceeds m_max 6"):
+        evaluate(EvaluateArguments(**fields, pause_tokens=7))
+    with pytest.raises(ValueError, match="abstract mode: a prompt of .* lower max_new_tokens"):
+        evaluate(EvaluateArguments(**fields, instruction=False, max_new_tokens=500))
+    assert not list(tmp_path.glob("x*"))
     with pytest.raises(FileExistsError):
         evaluate(EvaluateArguments(**{**fields, "output_dir": arguments.output_dir}, instruction=False))
     plain = tmp_path / "plain"
@@ -166,25 +199,31 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
         read_results(tmp_path)
 
 
-def test_hotpotqa_is_scored_by_f1(checkpoint, tmp_path, monkeypatch):
+def test_hotpotqa_is_scored_by_f1_and_em(checkpoint, tmp_path, monkeypatch):
     """A HotpotQA row is graded as its instruction asked, whatever the task is called."""
-    from abscot_trl.evaluation import evaluate as module
-    from abscot_trl.examples import Example
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    row = {"prompt": [{"role": "user", "content": "1"}], "cot": "", "answer": "", "source": "hotpotqa"}
-    problems = [Example(**row, gold="1 2 3 4", id=str(i)) for i in range(4)]
-    said = ["1;2;3;4", "1;2", "5", "1;2;3;4;5;6"]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
-    monkeypatch.setattr(HFTraceSampler, "answer", lambda *_, **__: [Continuation(i, False) for i in ids])
-    monkeypatch.setattr(module, "short_answer", lambda response: response.replace(";", " "))
-    arguments = EvaluateArguments(str(checkpoint), "p", str(tmp_path), modes=["direct"], instruction=False)
-    sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, None)
-    results, answers = evaluate_model(sampler, tokenizer, problems, arguments)
+    context = {"title": ["1"], "sentences": [["2"]]}
+    rows = [{"question": "1", "answer": "1 2 3 4", "context": context, "id": str(i)} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = ["Answer: 1 2 3 4", "So.\nAnswer: 1 2", "5", "Answer: 1 2 3 4 5 6"]
+    outputs = [Continuation([i], False) for i in range(4)]
+    monkeypatch.setattr(HFTraceSampler, "answer", lambda *_, **__: outputs)
+    monkeypatch.setattr(
+        answering, "prompt_ids", lambda messages, _: [1, 2, 3]
+    )  # the toy tokenizer has no words, neither for prompts nor for answers
+    decode = type(AutoTokenizer.from_pretrained(checkpoint)).decode
+    monkeypatch.setattr(
+        type(AutoTokenizer.from_pretrained(checkpoint)),
+        "decode",
+        lambda self, ids, **kw: said[ids[0]] if isinstance(ids, list) and len(ids) == 1 else decode(self, ids, **kw),
+    )
+    fields = {"model": str(checkpoint), "problems": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "out")}
+    (row,) = evaluate(EvaluateArguments(**fields, modes=["direct"], max_new_tokens=64))
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     f1 = [1.0, 2 * 1.0 * 0.5 / 1.5, 0.0, 2 * (4 / 6) * 1.0 / (4 / 6 + 1.0)]
     assert [a["score"] for a in answers] == pytest.approx(f1)
-    half = 196 * np.std(f1, ddof=1) / 2
-    assert results[0]["ci95"] == pytest.approx([max(0, 100 * np.mean(f1) - half), min(100, 100 * np.mean(f1) + half)])
+    assert [a["answer"] for a in answers] == ["1 2 3 4", "1 2", "5", "1 2 3 4 5 6"]
+    assert (row["metric"], row["em"], row["accuracy"]) == ("f1", 25.0, pytest.approx(100 * np.mean(f1)))
+    assert row["ci95"] == pytest.approx(mean_interval(f1)) and row["em_ci95"] == pytest.approx(wilson_interval(1, 4))
 
 
 def test_swaps_that_change_nothing_are_said(evaluated):
@@ -203,20 +242,23 @@ def test_spans_of_the_cache(checkpoint, evaluated, monkeypatch):
     _, arguments, _ = evaluated
     tokenizer, problems = AutoTokenizer.from_pretrained(checkpoint), load_problems(arguments.problems)
     vocabulary = AbstractVocabulary.load(checkpoint)
-    prompts = [prompt_ids(problem.prompt, tokenizer) for problem in problems]
 
     def run(cache_tokens):
         sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, vocabulary)
         sampler.cache_tokens, calls = cache_tokens, []
         for name in ("sample", "answer"):
             method = getattr(sampler, name)
-            monkeypatch.setattr(
-                sampler, name, lambda given, *a, name=name, f=method: calls.append((name, given)) or f(given, *a)
-            )
-        return answer_after_traces(sampler, prompts, arguments, vocabulary, vocabulary.ids(tokenizer)), calls
+
+            def noting(given, *a, name=name, f=method, **kw):
+                calls.append((name, given))
+                return f(given, *a, **kw)
+
+            monkeypatch.setattr(sampler, name, noting)
+        answerer = Answerer(sampler, tokenizer, problems, arguments, vocabulary, own=lambda mode: pytest.fail("asked"))
+        return answerer.answer("abstract", "own", range(len(problems))), calls
 
     whole, calls = run(None)
-    assert [name for name, _ in calls] == ["sample"] + ["answer"] * 6
+    assert [name for name, _ in calls] == ["sample", "answer"]
     spans, calls = run(200)
     assert spans == whole
     samples = [i for i, (name, _) in enumerate(calls) if name == "sample"]
@@ -235,3 +277,163 @@ def test_an_unmerged_adapter_is_refused_in_every_mode(checkpoint, evaluated, tmp
     for mode in ("verbal", "direct", "abstract"):
         with pytest.raises(ValueError, match="is an adapter; run `abscot merge"):
             evaluate(EvaluateArguments(**fields, modes=[mode], instruction=False))
+
+
+@pytest.fixture(scope="module")
+def sampler(checkpoint):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    return HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint))
+
+
+def truncated_softmax(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
+    """By hand: the k likeliest, then the fewest of them that reach p together, renormalised."""
+    p = np.exp((logits - logits.max()) / temperature)
+    kept = np.argsort(-p, kind="stable")[: top_k or len(p)]
+    share = p[kept] / p[kept].sum()
+    kept = kept[: 1 + int((np.cumsum(share) < top_p).sum())]
+    return np.where(np.isin(np.arange(len(p)), kept), p, 0) / p[kept].sum()
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.8, 0), (1.0, 5), (0.8, 20), (0.7, 4)])
+def test_answers_follow_the_truncated_softmax(sampler, top_p, top_k):
+    """3000 first tokens against probabilities by hand: chi-square, and none from outside."""
+    prefix = [3, 6, 31, 15, 4]
+    with torch.no_grad():
+        logits = sampler.model(torch.tensor([prefix])).logits[0, -1].double().numpy()
+    expected = 3000 * truncated_softmax(logits, 2.5, top_p, top_k)
+    found = sampler.answer([prefix] * 3000, 1, 2.5, seed=5, top_p=top_p, top_k=top_k)
+    drawn = np.bincount([(o.token_ids or [1])[0] for o in found], minlength=len(expected))
+    assert not drawn[expected == 0].any() and (expected > 0).sum() > 1
+    often = expected >= 5
+    observed = [*drawn[often], *([drawn[~often].sum()] if expected[~often].sum() > 0 else [])]
+    wanted = [*expected[often], *([expected[~often].sum()] if expected[~often].sum() > 0 else [])]
+    assert chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_an_answer_s_draw_does_not_depend_on_the_others(sampler):
+    """Alone, in other batches, in another order: the row's number and the seed fix it; traces are drawn apart."""
+    tokenizer = AutoTokenizer.from_pretrained(sampler.model.name_or_path)
+    prefixes = [prompt_ids(e.prompt, tokenizer) for s in (2, 4, 8) for e in chain_arithmetic(20, s, 5, seed=0)]
+    whole = sampler.answer(prefixes, 12, 1.0, seed=3, top_p=0.9)
+    small = HFTraceSampler(sampler.model, tokenizer, None, batch_tokens=60)
+    assert small.answer(prefixes, 12, 1.0, seed=3, top_p=0.9) == whole
+    some = [50, 3, 17]
+    assert sampler.answer([prefixes[i] for i in some], 12, 1.0, 3, some, top_p=0.9) == [whole[i] for i in some]
+    assert sum(a != b for a, b in zip(sampler.answer(prefixes, 12, 1.0, seed=4, top_p=0.9), whole, strict=True)) > 50
+    same = sampler.answer([prefixes[0]] * 60, 12, 1.0, seed=3)
+    assert len({tuple(answer.token_ids) for answer in same}) > 50
+    for wrong in ({"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
+        with pytest.raises(ValueError, match="0 < top_p <= 1 and top_k >= 0"):
+            sampler.answer(prefixes[:1], 4, 1.0, **wrong)
+
+
+def answers_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_samples(checkpoint, evaluated, tmp_path):
+    """Each a draw of its own that its number fixes, not how many there are, nor how the work was cut."""
+    _, arguments, _ = evaluated
+    sampling = {"temperature": 1.0, "trace_temperature": 1.0, "top_p": 0.95, "max_new_tokens": 6, "samples": 3}
+    arguments = replace(arguments, modes=["abstract"], swaps=["own", "other", "shuffled"], limit=15, **sampling)
+    (row, *_) = evaluate(replace(arguments, output_dir=str(tmp_path / "a"), part_answers=7))
+    first = answers_of(tmp_path / "a")
+    assert [(a["id"], a["sample"]) for a in first if a["swap"] == "own"] == [
+        (p.id, s) for p in load_problems(arguments.problems, limit=15) for s in range(3)
+    ]
+    evaluate(replace(arguments, output_dir=str(tmp_path / "b"), batch_tokens=100, limit=20, samples=5))
+    wanted = {(a["id"], a["sample"]) for a in first}
+    again = [a for a in answers_of(tmp_path / "b") if a["swap"] == "own" and (a["id"], a["sample"]) in wanted]
+    assert again == [a for a in first if a["swap"] == "own"]
+    own = [first[start : start + 3] for start in range(0, 45, 3)]
+    assert sum(len({tuple(a["trace"]) for a in group}) == 3 for group in own) >= 10
+    other = [a for a in first if a["swap"] == "other"]
+    for sample in range(3):  # the traces of one sample move among the problems; none stays with its own
+        mine = [a["trace"] for a in first if (a["swap"], a["sample"]) == ("own", sample)]
+        theirs = [a["trace"] for a in other if a["sample"] == sample]
+        assert sorted(mine) == sorted(theirs)
+    scores = [[a["score"] for a in group] for group in own]
+    assert row["accuracy"] == pytest.approx(100 * np.mean(scores)) and row["n"] == 15 and row["samples"] == 3
+    assert row["pass"] == pytest.approx(100 * np.mean([max(group) for group in scores]))
+    assert row["maj"] <= row["pass"] and row["ci95"] == pytest.approx(mean_interval(np.mean(scores, axis=1)))
+    greedy = replace(arguments, output_dir=str(tmp_path / "c"), trace_temperature=0.0, swaps=["own"])
+    evaluate(greedy)
+    answers = answers_of(tmp_path / "c")
+    groups = [answers[start : start + 3] for start in range(0, 45, 3)]
+    assert all(len({tuple(a["trace"]) for a in group}) == 1 for group in groups)
+    assert sum(len({a["response"] for a in group}) > 1 for group in groups) >= 10
+
+
+def test_pause_tokens(checkpoint, evaluated, tmp_path, monkeypatch):
+    """The baseline's prefix: so many first codebook tokens between the delimiters, and no trace is sampled."""
+    _, arguments, _ = evaluated
+    given, answer = [], HFTraceSampler.answer
+    monkeypatch.setattr(HFTraceSampler, "sample", lambda *_, **__: pytest.fail("a trace was sampled"))
+    monkeypatch.setattr(
+        HFTraceSampler,
+        "answer",
+        lambda self, prefixes, *a, **kw: given.extend(prefixes) or answer(self, prefixes, *a, **kw),
+    )
+    (row,) = evaluate(
+        replace(arguments, output_dir=str(tmp_path / "out"), modes=["abstract"], swaps=["own"], pause_tokens=4)
+    )
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(checkpoint), AbstractVocabulary.load(checkpoint)
+    begin, end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
+    assert all(prefix[-6:] == [begin, *[vocabulary.ids(tokenizer)[0]] * 4, end] for prefix in given)
+    assert row["trace_tokens"] == 4.0 and len(given) == 40
+
+
+class Words:
+    """A tokenizer of characters, for texts that the toy one has no words for."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(character) for character in text]}
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("response", "source", "steps", "opening", "closing"),
+    [
+        ("One.\n\nTwo.\nSo \\boxed{3}.", "math", ["One.", "Two."], "", "\n\\boxed{"),
+        (
+            "<think>\nOne.\nTwo.\n</think>\n\n\\boxed{3}",
+            "math",
+            ["One.", "Two."],
+            "<think>\n",
+            "\n</think>\n\n\\boxed{",
+        ),
+        ("One.\nTwo.\nAnswer: three\nyes", "hotpotqa", ["One.", "Two."], "", "\nAnswer:"),
+        ("One.\nTwo and then", "math", ["One.", "Two and then"], "", "\n\\boxed{"),  # cut off: all of it is thought
+        ("\\boxed{3}", "math", [], "", "\n\\boxed{"),
+    ],
+)
+def test_steps_of_a_verbal_chain_of_thought(response, source, steps, opening, closing):
+    assert own_steps(response) == steps and verbal_prefix(response, source) == (opening, closing)
+    assert verbal_prefix(response, source, "So")[1] == closing.rpartition("\n")[0] + "\nSo"
+    (own,), (cut,) = (swap_steps([response], swap, Words()) for swap in ("own", "cut:6"))
+    assert Words().decode(own) == "\n".join(steps) and cut == own[:6]
+
+
+def test_steps_are_shuffled_row_by_row():
+    response = "".join(f"Step {i}.\n" for i in range(8)) + "\\boxed{1}"
+    found = [Words().decode(ids).split("\n") for ids in swap_steps([response] * 40, "shuffled", Words(), seed=2)]
+    assert all(sorted(lines) == own_steps(response) for lines in found)
+    assert len({tuple(lines) for lines in found}) > 35
+
+
+def test_a_swapped_chain_of_thought_decides_the_answer(tmp_path):
+    """The demo's base speaks its steps and is right; after shuffled or cut ones it answers at once, and worse."""
+    base = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "base"
+    problems = write_problems(tmp_path / "problems.jsonl", chain_arithmetic(60, 6, 5, seed=7))
+    fields = {"model": str(base), "problems": problems, "output_dir": str(tmp_path / "out"), "instruction": False}
+    fields |= {"modes": ["verbal"], "swaps": ["own", "shuffled", "cut:12", "cut:99"], "max_new_tokens": 64}
+    own, shuffled, cut, whole = evaluate(EvaluateArguments(**fields))
+    assert own["accuracy"] == whole["accuracy"] == 100.0 and (own["trace_tokens"], own["answer_tokens"]) == (36.0, 3.0)
+    assert shuffled["accuracy"] < 60 and shuffled["difference_ci95"][1] < 0 and shuffled["swapped"] > 0.95
+    assert cut["accuracy"] < 60 and cut["trace_tokens"] == 12.0 and cut["swapped"] == 1.0
+    assert (whole["swapped"], whole["changed"], whole["difference"]) == (0.0, 0.0, 0.0)
+    answers = [a for a in answers_of(tmp_path / "out") if a["swap"] == "cut:12"]
+    assert all(a["response"].startswith("\\boxed{") for a in answers) and len(answers) == 60
+    assert all("\n" not in a["response"] and a["answer_tokens"] <= 4 for a in answers)  # it would have gone on

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from abscot_trl.evaluation.grading import hotpot_scores, is_correct, short_answer, wilson_interval
+from abscot_trl.evaluation.grading import extract_answer, hotpot_scores, is_correct, normal_form, score, short_answer
+from abscot_trl.evaluation.statistics import wilson_interval
 
 GRADED = Path(__file__).resolve().parents[2] / "shared" / "data" / "math500_graded_outputs.jsonl"
 

@@ -27,14 +27,26 @@ SAMPLE = 2**20  # sample s of problem i is the sampler's row i + s * SAMPLE: its
 FORCED = 128  # most tokens of an answer that is forced after a swapped chain of thought
 
 
-def verbal_reasoning_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many of a verbal response's tokens precede its answer (see the module's docstring)."""
-    start = answer_start(tokenizer.decode(token_ids)) or 0
-    low, high = 0, len(token_ids) if start else 0  # fewest tokens whose text reaches `start`; it grows with the prefix
+def tokens_reaching(token_ids: list[int], end: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The fewest tokens whose text is at least `end` characters long; a text grows with its tokens."""
+    low, high = 0, len(token_ids)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(tokenizer.decode(token_ids[:middle])) >= start else (middle + 1, high)
+        low, high = (low, middle) if len(tokenizer.decode(token_ids[:middle])) >= end else (middle + 1, high)
     return low
+
+
+def verbal_reasoning_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of a verbal response's tokens precede its answer (see the module's docstring)."""
+    return tokens_reaching(token_ids, answer_start(tokenizer.decode(token_ids)) or 0, tokenizer)
+
+
+def first_line(output: Continuation, tokenizer: PreTrainedTokenizerBase) -> Continuation:
+    """A forced answer ends with its line: some models would take up their reasoning again on the next."""
+    end = tokenizer.decode(output.token_ids).find("\n")
+    if end < 0:
+        return output
+    return Continuation(output.token_ids[: tokens_reaching(output.token_ids, end, tokenizer)], truncated=False)
 
 
 class Answerer:
@@ -145,6 +157,7 @@ class Answerer:
             for (p, _), steps, (opening, closing) in zip(rows, kept, ids, strict=True)
         ]
         outputs = self._continue(prefixes, rows, bar, min(FORCED, self.args.max_new_tokens))
+        outputs = [first_line(output, self.tokenizer) for output in outputs]
         records = []
         for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
             length = len(ids[i][1]) + len(output.token_ids)
