@@ -187,6 +187,8 @@ def prune_models(todo: list[Stage], done: int, keep: str) -> None:
     models = [stage for stage in todo if stage.phase in (*TRAINING, "merge")]
     last = {stage.name.split("/")[0] if keep == "rounds" else "": stage.output for stage in models}
     needed = {str(stage.settings.get(key)) for stage in todo[done:] for key in INPUTS}
+    trained_on = {str(stage.output): str(stage.settings.get("model_name_or_path")) for stage in models}
+    needed |= {trained_on[stage.settings["adapter"]] for stage in todo[done:] if stage.phase == "merge"}
     for stage in todo[:done]:
         output = stage.output
         is_model = stage in models and (output / "config.json").is_file()

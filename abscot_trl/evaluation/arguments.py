@@ -31,7 +31,7 @@ class EvaluateArguments(SamplerArguments):
             place of a trace (the pause-token baseline).
         answer_stub (`str`, *optional*): what the model goes on from after its swapped chain of thought in verbal mode,
             on a new line, once `</think>` has closed a thought that it had closed itself. `\boxed{`, for HotpotQA
-            `Answer:`, when left out. Forced tokens count as the answer's, which ends with its line and has at most 128.
+            `Answer:`, when left out. Forced tokens count as the answer's, which ends with its line, or after 128 more.
         part_answers (`int`): answers of one file of finished work: what a kill can cost, and what vLLM has at once.
     """
 
