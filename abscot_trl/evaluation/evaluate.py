@@ -131,6 +131,8 @@ class Evaluation:
             else:
                 write_results(folder / "results.json", results)
         self.parts.remove()
+        if judged:
+            print(f"{self.args.output_dir}/{OUTPUT_FILE} waits for a judge: abscot alpaca --outputs ..")  # noqa: T201
         return [] if judged else results
 
 

@@ -91,11 +91,11 @@ def scores_by_problem(records: list[dict], samples: int) -> list[float]:
 
 
 def own_scores(path: Path) -> dict[str, float]:
-    """Each problem's mean score after its own trace, from an `answers.jsonl`."""
+    """Each problem's mean score after its own trace, from an `answers.jsonl`; none where a judge is to grade."""
     scores: dict[str, list[float]] = {}
     with open(path) as file:
         for record in map(json.loads, file):
-            if (record["mode"], record["swap"]) == ("abstract", "own"):
+            if (record["mode"], record["swap"]) == ("abstract", "own") and record["score"] is not None:
                 scores.setdefault(record["id"], []).append(record["score"])
     return {problem: fmean(values) for problem, values in scores.items()}
 

@@ -87,17 +87,14 @@ def sweep_stages(args: SweepArguments) -> list[Stage]:
 
 
 def collect(stages: list[Stage]) -> list[dict]:
-    """The rows of the evaluations that are done, each with its `stage` and `round` (0: the base)."""
-    return [
-        {
-            **row,
-            "stage": stage.name,
-            "round": int(stage.name.partition("/")[0].removeprefix("round").replace("base", "0")),
-        }
-        for stage in stages
-        if is_done(stage)
-        for row in json.loads((stage.output / "results.json").read_text())
-    ]
+    """The rows of the evaluations that are done (and graded), each with its `stage` and `round` (0: the base)."""
+    rows = []
+    for stage in stages:
+        path, round_name = stage.output / "results.json", stage.name.partition("/")[0]
+        if is_done(stage) and path.is_file():
+            t = 0 if stage.name == "base" else int(round_name.removeprefix("round"))
+            rows += [{**row, "stage": stage.name, "round": t} for row in json.loads(path.read_text())]
+    return rows
 
 
 def sweep(args: SweepArguments) -> list[dict]:
