@@ -107,8 +107,10 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
             )
         if sealed_checkpoints(output):
             (output / LOG_FILE).unlink(missing_ok=True)
-        elif output.exists() and (different or stage.phase in TRAINING):
+        elif output.exists() and (different or stage.phase != "evaluate"):
             shutil.rmtree(output)
+        for left in output.glob(f".{MANIFEST}.*"):
+            left.unlink()
         for left in output.parent.glob(f".{output.name}-*"):  # of `written_whole`; the run's lock is ours
             shutil.rmtree(left)
     elif output.exists():
@@ -157,7 +159,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
         config = output.with_name(output.name + ".yaml")
         write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))
         start = time.monotonic()
-        if output.exists() and stage.phase not in TRAINING:  # whole, and killed before its manifest
+        if output.exists() and stage.phase == "evaluate":  # whole, and killed before its manifest: graded once
             shutil.rmtree(f"{output}.parts", ignore_errors=True)
         else:
             launch(stage, config, args, held)
