@@ -109,8 +109,6 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
             (output / LOG_FILE).unlink(missing_ok=True)
         elif output.exists() and (different or stage.phase != "evaluate"):
             shutil.rmtree(output)
-        for left in output.glob(f".{MANIFEST}.*"):
-            left.unlink()
         for left in output.parent.glob(f".{output.name}-*"):  # of `written_whole`; the run's lock is ours
             shutil.rmtree(left)
     elif output.exists():
@@ -214,6 +212,9 @@ def locked(run: Path) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
+        for left in run.rglob(".*.[0-9]*"):  # of `write_whole`, killed
+            if left.is_file():
+                left.unlink()
         yield lock.fileno()
 
 
