@@ -13,6 +13,8 @@ PHASES = {
     "distill": "phase B: self-distillation (eq. 4)",
     "merge": "merge an adapter into its checkpoint",
     "evaluate": "score a model in verbal, direct and abstract mode, with every swap of the trace",
+    "sweep": "one evaluation of the base and of every model of a warm-up's rounds",
+    "alpaca": "a judge compares an evaluation's outputs on AlpacaEval's prompts with reference outputs",
     "serve": "OpenAI's chat API for a trained checkpoint, the trace as reasoning_content",
     "report": "table and plots of one or more runs",
     "plan": "what a warm-up will take: steps, tokens, memory, disk, hours",

@@ -107,7 +107,7 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
             )
         if sealed_checkpoints(output):
             (output / LOG_FILE).unlink(missing_ok=True)
-        elif output.exists():
+        elif output.exists() and (different or stage.phase != "evaluate"):
             shutil.rmtree(output)
         for left in output.parent.glob(f".{output.name}-*"):  # of `written_whole`; the run's lock is ours
             shutil.rmtree(left)
@@ -157,7 +157,10 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
         config = output.with_name(output.name + ".yaml")
         write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))
         start = time.monotonic()
-        launch(stage, config, args, held)
+        if output.exists() and stage.phase == "evaluate":  # whole, and killed before its manifest: graded once
+            shutil.rmtree(f"{output}.parts", ignore_errors=True)
+        else:
+            launch(stage, config, args, held)
         record["wall_s"] = round(time.monotonic() - start, 1)
         record |= {"attempts": attempt, "environment": environment()}
         write_whole(output / MANIFEST, json.dumps(record, indent=2) + "\n")
@@ -184,6 +187,8 @@ def prune_models(todo: list[Stage], done: int, keep: str) -> None:
     models = [stage for stage in todo if stage.phase in (*TRAINING, "merge")]
     last = {stage.name.split("/")[0] if keep == "rounds" else "": stage.output for stage in models}
     needed = {str(stage.settings.get(key)) for stage in todo[done:] for key in INPUTS}
+    trained_on = {str(stage.output): str(stage.settings.get("model_name_or_path")) for stage in models}
+    needed |= {trained_on[stage.settings["adapter"]] for stage in todo[done:] if stage.phase == "merge"}
     for stage in todo[:done]:
         output = stage.output
         is_model = stage in models and (output / "config.json").is_file()
@@ -207,6 +212,9 @@ def locked(run: Path) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
+        for left in run.rglob(".*.[0-9]*"):  # of `write_whole`, killed
+            if left.is_file():
+                left.unlink()
         yield lock.fileno()
 
 

@@ -18,7 +18,8 @@ from trl import ModelConfig, TrlParser
 
 from abscot_trl.checkpoint import InitArguments, MergeArguments, init_checkpoint, merge_adapter
 from abscot_trl.data.prepare import DataArguments, prepare
-from abscot_trl.evaluation.evaluate import EvaluateArguments, evaluate
+from abscot_trl.evaluation.arguments import EvaluateArguments
+from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.report import results_table
 from abscot_trl.serve import ServeArguments, serve
 from abscot_trl.traces.files import describe_traces

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 
@@ -22,6 +23,7 @@ from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.driver import Stage, is_done, locked, print_times, run_stages
 from abscot_trl.evaluation.report import results_table, write_results
+from abscot_trl.evaluation.statistics import own_scores, paired_difference
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
 from abscot_trl.traces.backends import SamplerArguments
 
@@ -224,14 +226,20 @@ def collect_results(args: WarmupArguments) -> list[dict]:
     return results
 
 
-def lost_rounds(results: list[dict]) -> list[str]:
-    """A sentence for each round whose own-trace accuracy lies below its predecessor's interval."""
-    own = {r["round"]: r for r in results if r["mode"] == "abstract" and r["swap"] == "own"}
-    return [
-        f"round {t} ({own[t]['accuracy']:.1f}) lost to round {t - 1} ({own[t - 1]['accuracy']:.1f}): use round {t - 1}"
-        for t in own
-        if t - 1 in own and own[t]["accuracy"] < own[t - 1]["ci95"][0]
-    ]
+def lost_rounds(args: WarmupArguments) -> list[str]:
+    """A sentence for each round that answers the same problems worse than the one before it (paired interval)."""
+    paths = {t: Path(args.run_dir) / f"round{t}" / "evaluate" / "answers.jsonl" for t in range(1, args.rounds + 1)}
+    own = {t: scores for t, path in paths.items() if path.is_file() and (scores := own_scores(path))}
+    sentences = []
+    for t in (t for t in own if t - 1 in own):
+        difference, (low, high) = paired_difference([own[t][i] for i in own[t - 1]], list(own[t - 1].values()))
+        if high < 0:
+            now, before = (100 * fmean(own[r].values()) for r in (t, t - 1))
+            sentences.append(
+                f"round {t} ({now:.1f}) lost to round {t - 1} ({before:.1f}): {difference:.1f} points, 95 % interval "
+                f"{low:.1f} to {high:.1f}; use round {t - 1}"
+            )
+    return sentences
 
 
 def warmup(args: WarmupArguments) -> list[dict]:
@@ -263,7 +271,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
         if stage.phase == "evaluate":
             results = collect_results(args)
             write_results(run / "results.json", results)
-            for sentence in lost_rounds(results):
+            for sentence in lost_rounds(args):
                 print(f"WARNING: {sentence}", flush=True)  # noqa: T201
 
     with locked(run) as lock:

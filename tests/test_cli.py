@@ -10,7 +10,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig
 
 from abscot_trl import cli
+from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.evaluation.report import ReportArguments
+from abscot_trl.evaluation.sweep import SweepArguments
 from abscot_trl.phases import PHASES, parse
 from abscot_trl.plan import PlanArguments
 from abscot_trl.scripts.demo import DemoArguments
@@ -20,7 +22,9 @@ from abscot_trl.warmup import WarmupArguments
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
 CLASSES |= {
+    "alpaca": (AlpacaArguments,),
     "plan": (PlanArguments,),
+    "sweep": (SweepArguments,),
     "warmup": (WarmupArguments,),
     "report": (ReportArguments,),
     "demo": (DemoArguments,),

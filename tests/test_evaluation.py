@@ -1,25 +1,22 @@
 """Swaps, token counts, results and plots, by hand and by property; and the files of an evaluation."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.evaluation.evaluate import (
-    EvaluateArguments,
-    answer_after_traces,
-    evaluate,
-    evaluate_model,
-    verbal_reasoning_tokens,
-)
+from abscot_trl.evaluation import answering
+from abscot_trl.evaluation.answering import Answerer, verbal_reasoning_tokens
+from abscot_trl.evaluation.arguments import EvaluateArguments
+from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.report import ReportArguments, read_results, report, results_table
+from abscot_trl.evaluation.statistics import mean_interval, wilson_interval
 from abscot_trl.evaluation.swaps import swap_traces
-from abscot_trl.examples import prompt_ids
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler
@@ -48,24 +45,6 @@ def test_swaps():
             swap_traces(traces, bad, 16)
     with pytest.raises(ValueError, match="at least two"):
         swap_traces([[1]], "other", 16)
-
-
-def test_continuations_equal_plain_greedy_steps(checkpoint):
-    """Batched, left-padded decoding against one row at a time with argmax and no cache."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    prefixes = [prompt_ids(e.prompt, tokenizer) for s in (2, 4) for e in chain_arithmetic(10, s, 5, seed=0)]
-    found = HFTraceSampler(model, tokenizer, None, batch_tokens=100).answer(prefixes, max_new_tokens=12)
-    for prefix, continuation in zip(prefixes, found, strict=True):
-        ids, expected = list(prefix), []
-        while len(expected) < 12:
-            with torch.no_grad():
-                token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-            if token == tokenizer.eos_token_id:
-                break
-            expected.append(token)
-            ids.append(token)
-        assert continuation.token_ids == expected
-        assert continuation.truncated == (len(expected) == 12)
 
 
 def test_verbal_tokens_before_the_answer(checkpoint):
@@ -100,11 +79,11 @@ def evaluated(checkpoint, tmp_path_factory):
 
 def test_results_follow_from_the_answers(evaluated):
     """Every figure of results.json recomputed from answers.jsonl."""
-    folder, _, results = evaluated
+    folder, arguments, results = evaluated
     assert results == json.loads((folder / "out" / "results.json").read_text())
     answers = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(r["mode"], r["swap"]) for r in results] == [
-        ("verbal", "own"),
+        *(("verbal", s) for s in ("own", "shuffled", "cut:2")),
         ("direct", "own"),
         *(("abstract", s) for s in ("own", "random", "shuffled", "other", "none", "cut:2")),
     ]
@@ -117,24 +96,34 @@ def test_results_follow_from_the_answers(evaluated):
         assert row["tokens"] == pytest.approx(row["trace_tokens"] + row["answer_tokens"])
         if row["mode"] == "abstract":
             assert row["trace_tokens"] == pytest.approx(np.mean([len(a["trace"]) for a in mine]))
+        own = [a for a in answers if (a["mode"], a["swap"]) == (row["mode"], "own")]
+        assert [a["id"] for a in own] == [a["id"] for a in mine]
+        if row["swap"] != "own":
+            pairs = list(zip(own, mine, strict=True))
+            assert row["difference"] == pytest.approx(100 * np.mean([b["score"] - a["score"] for a, b in pairs]))
+            assert row["difference_ci95"][0] <= row["difference"] <= row["difference_ci95"][1]
+            changed = [(a["answer"] or "").replace(" ", "") != (b["answer"] or "").replace(" ", "") for a, b in pairs]
+            assert row["changed"] == pytest.approx(np.mean(changed)) and row["changed"] > 0
+        assert row["metric"] == "accuracy" and row["samples"] == 1 and "maj" not in row
+        assert row["decoding"] == arguments.decoding() and row["decoding"]["seed"] == 0
+    assert {(a["sample"], len(a["problem"]) > 3) for a in answers} == {(0, True)}
     own, cut = ([a["trace"] for a in answers if a["swap"] == s and a["mode"] == "abstract"] for s in ("own", "cut:2"))
     assert cut == [t[:2] for t in own] and all(1 <= len(t) <= 6 for t in own)
 
 
-def test_grades_are_the_problems_own(checkpoint, evaluated, monkeypatch):
+def test_grades_are_the_problems_own(checkpoint, evaluated, monkeypatch, tmp_path):
     """A decoder that answers some problems right and some wrong: the accuracy is exactly that share."""
     _, arguments, _ = evaluated
     tokenizer, problems = AutoTokenizer.from_pretrained(checkpoint), load_problems(arguments.problems)
 
-    def oracle(self, prefixes, *args, **kwargs):
+    def oracle(self, prefixes, length, temperature, seed, rows, bar, **_):
         texts = [f"\\boxed{{{p.gold if i % 4 else (int(p.gold) + 1) % 5}}}" for i, p in enumerate(problems)]
-        return [Continuation(tokenizer(t, add_special_tokens=False)["input_ids"], False) for t in texts]
+        return [Continuation(tokenizer(texts[row], add_special_tokens=False)["input_ids"], False) for row in rows]
 
     monkeypatch.setattr(HFTraceSampler, "answer", oracle)
-    vocabulary = AbstractVocabulary.load(checkpoint)
-    sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, vocabulary)
-    results, _ = evaluate_model(sampler, tokenizer, problems, arguments, vocabulary)
+    results = evaluate(replace(arguments, output_dir=str(tmp_path / "out"), modes=["direct", "abstract"]))
     assert {row["accuracy"] for row in results} == {75.0} and {row["answer_tokens"] for row in results} == {3.0}
+    assert {row["changed"] for row in results if row["swap"] != "own"} == {0.0}
 
 
 def test_report(evaluated, tmp_path, capsys):
@@ -155,8 +144,26 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
     fields = {"model": str(checkpoint), "problems": arguments.problems, "output_dir": str(tmp_path / "x")}
     with pytest.raises(ValueError, match="modes: 'aloud'"):
         EvaluateArguments(**fields, modes=["aloud"])
-    with pytest.raises(ValueError, match="swap 'mine'"):
-        EvaluateArguments(**fields, swaps=["mine"])
+    for wrong, words in [
+        ({"swaps": ["own", "mine"]}, "swap 'mine'"),
+        ({"swaps": ["random"]}, "compared with 'own'; name it beside random"),
+        ({"modes": ["verbal"], "swaps": ["own", "random"]}, "none of the modes verbal has a 'random'"),
+        ({"modes": ["direct"], "swaps": ["own", "cut:3"]}, "none of the modes direct has a 'cut:3'"),
+        ({"swaps": ["own", "none", "none"]}, "names one of them twice"),
+        ({"samples": 4}, "4 answers at temperature 0 are one and the same"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"pause_tokens": 3, "swaps": ["own", "random"]}, "pause_tokens takes the place of the trace"),
+        ({"pause_tokens": 3, "modes": ["direct"]}, "pause_tokens takes the place of the trace"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            EvaluateArguments(**fields | wrong)
+    with pytest.raises(ValueError, match="pause_tokens 7 exceeds m_max 6"):
+        evaluate(EvaluateArguments(**fields, pause_tokens=7))
+    with pytest.raises(ValueError, match="abstract mode: a prompt of .* lower max_new_tokens"):
+        evaluate(EvaluateArguments(**fields, instruction=False, max_new_tokens=500))
+    assert not list(tmp_path.glob("x*"))
     with pytest.raises(FileExistsError):
         evaluate(EvaluateArguments(**{**fields, "output_dir": arguments.output_dir}, instruction=False))
     plain = tmp_path / "plain"
@@ -170,25 +177,31 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
         read_results(tmp_path)
 
 
-def test_hotpotqa_is_scored_by_f1(checkpoint, tmp_path, monkeypatch):
+def test_hotpotqa_is_scored_by_f1_and_em(checkpoint, tmp_path, monkeypatch):
     """A HotpotQA row is graded as its instruction asked, whatever the task is called."""
-    from abscot_trl.evaluation import evaluate as module
-    from abscot_trl.examples import Example
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    row = {"prompt": [{"role": "user", "content": "1"}], "cot": "", "answer": "", "source": "hotpotqa"}
-    problems = [Example(**row, gold="1 2 3 4", id=str(i)) for i in range(4)]
-    said = ["1;2;3;4", "1;2", "5", "1;2;3;4;5;6"]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
-    monkeypatch.setattr(HFTraceSampler, "answer", lambda *_, **__: [Continuation(i, False) for i in ids])
-    monkeypatch.setattr(module, "short_answer", lambda response: response.replace(";", " "))
-    arguments = EvaluateArguments(str(checkpoint), "p", str(tmp_path), modes=["direct"], instruction=False)
-    sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, None)
-    results, answers = evaluate_model(sampler, tokenizer, problems, arguments)
+    context = {"title": ["1"], "sentences": [["2"]]}
+    rows = [{"question": "1", "answer": "1 2 3 4", "context": context, "id": str(i)} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = ["Answer: 1 2 3 4", "So.\nAnswer: 1 2", "5", "Answer: 1 2 3 4 5 6"]
+    outputs = [Continuation([i], False) for i in range(4)]
+    monkeypatch.setattr(HFTraceSampler, "answer", lambda *_, **__: outputs)
+    monkeypatch.setattr(
+        answering, "prompt_ids", lambda messages, _: [1, 2, 3]
+    )  # the toy tokenizer has no words, neither for prompts nor for answers
+    decode = type(AutoTokenizer.from_pretrained(checkpoint)).decode
+    monkeypatch.setattr(
+        type(AutoTokenizer.from_pretrained(checkpoint)),
+        "decode",
+        lambda self, ids, **kw: said[ids[0]] if isinstance(ids, list) and len(ids) == 1 else decode(self, ids, **kw),
+    )
+    fields = {"model": str(checkpoint), "problems": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "out")}
+    (row,) = evaluate(EvaluateArguments(**fields, modes=["direct"], max_new_tokens=64))
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     f1 = [1.0, 2 * 1.0 * 0.5 / 1.5, 0.0, 2 * (4 / 6) * 1.0 / (4 / 6 + 1.0)]
     assert [a["score"] for a in answers] == pytest.approx(f1)
-    half = 196 * np.std(f1, ddof=1) / 2
-    assert results[0]["ci95"] == pytest.approx([max(0, 100 * np.mean(f1) - half), min(100, 100 * np.mean(f1) + half)])
+    assert [a["answer"] for a in answers] == ["1 2 3 4", "1 2", "5", "1 2 3 4 5 6"]
+    assert (row["metric"], row["em"], row["accuracy"]) == ("f1", 25.0, pytest.approx(100 * np.mean(f1)))
+    assert row["ci95"] == pytest.approx(mean_interval(f1)) and row["em_ci95"] == pytest.approx(wilson_interval(1, 4))
 
 
 def test_swaps_that_change_nothing_are_said(evaluated):
@@ -207,20 +220,23 @@ def test_spans_of_the_cache(checkpoint, evaluated, monkeypatch):
     _, arguments, _ = evaluated
     tokenizer, problems = AutoTokenizer.from_pretrained(checkpoint), load_problems(arguments.problems)
     vocabulary = AbstractVocabulary.load(checkpoint)
-    prompts = [prompt_ids(problem.prompt, tokenizer) for problem in problems]
 
     def run(cache_tokens):
         sampler = HFTraceSampler(AutoModelForCausalLM.from_pretrained(checkpoint), tokenizer, vocabulary)
         sampler.cache_tokens, calls = cache_tokens, []
         for name in ("sample", "answer"):
             method = getattr(sampler, name)
-            monkeypatch.setattr(
-                sampler, name, lambda given, *a, name=name, f=method: calls.append((name, given)) or f(given, *a)
-            )
-        return answer_after_traces(sampler, prompts, arguments, vocabulary, vocabulary.ids(tokenizer)), calls
+
+            def noting(given, *a, name=name, f=method, **kw):
+                calls.append((name, given))
+                return f(given, *a, **kw)
+
+            monkeypatch.setattr(sampler, name, noting)
+        answerer = Answerer(sampler, tokenizer, problems, arguments, vocabulary, own=lambda mode: pytest.fail("asked"))
+        return answerer.answer("abstract", "own", range(len(problems))), calls
 
     whole, calls = run(None)
-    assert [name for name, _ in calls] == ["sample"] + ["answer"] * 6
+    assert [name for name, _ in calls] == ["sample", "answer"]
     spans, calls = run(200)
     assert spans == whole
     samples = [i for i, (name, _) in enumerate(calls) if name == "sample"]

@@ -26,7 +26,9 @@ from abscot_trl.attention import check_supported
 from abscot_trl.checkpoint import extend_model, save_checkpoint
 from abscot_trl.cli import accelerate_config_path
 from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.evaluation.report import ReportArguments
+from abscot_trl.evaluation.sweep import SweepArguments
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
 from abscot_trl.scripts.demo import DemoArguments
 from abscot_trl.training.adapters import lora_config
@@ -43,6 +45,7 @@ TRAINED = [path for path in MODELS if path.name.startswith(("bottleneck", "disti
 WARMUPS = [path for path in MODELS if path.name.startswith("warmup")]
 CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
 CLASSES |= {"warmup": (WarmupArguments,), "report": (ReportArguments,), "demo": (DemoArguments,)}
+CLASSES |= {"sweep": (SweepArguments,), "alpaca": (AlpacaArguments,)}
 TRAINERS = {"bottleneck": BottleneckSFTTrainer, "distill": SelfDistillationTrainer}
 # What a recipe asks of a GPU, as a machine without one can be asked it.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--attn_implementation", "sdpa"]
@@ -97,6 +100,8 @@ PARAMETERS = {
 
 
 def phase_of(path: Path) -> str:
+    if path.parent.name == "benchmarks":
+        return "evaluate"
     return path.name.split(".")[0]
 
 
@@ -198,6 +203,17 @@ def test_the_production_run_is_the_seed_reports():
     assert (expected | {"accelerate_config": "ddp"}).items() <= warm.items()
     evaluate = read_yaml(folder / "evaluate.yaml")
     assert (evaluate["trace_temperature"], evaluate["temperature"]) == (0.7, 0.0)
+
+
+def test_the_benchmarks():
+    """One recipe each, of evaluate's fields only; those that sample use Qwen3's settings for thinking off."""
+    found = {path.stem: read_yaml(path) for path in FILES if path.parent.name == "benchmarks"}
+    assert set(found) == {"math500", "aime24", "aime25", "gpqa_diamond", "gsm8k", "hotpotqa", "alpacaeval"}
+    for name, recipe in found.items():
+        assert recipe["task"] == name and {"problems", "samples", "swaps", "max_new_tokens"} <= recipe.keys()
+        sampling = (recipe["temperature"], recipe.get("top_p"), recipe.get("top_k"))
+        assert sampling in ((0.0, None, None), (0.7, 0.8, 20)) and (recipe["samples"] == 1 or sampling[0] > 0)
+    assert {"cut:64", "cut:48", "cut:32"} <= set(found["math500"]["swaps"])  # the paper's
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

@@ -7,10 +7,12 @@ import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2_contingency, chisquare
+from test_answering import truncated_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic
@@ -35,6 +37,8 @@ ENGINE = {
     "block_size": 32,
     "enable_chunked_prefill": False,  # on CPU a seeded request fails when its prefill is cut
 }
+TRUNCATED = {"temperature": 2.0, "top_p": 0.9, "top_k": 12, "seed": 6}
+NINE = list(range(5, 95, 10))
 SCRIPT = """
 import dataclasses, json, sys
 from abscot_trl.traces.vllm import VLLMTraceSampler
@@ -74,6 +78,8 @@ def sampled(checkpoint, given, tmp_path_factory):
         "answer": {"method": "answer", "prefixes": given[1:], "max_new_tokens": 24},
         "cool": {"prefixes": given[:100], "m_max": 6, "temperature": 0.6},
         "first": {"prefixes": [one] * 3000, "m_max": 1, "seed": 2},
+        "nucleus": {"method": "answer", "prefixes": [one] * 3000, "max_new_tokens": 1, **TRUNCATED},
+        "nucleus again": {"method": "answer", "prefixes": [one] * 9, "max_new_tokens": 1, "rows": NINE, **TRUNCATED},
         "limits": {"prefixes": [one], "m_max": 3, "m_min": 4},
         "long": {"prefixes": [[3] * 300], "m_max": 3},
         "none": {"prefixes": [], "m_max": 3},
@@ -147,6 +153,19 @@ def test_draws_follow_the_same_distribution(checkpoint, sampled, given):
     tokens = sorted(set(drawn[0]) | set(drawn[1]))
     table = [[column.count(token) for token in tokens] for column in drawn]
     assert len(tokens) >= 5 and chi2_contingency(table).pvalue > 1e-3
+
+
+def test_truncated_answers_follow_the_softmax(checkpoint, sampled, given):
+    """3,000 first tokens under top-p and top-k against probabilities by hand: chi-square, and none from outside."""
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        logits = model(torch.tensor([given[5]])).logits[0, -1].double().numpy()
+    expected = 3000 * truncated_softmax(logits, TRUNCATED["temperature"], TRUNCATED["top_p"], TRUNCATED["top_k"])
+    (eos,) = {model.config.eos_token_id}
+    drawn = np.bincount([(o["token_ids"] or [eos])[0] for o in sampled[1]["nucleus"]], minlength=len(expected))
+    assert not drawn[expected == 0].any() and 3 < (expected > 0).sum() < 20
+    assert chisquare(drawn[expected > 0], expected[expected > 0]).pvalue > 1e-3
+    assert sampled[1]["nucleus again"] == [sampled[1]["nucleus"][row] for row in NINE]
 
 
 def test_evaluation_by_vllm_equals_transformers(checkpoint, tmp_path):

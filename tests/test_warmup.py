@@ -16,6 +16,7 @@ from abscot_trl import driver
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.evaluation.statistics import wilson_interval
 from abscot_trl.files import MANIFEST
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.scripts.demo import write_problems
@@ -213,13 +214,28 @@ def test_a_trained_model_is_not_overwritten(toy, tmp_path):
     assert (stage / "model.safetensors").read_bytes() == before
 
 
-def test_a_round_that_loses_is_seen():
-    def row(t, accuracy, low):
-        return {"round": t, "mode": "abstract", "swap": "own", "accuracy": accuracy, "ci95": [low, 100.0]}
+def test_a_round_that_loses_is_seen(tmp_path):
+    """By the same problems: a loss of 15 in 200 that unpaired intervals would not see, and as many won as lost."""
+    fields = {"run_dir": str(tmp_path), "model": "m", "data": "d", "bottleneck": "b", "distill": "d", "rounds": 4}
 
-    assert lost_rounds([row(1, 90.0, 85.0), row(2, 86.0, 80.0), row(3, 60.0, 50.0)]) == [
-        "round 3 (60.0) lost to round 2 (86.0): use round 2"
-    ]
+    def answers(t: int, right: list[int]) -> None:
+        folder = tmp_path / f"round{t}" / "evaluate"
+        folder.mkdir(parents=True)
+        lines = [
+            {"mode": "abstract", "swap": swap, "id": str(i), "score": float(i in right and swap == "own")}
+            for i in range(200)
+            for swap in ("own", "random")
+        ]
+        (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    answers(1, list(range(100)))
+    answers(2, list(range(15, 115)))  # 15 lost, 15 others won
+    assert lost_rounds(WarmupArguments(**fields)) == []
+    answers(3, list(range(30, 115)))  # 15 lost
+    answers(4, list(range(31, 115)))  # 1 lost
+    (sentence,) = lost_rounds(WarmupArguments(**fields))
+    assert sentence.startswith("round 3 (42.5) lost to round 2 (50.0): -7.5 points, 95 % interval -11")
+    assert sentence.endswith("; use round 2") and wilson_interval(85, 200)[1] > wilson_interval(100, 200)[0]
 
 
 def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):

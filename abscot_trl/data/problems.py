@@ -1,13 +1,22 @@
-"""Problems with a gold answer: GSM8K, MATH, MATH-500, AIME and HotpotQA rows, told apart by their columns."""
+"""Problems: GSM8K, MATH, MATH-500, AIME, HotpotQA, GPQA and AlpacaEval rows, told apart by their columns."""
 
+import csv
+import hashlib
+import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from abscot_trl.data.dolci import RowRejected, iter_rows
 from abscot_trl.examples import Example
 
-HOTPOTQA = "hotpotqa"
+HOTPOTQA, GPQA, ALPACAEVAL, MATHS = "hotpotqa", "gpqa", "alpacaeval", "maths"
+GPQA_COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 MODES = ("verbal", "direct", "abstract")
 
 _BOX_START = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -15,14 +24,22 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _CALCULATOR_MARK = re.compile(r"<<.*?>>")
 # Abstract and direct share one wording: a prompt that asks for steps gets them, in words, in the answer.
 _INSTRUCTIONS = {
-    ("maths", "verbal"): "Please reason step by step, and put your final answer within \\boxed{}.",
-    ("maths", "direct"): "Put your final answer within \\boxed{}.",
+    (MATHS, "verbal"): "Please reason step by step, and put your final answer within \\boxed{}.",
+    (MATHS, "direct"): "Put your final answer within \\boxed{}.",
+    (GPQA, "verbal"): "Please reason step by step, and put the letter of the right option within \\boxed{}.",
+    (GPQA, "direct"): "Put only the letter of the right option within \\boxed{}.",
     (HOTPOTQA, "verbal"): (
         "Please reason step by step, then give a short answer (a few words, yes or no) on a last line that begins "
         'with "Answer:".'
     ),
     (HOTPOTQA, "direct"): 'Give only a short answer (a few words, yes or no) on one line that begins with "Answer:".',
 }
+
+
+def kind_of(source: str) -> str:
+    """How problems of a `source` are asked and graded: `hotpotqa`, `gpqa`, `alpacaeval` (not here) or `maths`."""
+    kind = source.partition("/")[0]
+    return kind if kind in (HOTPOTQA, GPQA, ALPACAEVAL) else MATHS
 
 
 def last_boxed(text: str, tries: int = 8, length: int = 2000) -> str | None:
@@ -53,8 +70,11 @@ def problem_to_example(row: dict[str, Any]) -> Example:
     | problem, solution, answer | HuggingFaceH4/MATH-500 | solution | answer |
     | problem, solution | hendrycks/MATH | solution | its last `\boxed{}` |
     | problem, answer | AIME | "" | answer |
+    | Question, Correct Answer, Incorrect Answer 1 .. 3 | Idavidrein/gpqa | "" | the right option's letter |
+    | instruction, dataset | AlpacaEval | "" | `None`: a judge compares it (`evaluation/alpaca.py`) |
 
     `answer` is `The answer is \boxed{gold}.` where the row has only the bare result, for HotpotQA `Answer: gold`.
+    GPQA's options stand in an order that a digest of the question fixes, wherever the row stands.
 
     Raises:
         RowRejected: `malformed`: other columns, or an empty or non-text value among those needed.
@@ -74,6 +94,14 @@ def problem_to_example(row: dict[str, Any]) -> Example:
     if {"question", "context", "answer"} <= columns:
         answer = _text(row, "answer")
         return example(_hotpot_prompt(row), "", f"Answer: {answer}", answer, HOTPOTQA)
+    if set(GPQA_COLUMNS) <= columns:
+        prompt, gold = _multiple_choice(*(_text(row, name) for name in GPQA_COLUMNS))
+        problem = example(prompt, "", _boxed(gold), gold, GPQA)
+        return replace(problem, id=_first(row, "Record ID") or problem.id)
+    if {"instruction", "dataset"} <= columns:
+        return replace(
+            example(_text(row, "instruction"), "", "", "", f"{ALPACAEVAL}/{_text(row, 'dataset')}"), gold=None
+        )
     if {"question", "answer"} <= columns:
         solution, mark, number = _text(row, "answer").rpartition("####")
         gold = number.strip().replace(",", "")
@@ -107,6 +135,14 @@ def _boxed(gold: str) -> str:
     return f"The answer is \\boxed{{{gold}}}."
 
 
+def _multiple_choice(question: str, *options: str) -> tuple[str, str]:
+    """The prompt, and the letter of the first option."""
+    digest = hashlib.sha256(question.encode()).digest()
+    order = np.random.default_rng(list(digest)).permutation(len(options)).tolist()
+    lines = [f"{letter}) {options[index]}" for letter, index in zip("ABCD", order, strict=True)]
+    return "\n".join([question, "", *lines]), "ABCD"[order.index(0)]
+
+
 def _hotpot_prompt(row: dict[str, Any]) -> str:
     try:
         pairs = list(zip(row["context"]["title"], row["context"]["sentences"], strict=True))
@@ -116,21 +152,45 @@ def _hotpot_prompt(row: dict[str, Any]) -> str:
     return "\n\n".join([*paragraphs, f"Question: {_text(row, 'question')}"])
 
 
+def _rows(data: str | list[str], split: str, config: str | None) -> Iterator[dict[str, Any]]:
+    """`iter_rows`, and the two forms that AlpacaEval and GPQA come in: one JSON list, CSV."""
+    path = Path(data).expanduser() if isinstance(data, str) else None
+    if path is None or path.suffix not in (".json", ".csv") or not path.is_file():
+        yield from iter_rows(data, split, config, shuffle_buffer=0)
+        return
+    with open(path, newline="") as file:
+        try:
+            yield from csv.DictReader(file) if path.suffix == ".csv" else json.load(file)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no JSON list of problems ({error})") from error
+
+
 def load_problems(
     data: str | list[str], split: str = "test", config: str | None = None, limit: int | None = None
 ) -> list[Example]:
     """
-    The problems of local files or of a hub dataset (see `iter_rows`), in their order, the first `limit` at most.
+    The problems of local files (.jsonl, .parquet, .json, .csv) or of a hub dataset, in their order, the first `limit`
+    at most. One without an id gets its row's number.
 
     Raises:
-        ValueError: a row that is no problem; leaving it out would change the score. The message says which.
+        ValueError: a row that is no problem; leaving it out would change the score. The message says which. A hub
+            dataset that is not handed out.
     """
     examples = []
-    for number, row in enumerate(islice(iter_rows(data, split, config, shuffle_buffer=0), limit), 1):
-        try:
-            examples.append(problem_to_example(row))
-        except RowRejected as rejection:
-            raise ValueError(f"{data}: row {number} is no problem to evaluate ({rejection})") from rejection
+    try:
+        for number, row in enumerate(islice(_rows(data, split, config), limit), 1):
+            try:
+                example = problem_to_example(row)
+            except RowRejected as rejection:
+                raise ValueError(f"{data}: row {number} is no problem to evaluate ({rejection})") from rejection
+            examples.append(example if example.id else replace(example, id=str(number)))
+    except ValueError as error:
+        if "gated" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. The hub hands {data} only to who accepted its terms: do so on its page and log in with "
+            "`hf auth login`, or give a local .csv, .jsonl or .parquet file of its rows as `problems`"
+        ) from error
     return examples
 
 
@@ -139,7 +199,8 @@ def with_instruction(example: Example, mode: str) -> list[dict[str, str]]:
     The prompt's messages with the instruction of `mode` after the last user message; the example stays as it is.
 
     Args:
-        example (`Example`): HotpotQA (by its `source`) is asked for a short answer, all others for `\boxed{}`.
+        example (`Example`): HotpotQA (by its `source`) is asked for a short answer, GPQA for a letter in `\boxed{}`,
+            AlpacaEval for nothing more, all others for `\boxed{}`.
         mode (`str`): `verbal` asks for steps, `direct` and `abstract` only for the answer.
 
     Raises:
@@ -149,7 +210,9 @@ def with_instruction(example: Example, mode: str) -> list[dict[str, str]]:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not example.prompt or example.prompt[-1]["role"] != "user":
         raise ValueError(f"the prompt of {example.id!r} does not end with a user message; nothing to instruct")
-    kind = HOTPOTQA if example.source == HOTPOTQA else "maths"
+    kind = kind_of(example.source)
+    if kind == ALPACAEVAL:
+        return example.prompt
     instruction = _INSTRUCTIONS[kind, "verbal" if mode == "verbal" else "direct"]
     *earlier, last = example.prompt
     return [*earlier, {"role": "user", "content": f"{last['content']}\n\n{instruction}"}]

@@ -1,6 +1,5 @@
-"""Right or wrong: boxed maths by math-verify, HotpotQA by its official rules, and the interval of a proportion."""
+"""Right or wrong: boxed maths by math-verify, GPQA by the letter, HotpotQA by its official rules."""
 
-import math
 import re
 import string
 import threading
@@ -8,7 +7,7 @@ from collections import Counter
 
 from math_verify import parse, verify
 
-from abscot_trl.data.problems import last_boxed
+from abscot_trl.data.problems import GPQA, HOTPOTQA, kind_of, last_boxed
 
 TIMEOUT = 3  # seconds for one parse or one comparison
 LENGTH = 500  # characters of an answer; longer ones are wrong unread (the longest gold in MATH has 81)
@@ -17,6 +16,7 @@ TAIL = 200  # characters at the end of a response without a box in which its ans
 _STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*"
+_TEXTS = re.compile(_TEXT + r"\{([^{}]*)\}")
 # What math-verify 0.9 reads as another number, or not at all.
 _NORMALISATIONS = (
     (re.compile(r"\s*\\!\s*"), ""),  # 10,\!080
@@ -28,6 +28,31 @@ _NORMALISATIONS = (
     (re.compile(r"^(\\?\$?-?\d[\d.,]*)((?:\s+[A-Za-z]{3,})+\.?)$"), r"\1 \\text{\2}"),  # 18 dollars
 )
 _BASE = re.compile(r"_\s*\{?\s*(\d+)\s*\}?$")
+_CHOICE = re.compile(r"^\W*([A-D])(?:\W*$|[).:,])")  # B, (B), B) 10 m
+
+
+def score(response: str, gold: str, source: str = "") -> float:
+    """1 or 0, or F1 in 0..1 for HotpotQA: as the instruction of a problem of that `source` asked."""
+    if kind_of(source) == HOTPOTQA:
+        return hotpot_scores(short_answer(response), gold)[1]
+    if kind_of(source) == GPQA:
+        return float(extract_answer(response, source) == gold)
+    return float(is_correct(response, gold))
+
+
+def extract_answer(response: str, source: str = "") -> str | None:
+    """The short answer that is graded: what is boxed or stated, GPQA's letter, HotpotQA's line; `None` without it."""
+    if kind_of(source) == HOTPOTQA:
+        return short_answer(response) or None
+    answer = _answer_of(response)
+    choice = _CHOICE.match(_TEXTS.sub(r"\1", answer)) if kind_of(source) == GPQA else None
+    return choice.group(1) if choice else answer or None
+
+
+def normal_form(answer: str | None, source: str = "") -> str:
+    """What two answers must share to count as one (votes, changed answers); equal values may differ in it."""
+    answer = answer or ""
+    return _normalise_words(answer) if kind_of(source) == HOTPOTQA else _plain(_normalise(answer))
 
 
 def is_correct(response: str, gold: str) -> bool:
@@ -51,10 +76,7 @@ def is_correct(response: str, gold: str) -> bool:
         raise RuntimeError(
             "is_correct needs the main thread (math-verify's timeouts are signals); use processes instead"
         )
-    answer = last_boxed(response)
-    if answer is None:  # a box cut off at the token limit states nothing
-        answer = "" if "\\boxed" in response else _stated_answer(response)
-    answer, gold = _normalise(answer), _normalise(gold)
+    answer, gold = _normalise(_answer_of(response)), _normalise(gold)
     if not answer or len(answer) > LENGTH:
         return False
     if _plain(answer) == _plain(gold):
@@ -67,6 +89,13 @@ def is_correct(response: str, gold: str) -> bool:
 
 def _parse(answer: str) -> list:
     return parse(f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT)
+
+
+def _answer_of(response: str) -> str:
+    answer = last_boxed(response)
+    if answer is None:  # a box cut off at the token limit states nothing
+        return "" if "\\boxed" in response else _stated_answer(response)
+    return answer
 
 
 def _stated_answer(response: str) -> str:
@@ -88,7 +117,7 @@ def _normalise(answer: str) -> str:
 
 def _plain(answer: str) -> str:
     """Without text wrappers, spaces that separate nothing, and case."""
-    answer = re.sub(_TEXT + r"\{([^{}]*)\}", r"\1", answer)
+    answer = _TEXTS.sub(r"\1", answer)
     return re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", answer).casefold()
 
 
@@ -118,19 +147,3 @@ def hotpot_scores(prediction: str, gold: str) -> tuple[bool, float]:
 def _normalise_words(text: str) -> str:
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """
-    Wilson's 95 % interval of the accuracy `correct / n`, in points 0..100.
-
-    Raises:
-        ValueError: `n` under 1, or `correct` outside 0..n.
-    """
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"an interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}")
-    z = 1.959963984540054  # the normal's 97.5 % quantile
-    p = correct / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)

@@ -5,14 +5,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from abscot_trl.evaluation.plots import plot_accuracy_by_swap, plot_accuracy_over_tokens
+from abscot_trl.files import write_whole
+
+ROW = (
+    "model",
+    "task",
+    "mode",
+    "swap",
+    "n",
+    "samples",
+    "metric",
+    "accuracy",
+    "trace_tokens",
+    "answer_tokens",
+    "tokens",
+)
+DECODING = ("backend", "trace_temperature", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+FIGURES = {"accuracy": "ci95"} | {name: f"{name}_ci95" for name in ("em", "maj", "pass", "difference", "win_rate")}
+
+
+def check_row(row: dict) -> None:
+    """
+    Every figure stands beside what it was measured on.
+
+    Raises:
+        ValueError: a row without its n, decoding, seed or the interval of one of its figures.
+    """
+    name = " ".join(str(row.get(key)) for key in ("model", "task", "mode", "swap"))
+    needed = [*ROW, *(interval for figure, interval in FIGURES.items() if figure in row)]
+    needed += ["difference", "changed"] if row.get("swap") != "own" and row.get("metric") != "lc_win_rate" else []
+    missing = [key for key in needed if row.get(key) is None]
+    missing += [f"decoding.{key}" for key in DECODING if (row.get("decoding") or {}).get(key) is None]
+    if missing:
+        raise ValueError(f"results row {name!r} lacks {', '.join(missing)}; a figure without them is not written")
+    for figure, interval in FIGURES.items():
+        if figure in row and not (len(row[interval]) == 2 and row[interval][0] <= row[interval][1]):
+            raise ValueError(f"results row {name!r}: {interval} {row[interval]} is no interval")
 
 
 def write_results(path: str | Path, results: list[dict]) -> None:
-    """Write `results.json` whole or not at all."""
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(path)
+    """
+    Write `results.json` whole or not at all.
+
+    Raises:
+        ValueError: a row that lacks something (see [`check_row`]).
+    """
+    for row in results:
+        check_row(row)
+    write_whole(path, json.dumps(results, indent=2) + "\n")
 
 
 def read_results(path: str | Path) -> list[dict]:

@@ -1,7 +1,8 @@
 """
-Does the answer depend on the trace? Answer again after it was swapped for another one (section 5, permutations).
+Does the answer depend on what precedes it? Answer again after it was swapped (section 5, permutations).
 
-Traces are codebook indices 0..M-1. Every swap draws per row, and keeps the length unless it says otherwise:
+In abstract mode that is the trace, codebook indices 0..M-1. Every swap draws per row, and keeps the length unless it
+says otherwise:
 
     own       the model's own trace
     random    as many codebook tokens, drawn uniformly
@@ -9,11 +10,25 @@ Traces are codebook indices 0..M-1. Every swap draws per row, and keeps the leng
     other     the trace of another problem
     none      an empty trace
     cut:<k>   its own first k tokens
+
+In verbal mode it is the chain of thought that the model wrote: `own`, `shuffled` (its lines, permuted row by row) and
+`cut:<k>` (its first k tokens). The answer is then forced (`verbal_prefix`).
 """
 
-import numpy as np
+import re
 
-SWAPS = ("own", "random", "shuffled", "other", "none")
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from abscot_trl.data.problems import HOTPOTQA, kind_of
+
+SWAPS = {
+    "verbal": ("own", "shuffled", "cut:<k>"),
+    "direct": ("own",),
+    "abstract": ("own", "random", "shuffled", "other", "none", "cut:<k>"),
+}
+THINK, THOUGHT = "<think>\n", "</think>"
+_ANSWER_LINE = re.compile(r"^\W*Answer:", re.MULTILINE)
 
 
 def check_swap(name: str) -> None:
@@ -21,9 +36,13 @@ def check_swap(name: str) -> None:
     Raises:
         ValueError: `name` is no swap.
     """
-    if name in SWAPS or (name.startswith("cut:") and name[4:].isdecimal()):
-        return
-    raise ValueError(f"swap {name!r} is not one of {', '.join(SWAPS)} or cut:<k>")
+    if not applies(name, "abstract"):
+        raise ValueError(f"swap {name!r} is not one of {', '.join(SWAPS['abstract'])}")
+
+
+def applies(swap: str, mode: str) -> bool:
+    """Whether `mode` knows `swap`."""
+    return re.sub(r"^cut:[0-9]+$", "cut:<k>", swap) in SWAPS[mode] and swap != "cut:<k>"
 
 
 def swap_traces(traces: list[list[int]], swap: str, vocabulary_size: int, seed: int = 0) -> list[list[int]]:
@@ -49,3 +68,50 @@ def swap_traces(traces: list[list[int]], swap: str, vocabulary_size: int, seed: 
         order = rng.permutation(len(traces))
         return [list(traces[order[(position + 1) % len(order)]]) for position in np.argsort(order)]
     return [list(trace[: int(swap[4:])]) for trace in traces]
+
+
+def answer_start(text: str) -> int | None:
+    r"""
+    Where the answer of a verbal response begins: after `</think>`, or at the line with the last `\boxed{}`, or
+    at the last line that begins with "Answer:"; `None` where it states none.
+    """
+    if THOUGHT in text:
+        return text.index(THOUGHT) + len(THOUGHT)
+    if "\\boxed" in text:
+        return text.rfind("\n", 0, text.rindex("\\boxed")) + 1
+    lines = list(_ANSWER_LINE.finditer(text))
+    return lines[-1].start() if lines else None
+
+
+def swap_steps(responses: list[str], swap: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[list[int]]:
+    """
+    The chain of thought of each verbal response, swapped, as token ids. Its steps are its lines that are not blank;
+    all of a response that states no answer is taken for its thought.
+    """
+    rng, swapped = np.random.default_rng(seed), []
+    for response in responses:
+        steps = own_steps(response)
+        if swap == "shuffled":
+            steps = [steps[i] for i in rng.permutation(len(steps))]
+        ids = tokenizer("\n".join(steps), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        swapped.append(ids[: int(swap[4:])] if swap.startswith("cut:") else ids)
+    return swapped
+
+
+def own_steps(response: str) -> list[str]:
+    """The lines of a verbal response that precede its answer, without the marks of a thought."""
+    thought = response[: answer_start(response)].removeprefix(THINK).removesuffix(THOUGHT)
+    return [line for line in thought.split("\n") if line.strip()]
+
+
+def verbal_prefix(response: str, source: str, stub: str | None = None) -> tuple[str, str]:
+    r"""
+    What is written before and after a swapped chain of thought so that only the answer is left to write.
+
+    Returns:
+        The opening (`<think>` where the model had opened a thought, else nothing), and a newline, `</think>` where it
+        had closed one, and `stub`: `\boxed{`, or for HotpotQA `Answer:`, unless another one is given.
+    """
+    stub = stub or ("Answer:" if kind_of(source) == HOTPOTQA else "\\boxed{")
+    close = f"\n{THOUGHT}\n\n" if THOUGHT in response else "\n"
+    return THINK if response.startswith(THINK) else "", close + stub

@@ -71,7 +71,7 @@ def demo(args: DemoArguments) -> list[dict]:
     evaluation.write_text((recipes / "evaluate.yaml").read_text() + f"problems: {test}\n")
 
     def evaluate(name: str, model: str, mode: str) -> list[dict]:
-        fields = {"problems": test, "model": model, "name": name, "modes": [mode]}
+        fields = {"problems": test, "model": model, "name": name, "modes": [mode], "swaps": ["own"]}
         return read_results(phase("evaluate", "evaluate.yaml", f"evaluate-{name}", **fields))
 
     results = evaluate("base", base, "verbal")

@@ -56,13 +56,23 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, model: str | GenerationConfig) 
     return sorted({tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])} - {None})
 
 
-def check_answer_request(prefixes: list[list[int]], max_new_tokens: int, temperature: float, positions: int) -> None:
+def check_answer_request(
+    prefixes: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    positions: int,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> None:
     """
     What every sampler refuses of an answer.
 
     Raises:
-        ValueError: a negative temperature, or a prefix that leaves no room for `max_new_tokens`.
+        ValueError: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
+            `max_new_tokens`.
     """
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"0 < top_p <= 1 and top_k >= 0 (0: all tokens) are needed, got {top_p} and {top_k}")
     if temperature < 0 or max_new_tokens < 1:
         raise ValueError(
             f"temperature >= 0 and max_new_tokens >= 1 are needed, got {temperature} and {max_new_tokens}"

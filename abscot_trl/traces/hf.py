@@ -6,7 +6,15 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from abscot_trl.traces.batching import batches, left_pad
 from abscot_trl.traces.constraint import (
@@ -60,6 +68,29 @@ class _TraceProcessor(LogitsProcessor):
         self.choices.append(choice[:, 0])
         self.logps.append(logps.gather(1, choice)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, allowed[choice], 0.0)
+
+
+class _AnswerProcessor(LogitsProcessor):
+    """
+    Draws each row's next token and leaves it the only finite score: the first whose cumulated probability exceeds a
+    uniform number of the row's own seed, so that a row's answer does not depend on which rows stand beside it.
+    """
+
+    def __init__(self, start: int, temperature: float, top_p: float, top_k: int, length: int, seeds: list):
+        self.start = start
+        self.uniform = torch.from_numpy(np.stack([np.random.default_rng(seed).random(length) for seed in seeds]))
+        self.warpers = [TemperatureLogitsWarper(temperature)]
+        self.warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float()
+        for warp in self.warpers:
+            logits = warp(input_ids, logits)
+        reached = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
+        uniform = self.uniform[:, input_ids.shape[1] - self.start, None].to(scores.device)
+        choice = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, choice, 0.0)
 
 
 class HFTraceSampler:
@@ -156,6 +187,8 @@ class HFTraceSampler:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         bar: tqdm | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
     ) -> list[Continuation]:
         """
         Unconstrained decoding after each prefix of token ids.
@@ -163,29 +196,33 @@ class HFTraceSampler:
         Args:
             max_new_tokens (`int`): a continuation that reaches it without EOS is marked `truncated`.
             temperature (`float`): 0 decodes greedily.
-            seed (`int`): of the draws; they depend on the batch too.
+            seed (`int`): with the row's number it fixes the row's draw, whatever the batch.
             rows (`Sequence[int]`, *optional*): the rows' numbers; 0, 1, .. when left out.
             bar (`tqdm`, *optional*): moved on by one a row.
+            top_p (`float`): draw among the likeliest tokens that together reach this probability.
+            top_k (`int`): draw among so many of the likeliest tokens; 0 takes all. Applied before `top_p`.
 
         Raises:
-            ValueError: a negative temperature, or a prefix that leaves no room for `max_new_tokens`.
+            ValueError: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
+                `max_new_tokens`.
         """
-        check_answer_request(prefixes, max_new_tokens, temperature, self.positions)
+        check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)
+        rows = range(len(prefixes)) if rows is None else rows
         results: list[Continuation | None] = [None] * len(prefixes)
         lengths = [len(prefix) + max_new_tokens for prefix in prefixes]
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        sampling = sampling if temperature > 0 else {"do_sample": False}
-        with plain_generation(self.model), torch.random.fork_rng():
-            torch.manual_seed(seed + (rows[0] if rows else 0))
+        with plain_generation(self.model):
             for batch in batches(lengths, self.batch_tokens):
                 ids, mask = left_pad([prefixes[i] for i in batch], self.pad)
+                seeds = [[seed, rows[i], 1] for i in batch]  # 1: not the trace's draws again
+                draws = (len(ids[0]), temperature, top_p, top_k, max_new_tokens, seeds)
                 output = self.model.generate(
                     torch.tensor(ids, device=self.model.device),
                     attention_mask=torch.tensor(mask, device=self.model.device),
+                    logits_processor=[_AnswerProcessor(*draws)] if temperature > 0 else [],
                     max_new_tokens=max_new_tokens,
+                    do_sample=False,
                     eos_token_id=self.stops,
                     pad_token_id=self.pad,
-                    **sampling,
                 )[:, len(ids[0]) :].tolist()
                 for i, tokens in zip(batch, output, strict=True):
                     results[i] = Continuation.until(tokens, self.stops)

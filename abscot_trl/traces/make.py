@@ -222,7 +222,7 @@ def _from_policy(
         if Path(args.output_dir).exists():  # another shard has joined them in the meantime
             return json.loads((Path(args.output_dir) / "summary.json").read_text())
         with written_whole(args.output_dir) as folder:
-            summary = _write(args, folder, vocabulary, parts.records(len(spans)), len(rows))
+            summary = _write(args, folder, vocabulary, parts.records(range(len(spans))), len(rows))
     parts.remove()
     return summary
 

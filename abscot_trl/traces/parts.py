@@ -1,5 +1,5 @@
 """
-Traces made in parts: a killed run goes on where it was, and shards work side by side.
+Traces (or answers) made in parts: a killed run goes on where it was, and shards work side by side.
 
 `<output_dir>.parts/` holds `settings.json` and a file for each finished part, written whole. Which rows a part holds
 depends on the rows alone, so the joined file does not depend on who made which part, or on how often it was killed.
@@ -8,7 +8,7 @@ depends on the rows alone, so the joined file does not depend on who made which 
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,11 +32,11 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
 
 class Parts:
     """
-    The parts of one trace file.
+    The parts of one file.
 
     Args:
         output_dir (`str`): where the joined file will go.
-        settings (`dict`): everything that the traces depend on.
+        settings (`dict`): everything that the records depend on.
 
     Raises:
         FileExistsError: `output_dir` is there already.
@@ -58,9 +58,9 @@ class Parts:
         """Write one part, whole or not at all."""
         write_whole(self._path(number), "".join(json.dumps(record) + "\n" for record in records))
 
-    def records(self, count: int) -> Iterator[dict]:
-        """The records of parts 0 .. count - 1, in order."""
-        for number in range(count):
+    def records(self, numbers: Iterable[int]) -> Iterator[dict]:
+        """The records of the parts `numbers`, in order."""
+        for number in numbers:
             with open(self._path(number)) as file:
                 yield from map(json.loads, file)
 

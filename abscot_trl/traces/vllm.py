@@ -192,9 +192,11 @@ class EngineTraceSampler:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         bar: tqdm | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
     ) -> list[Continuation]:
         """Unconstrained decoding after each prefix: arguments, result and errors as in [`HFTraceSampler.answer`]."""
-        found = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar)
+        found = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
         return [Continuation.until(ids, self.stops) for ids, _ in found]
 
     def complete_answers(
@@ -205,12 +207,16 @@ class EngineTraceSampler:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         bar: tqdm | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
     ) -> Completions:
         """As `answer`, but ids with EOS and their log-probabilities, for a trainer."""
-        check_answer_request(prefixes, max_new_tokens, temperature, self.positions)
+        check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)
         rows = range(len(prefixes)) if rows is None else rows
+        truncation = {"top_p": top_p, "top_k": top_k}
         parameters = [
-            sampling_parameters(max_new_tokens, temperature, self.stops, row_seed(seed, row, 1)) for row in rows
+            sampling_parameters(max_new_tokens, temperature, self.stops, row_seed(seed, row, 1), **truncation)
+            for row in rows
         ]
         return self._complete(prefixes, parameters, bar)
 

@@ -1,0 +1,159 @@
+"""
+`abscot alpaca`: the outputs of an evaluation on AlpacaEval's prompts, compared by a judge.
+
+The comparison is the package `alpaca_eval`'s own, run as a child process: its prompt and its parser of the judge's
+log-probabilities (annotator `weighted_alpaca_eval_gpt4_turbo`) with a model of your choice behind them, and its
+length-controlled win rate (arXiv:2404.04475), for which it reads `df_gamed.csv` of the hub dataset
+`tatsu-lab/alpaca_eval` (once; offline from the hub's cache).
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from abscot_trl.checkpoint import written_whole
+from abscot_trl.evaluation.evaluate import OUTPUT_FILE, UNGRADED_FILE
+from abscot_trl.evaluation.report import write_results
+
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+WHERE = "import alpaca_eval, pathlib; print(pathlib.Path(alpaca_eval.__file__).parent)"
+
+
+@dataclass
+class AlpacaArguments:
+    """
+    Win rates of an evaluation's outputs against reference outputs.
+
+    Args:
+        outputs (`str`): the evaluation's folder: `outputs.json` and `ungraded.json`.
+        reference_outputs (`str`): the other side, in the same format and order: AlpacaEval 2's are
+            `alpaca_eval_gpt4_baseline.json` of the hub dataset `tatsu-lab/alpaca_eval`.
+        judge (`str`): `http://host:port` of an OpenAI-compatible server that gives log-probabilities; `OPENAI_API_KEY`
+            of the environment is sent to it.
+        judge_model (`str`): the model that it serves.
+        output_dir (`str`): where `results.json`, `leaderboard.csv` and `annotations.json` go. Verdicts are kept in
+            `<output_dir>.judge`; the same command goes on from them.
+        python (`str`): an interpreter that has `alpaca_eval` (`pip install alpaca_eval`); ours when left out.
+        requests (`int`): how many at once.
+    """
+
+    outputs: str = field(metadata={"help": "Folder of the evaluation (outputs.json)."})
+    reference_outputs: str = field(metadata={"help": "Reference outputs (.json)."})
+    judge: str = field(metadata={"help": "http://host:port of an OpenAI-compatible server."})
+    judge_model: str = field(metadata={"help": "The model it serves."})
+    output_dir: str = field(metadata={"help": "Where results.json goes."})
+    python: str = field(default=sys.executable, metadata={"help": "An interpreter that has alpaca_eval."})
+    requests: int = field(default=16, metadata={"help": "Requests at once."})
+
+
+def _read(path: Path) -> list | dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; evaluate AlpacaEval's prompts first") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+
+
+def check_outputs(outputs: list[dict], reference: list[dict], path: str) -> None:
+    """
+    Raises:
+        ValueError: the two sides do not answer the same instructions in the same order.
+    """
+    if len(outputs) != len(reference):
+        raise ValueError(f"{path} holds {len(reference)} outputs, the evaluation {len(outputs)}; evaluate all of them")
+    for number, (mine, other) in enumerate(zip(outputs, reference, strict=True), 1):
+        if mine["instruction"] != other.get("instruction", "").strip() or "output" not in other:
+            raise ValueError(
+                f"{path}: entry {number} has another instruction or no output; the sides must be parallel"
+            )
+
+
+def annotator(package: Path, args: AlpacaArguments) -> dict:
+    """The package's annotator with the judge's model."""
+    (config,) = yaml.safe_load((package / "evaluators_configs" / ANNOTATOR / "configs.yaml").read_text()).values()
+    config["prompt_template"] = str(package / "evaluators_configs" / config["prompt_template"])
+    config["completions_kwargs"] |= {"model_name": args.judge_model, "requires_chatml": True, "price_per_token": 0}
+    config["completions_kwargs"]["num_procs"] = args.requests
+    return {"judge": config}
+
+
+def run_alpaca_eval(args: AlpacaArguments, name: str) -> Path:
+    """
+    Returns:
+        `Path`: the folder with the package's `leaderboard.csv` and `annotations.json`.
+
+    Raises:
+        RuntimeError: the package is not there, or failed.
+    """
+    found = subprocess.run([args.python, "-c", WHERE], capture_output=True, text=True)
+    if found.returncode:
+        raise RuntimeError(
+            f"{args.python} has no alpaca_eval; run `pip install alpaca_eval`, here or in an environment of its own "
+            "whose interpreter `python` names"
+        )
+    work = Path(f"{args.output_dir}.judge")
+    (work / "judge").mkdir(parents=True, exist_ok=True)
+    config = yaml.safe_dump(annotator(Path(found.stdout.strip()), args))
+    settings = work / "judge" / "configs.yaml"  # the package keeps the verdicts beside it
+    if settings.is_file() and settings.read_text() != config:
+        raise ValueError(f"{work} was begun with another judge; go back to it or remove the folder")
+    settings.write_text(config)
+    fields = {
+        "model_outputs": Path(args.outputs, OUTPUT_FILE).absolute(),
+        "reference_outputs": Path(args.reference_outputs).absolute(),
+        "annotators_config": settings.parent.absolute(),
+        "output_path": work.absolute(),
+        "name": name,
+        "precomputed_leaderboard": None,
+        "metric_kwargs": {"save_weights_dir": None},  # else it writes into its own installation
+    }
+    command = [
+        args.python,
+        "-m",
+        "alpaca_eval.main",
+        "evaluate",
+        *(f"--{key}={value}" for key, value in fields.items()),
+    ]
+    endpoint = {"OPENAI_API_BASE": f"{args.judge.rstrip('/')}/v1", "OPENAI_API_KEY": "none"}
+    code = subprocess.run(
+        command, env=endpoint | os.environ | {"OPENAI_API_BASE": endpoint["OPENAI_API_BASE"]}
+    ).returncode
+    if code:
+        raise RuntimeError(f"alpaca_eval failed with exit code {code}, see above; the same command goes on from here")
+    return work
+
+
+def interval(rate: float, error: float) -> list[float]:
+    """The normal 95 % interval from a standard error, in points."""
+    return [max(0.0, rate - 1.96 * error), min(100.0, rate + 1.96 * error)]
+
+
+def alpaca(args: AlpacaArguments) -> list[dict]:
+    """
+    `abscot alpaca`: ask the judge, write `results.json`; `accuracy` there is the length-controlled win rate.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: files that are missing or not parallel, or a judge that failed.
+    """
+    outputs, row = _read(Path(args.outputs, OUTPUT_FILE)), _read(Path(args.outputs, UNGRADED_FILE))
+    check_outputs(outputs, _read(Path(args.reference_outputs)), args.reference_outputs)
+    with written_whole(args.output_dir) as folder:
+        work = run_alpaca_eval(args, row["model"])
+        with open(work / "leaderboard.csv", newline="") as file:
+            found = next(line for line in csv.DictReader(file) if line[""] == row["model"])
+        rates = {key: float(found[key]) for key in ("win_rate", "standard_error", "lc_standard_error")}
+        rate = float(found["length_controlled_winrate"])
+        row |= {"n": int(float(found["n_total"])), "metric": "lc_win_rate", "judge": args.judge_model}
+        row |= {"accuracy": rate, "ci95": interval(rate, rates["lc_standard_error"]), "win_rate": rates["win_rate"]}
+        row["win_rate_ci95"] = interval(rates["win_rate"], rates["standard_error"])
+        for name in ("leaderboard.csv", "annotations.json"):
+            (folder / name).write_bytes((work / name).read_bytes())
+        write_results(folder / "results.json", [row])
+    return [row]

@@ -1,0 +1,86 @@
+"""GPQA's and AlpacaEval's rows, and what the hub may refuse."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+
+from abscot_trl.data import problems as module
+from abscot_trl.data.dolci import RowRejected
+from abscot_trl.data.problems import load_problems, problem_to_example, with_instruction
+from abscot_trl.evaluation.grading import score
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def gpqa_row(i: int) -> dict:
+    wrong = {f"Incorrect Answer {n}": f"wrong {n} of {i}, at\n  length" for n in (1, 2, 3)}
+    return {"Record ID": f"rec{i}", "Question": f"What is {i}?\n", "Correct Answer": f"right of {i}", **wrong}
+
+
+def test_gpqa_options_are_shuffled_by_the_question():
+    """The letters are spread evenly, each leads to the right option, and a row's place does not matter."""
+    rows = [gpqa_row(i) for i in range(400)]
+    found = [problem_to_example(row) for row in rows]
+    for i, example in enumerate(found):
+        options = dict(
+            part.split(") ", 1)
+            for part in example.prompt[0]["content"].split("\n\n", 1)[1].split("\n")
+            if ") " in part
+        )
+        assert sorted(options) == ["A", "B", "C", "D"] and options[example.gold] == f"right of {i}"
+        assert example.answer == f"The answer is \\boxed{{{example.gold}}}." and example.id == f"rec{i}"
+        assert score(example.answer, example.gold, example.source) == 1.0
+    assert min(Counter(example.gold for example in found).values()) > 70
+    assert [problem_to_example(row) for row in reversed(rows)] == found[::-1]
+    assert found[7].prompt[0]["content"].startswith("What is 7?\n\nA) ")
+    verbal, direct = (with_instruction(found[0], mode)[0]["content"] for mode in ("verbal", "direct"))
+    assert "step by step" in verbal and "step" not in direct and all("letter" in text for text in (verbal, direct))
+    with pytest.raises(RowRejected, match="Incorrect Answer 2 is empty"):
+        problem_to_example(gpqa_row(1) | {"Incorrect Answer 2": " "})
+
+
+def test_a_local_file_of_gpqa_works(tmp_path):
+    rows = [gpqa_row(i) for i in range(5)]
+    with open(tmp_path / "gpqa.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_problems(str(tmp_path / "gpqa.csv"))
+    assert found == load_problems(str(tmp_path / "gpqa.jsonl")) and len(found) == 5
+    assert load_problems(str(tmp_path / "gpqa.csv"), limit=2) == found[:2]
+    (tmp_path / "list.json").write_text("{")
+    with pytest.raises(ValueError, match="list.json is no JSON list of problems"):
+        load_problems(str(tmp_path / "list.json"))
+
+
+def test_a_gated_hub_says_so(monkeypatch):
+    def refuse(name, *_, **__):
+        raise DatasetNotFoundError(f"Dataset '{name}' is a gated dataset on the Hub. You must be authenticated.")
+
+    monkeypatch.setitem(module.iter_rows.__globals__, "load_dataset", refuse)
+    with pytest.raises(
+        ValueError, match=r"is a gated dataset.*accepted its terms.*local .csv, .jsonl or .parquet file"
+    ):
+        load_problems("Idavidrein/gpqa", "train", "gpqa_diamond")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real rows are not at {DATA}")
+def test_alpacaeval_prompts():
+    """All real rows: asked as they stand in every mode, without gold, each with its dataset and a number for id."""
+    found = load_problems(str(DATA / "instructions_332.jsonl"))
+    rows = [json.loads(line) for line in (DATA / "instructions_332.jsonl").read_text().splitlines()]
+    assert [e.prompt[0]["content"] for e in found] == [row["instruction"].strip() for row in rows]
+    assert [e.source for e in found] == [f"alpacaeval/{row['dataset']}" for row in rows]
+    assert {e.gold for e in found} == {None} and [e.id for e in found] == [str(i) for i in range(1, 333)]
+    assert all(with_instruction(found[0], mode) == found[0].prompt for mode in ("verbal", "direct", "abstract"))
+
+
+def test_problems_without_an_id_get_their_number(tmp_path):
+    rows = [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2", "id": 7}, {"problem": "r", "answer": "3"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [example.id for example in load_problems(str(tmp_path / "p.jsonl"))] == ["1", "7", "3"]
