@@ -89,6 +89,8 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     """`abscot report`: join the runs, print the table, write `report.md`, its figures and `report.html`."""
     paths = [Path(run) for run in args.runs]
     folders = [path if path.is_dir() else path.parent for path in paths]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"runs: {' '.join(args.runs)}: one stands twice; name each once")
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(args.runs)
     several = len(paths) > 1

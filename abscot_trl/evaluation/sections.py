@@ -121,10 +121,10 @@ def codebook_section(groups: list[tuple[Path, str, Group]], trained: dict[str, l
     words = (
         "Own traces. Exponent of a power law over all M ranks: maximum likelihood, the noise of the ranks simulated, "
         "with its 95 % interval (traces are the units); off by: largest gap between cumulated shares and fit. I: "
-        "mutual information in nats, plug-in, in brackets its mean over 100 permutations of the gold answers (what chance "
-        "gives); p by permutation. I(token; gold) is at the position where it is furthest above chance, "
-        "and p is of that position alone. H(gold) with the number of distinct answers: where hardly any answer "
-        "repeats, nothing can be told."
+        "mutual information in nats, plug-in, in brackets its mean over 100 permutations of the gold answers (what "
+        "chance gives); p by permutation. I(token; gold) is at the position where it is furthest above chance, and p "
+        "is of that position alone. H(gold) with the number of distinct answers: where hardly any answer repeats, "
+        "nothing can be told."
     )
     return _section("Codebook", words, figures, [_table("", header, rows)] if rows else []) if figures else None
 
