@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
+from scipy.stats import binomtest
 
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.evaluation.grading import wilson_interval
 from abscot_trl.evaluation.page import as_json, browser
 from abscot_trl.evaluation.report import ReportArguments, report
 from abscot_trl.evaluation.runs import TEXT_LIMIT, read_answers
@@ -33,12 +33,17 @@ EVIL = "</script><script>document.title='pwned'</script><img src=x onerror=alert
 SWAPPED = [*SWAPS, "cut:3"]
 
 
+def wilson(correct, n):
+    interval = binomtest(int(correct), n).proportion_ci(method="wilson")
+    return [100 * interval.low, 100 * interval.high]
+
+
 def scored(model, mode, swap, records, own, **fields):
     """A row of results.json, as an evaluation writes it."""
     scores = np.array([record["score"] for record in records])
     trace, answer = (float(np.mean([record[key] for record in records])) for key in ("trace_tokens", "answer_tokens"))
     row = {"model": model, "task": "chain", "mode": mode, "swap": swap, "n": len(records)}
-    row |= {"accuracy": 100 * scores.mean(), "ci95": list(wilson_interval(int(scores.sum()), len(scores)))}
+    row |= {"accuracy": 100 * scores.mean(), "ci95": wilson(scores.sum(), len(scores))}
     row |= {"trace_tokens": trace, "answer_tokens": answer, "tokens": trace + answer, "truncated": 0}
     if swap != "own":
         off = 100 * (scores - [record["score"] for record in own])
@@ -113,6 +118,13 @@ def write_run(run, n=N, seed=0, models=("informed", "paper"), rounds=(1, 2), ext
         ]
         lines = [",".join(["stage", *COLUMNS[:7]]), *(",".join(map(str, step)) for step in steps)]
         write_whole(run / model / "losses.csv", "\n".join(lines) + "\n")
+        sweep = [
+            {**row, "stage": stage, "round": int(stage[5:6]) if stage != "base" else 0}
+            for stage in ("base", *(f"round{t}/{phase}" for t in rounds for phase in ("bottleneck", "distill")))
+            for row in results[-len(SWAPPED) :]
+        ]
+        (run / model / "sweep").mkdir()
+        write_whole(run / model / "sweep" / "results.json", json.dumps(sweep))
         table = (
             "# Wall time by stage\n\n| stage | rows | wall s |\n|---|---:|---:|\n| round1/bottleneck | 128 | 61.7 |\n"
         )
@@ -231,7 +243,14 @@ def test_markdown_holds_every_figure(made):
     ] * 2
     assert all("n = 300" in line and "seed 3" in line and "temperature" in line for line in verdicts)
     images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert {"accuracy_by_swap.png", "accuracy_over_tokens.png", "swap_differences.png", "codebook.png"} < set(images)
+    assert cells.count("informed round2/distill") == len(SWAPPED) and cells.count("round1/bottleneck") == 2
+    assert {
+        "accuracy_by_swap.png",
+        "accuracy_over_stages.png",
+        "accuracy_over_tokens.png",
+        "swap_differences.png",
+        "codebook.png",
+    } < set(images)
     for name in images:
         image = Image.open(run / "report" / name)
         assert image.width > 600 and len(set(image.convert("L").tobytes())) > 20
@@ -386,7 +405,7 @@ def test_old_and_damaged_answers(tmp_path, capsys):
 def rows_of(**accuracies):
     """Own, random, other, none of 500 problems with these accuracies."""
     row = {"model": "m", "task": "t", "mode": "abstract", "n": 500, "tokens": 9.0, "swapped": 1.0}
-    interval = {swap: list(wilson_interval(round(5 * value), 500)) for swap, value in accuracies.items()}
+    interval = {swap: wilson(round(5 * value), 500) for swap, value in accuracies.items()}
     return [row | {"swap": swap, "accuracy": value, "ci95": interval[swap]} for swap, value in accuracies.items()]
 
 
@@ -409,8 +428,7 @@ def test_verdict(level, accuracies):
 def test_difference():
     """The unpaired interval against Newcombe's published example (1998, method 10); a paired one is taken as it is."""
     a, b = (
-        {"swap": s, "accuracy": 100 * x / n, "ci95": list(wilson_interval(x, n))}
-        for s, x, n in (("none", 56, 70), ("own", 48, 80))
+        {"swap": s, "accuracy": 100 * x / n, "ci95": wilson(x, n)} for s, x, n in (("none", 56, 70), ("own", 48, 80))
     )
     points, (low, high), paired = difference(a, b)
     assert (

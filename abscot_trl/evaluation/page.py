@@ -60,7 +60,7 @@ def browser(groups: list[tuple[Path, str, Group]], limit: int = ANSWERS_LIMIT) -
             for at, swaps in sorted(problems[key]["entries"].items())
             if "own" in swaps
         ]
-        about = {"task": key[0], "id": key[1], "text": record.get("problem", ""), "gold": str(record["gold"])}
+        about = {"task": key[0], "id": key[1], "text": record.get("problem", ""), "gold": str(record["gold"] or "")}
         about |= {"length": record["problem_length"]} if "problem_length" in record else {}
         spent += len(as_json([about, entries]))
         if chosen and spent > limit:

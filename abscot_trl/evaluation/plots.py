@@ -38,9 +38,9 @@ STYLE = {
 
 
 def label(row: dict) -> str:
-    """The model, with its round beyond the first and, where several runs are compared, its run."""
-    name = row["model"] + (f" r{row['round']}" if row.get("round", 1) > 1 else "")
-    name += f" {row['stage']}" if row.get("stage") else ""
+    """The model, with its stage or its round beyond the first, and its run where several are compared."""
+    about = row.get("stage") or (f"r{row['round']}" if row.get("round", 1) > 1 else "")
+    name = f"{row['model']} {about}" if about and about != row["model"] else row["model"]
     return name + (f" ({row['run']})" if row.get("run") else "")
 
 
@@ -159,7 +159,7 @@ def swap_differences(comparisons: list[dict]) -> Figure:
 
 def over_stages(results: list[dict]) -> Figure:
     """Accuracy over the warm-up's stages (`stage`, or else `round`), a panel a model and task, a line a swap."""
-    key = [(row["model"], row.get("task", ""), row.get("run", "")) for row in results]
+    key = [(row.get("sweep", row["model"]), row.get("task", ""), row.get("run", "")) for row in results]
     panels, swaps = _distinct(key), _distinct(row["swap"] for row in results)
     stages = _distinct(row.get("stage") or f"round{row['round']}" for row in results)
     with matplotlib.rc_context(STYLE):

@@ -112,10 +112,16 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     }
     summaries = {name: found for name, folder in trained.items() if (found := over_training(folder))}
     main = [row for row in results if not row.get("stage")] or results
+    sweeps = [
+        {**row, "sweep": name}
+        for name, folder in trained.items()
+        if (folder / "sweep" / "results.json").is_file()
+        for row in read_results(folder / "sweep")
+    ]
     parts = [
         sections.results_section(main, args.chance),
         sections.swaps_section(main),
-        sections.stages_section(results),
+        sections.stages_section(results + sweeps),
         sections.codebook_section([entry for entry in groups if entry[2].mode == "abstract"], summaries),
         sections.training_section(trained),
         sections.published_section(main),
@@ -127,7 +133,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     for part in parts:
         for name, (figure, _) in part["figures"].items():
             plots.save(figure, output / f"{name}.png")
-    command = command or f"abscot report {' '.join(args.runs)}"
+    command = command or f"abscot report --runs {' '.join(args.runs)}".replace("`", "'")
     write_whole(output / "report.md", _markdown(args.title, command, found, parts))
     write_page(output / "report.html", args.title, command, found, parts, browser(groups))
     print(results_table(results))  # noqa: T201

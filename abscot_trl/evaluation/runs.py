@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from abscot_trl.files import MANIFEST
+from abscot_trl.files import INPUTS, MANIFEST
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
 TEXT_LIMIT = 20_000  # characters of a problem or a response that are kept; a report is no archive
+PATHS = {*INPUTS, "output_dir", "resume_from_checkpoint"} - {"problems"}
 ANSWER_FIELDS = {"model", "task", "mode", "swap", "id", "trace", "response", "gold", "score"}
 
 
@@ -68,14 +69,15 @@ def _records(path: Path) -> Iterator[dict]:
 
 def read_answers(run: str | Path) -> list[Group]:
     """
-    The answers of every `answers.jsonl` below `run`, by file, model, task and mode; `*.parts` folders are left out.
+    The answers of every `answers.jsonl` below `run`, by file, model, task and mode. Folders `*.parts` are left out,
+    and `sweep`, which makes a report of its own.
 
     Raises:
         ValueError: a line that is no answer; names file and line.
     """
     groups: dict[tuple, Group] = {}
     for path in sorted(Path(run).rglob("answers.jsonl")):
-        if any(part.endswith(".parts") for part in path.parts):
+        if any(part.endswith(".parts") or part == "sweep" for part in path.relative_to(run).parts):
             continue
         rounds = re.findall(r"round(\d+)", str(path.parent.relative_to(run)))
         for record in _records(path):
@@ -118,13 +120,14 @@ def read_wall_times(warmup: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def read_settings(run: str | Path) -> dict[str, dict]:
-    """By phase of each warm-up, the settings that all its stages share, from their manifests."""
+    """By phase of each warm-up, the settings that all its stages share, from their manifests; without paths."""
     phases: dict[str, list[dict]] = {}
     for warmup in warmups(run):
         name = "" if warmup == Path(run) else f"{warmup.name}: "
         for path in sorted(warmup.glob(f"round*/*/{MANIFEST}")):
             record = json.loads(path.read_text())
-            phases.setdefault(name + record["phase"], []).append(record["settings"])
+            settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
+            phases.setdefault(name + record["phase"], []).append(settings)
     return {
         phase: {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
         for phase, (first, *others) in phases.items()

@@ -11,8 +11,8 @@ from abscot_trl.evaluation.verdict import comparisons, measured
 
 PUBLISHED = Path(__file__).with_name("published.json")
 INTERVALS = (
-    "Accuracy in points with 95 % intervals (Wilson's for right and wrong, the normal's for F1); tokens are means a "
-    "problem, the two delimiters of a trace not counted."
+    "Accuracy in points with 95 % intervals over the problems (Wilson's, at the scores' own variance where they are "
+    "not right or wrong); tokens are means a problem, the two delimiters of a trace not counted."
 )
 
 
@@ -124,7 +124,8 @@ def codebook_section(groups: list[tuple[Path, str, Group]], trained: dict[str, l
         "mutual information in nats, plug-in, in brackets its mean over 100 permutations of the gold answers (what "
         "chance gives); p by permutation. I(token; gold) is at the position where it is furthest above chance, and p "
         "is of that position alone. H(gold) with the number of distinct answers: where hardly any answer repeats, "
-        "nothing can be told."
+        "nothing can be told. Near chance does not mean empty: tokens may tell the answer only together, or with the "
+        "prompt; the swaps test that."
     )
     return _section("Codebook", words, figures, [_table("", header, rows)] if rows else []) if figures else None
 

@@ -4,7 +4,9 @@ import re
 
 from abscot_trl.evaluation.plots import label
 
-OPTIONAL = {"maj": "maj", "pass": "pass", "em": "EM", "truncated": "truncated", "swapped": "swapped"}
+FIGURES = {"em": "EM", "maj": "maj", "pass": "pass", "win_rate": "win rate"}  # each with its interval
+OPTIONAL = FIGURES | {"truncated": "truncated", "swapped": "swapped"}
+METRICS = {"f1": " F1", "lc_win_rate": " LC"}
 
 
 def header_of(results: list[dict]) -> list[str]:
@@ -14,6 +16,11 @@ def header_of(results: list[dict]) -> list[str]:
     return header + [name for key, name in OPTIONAL.items() if any(row.get(key) for row in results)]
 
 
+def _with_interval(row: dict, key: str) -> str:
+    interval = " [{:.1f}, {:.1f}]".format(*row[f"{key}_ci95"]) if f"{key}_ci95" in row else ""
+    return f"{row[key]:.1f}{interval}" if key in row else ""
+
+
 def cells(row: dict, header: list[str]) -> list[str]:
     (low, high), share = row["ci95"], row.get("swapped")
     text = {
@@ -21,13 +28,13 @@ def cells(row: dict, header: list[str]) -> list[str]:
         "task": row.get("task", ""),
         "mode": row["mode"],
         "trace": row["swap"] if row["mode"] == "abstract" or row["swap"] != "own" else "",
-        "accuracy": f"{row['accuracy']:.1f}" + (" (F1)" if row.get("metric") == "f1" else ""),
+        "accuracy": f"{row['accuracy']:.1f}" + METRICS.get(row.get("metric"), ""),
         "95 % interval": f"{low:.1f}-{high:.1f}",
         "trace tokens": f"{row['trace_tokens']:.1f}",
         "answer tokens": f"{row['answer_tokens']:.1f}",
         "tokens": f"{row['tokens']:.1f}",
         "n": str(row["n"]),
-        **{name: f"{row[key]:.1f}" if key in row else "" for key, name in OPTIONAL.items()},
+        **{name: _with_interval(row, key) for key, name in FIGURES.items()},
         "truncated": str(row.get("truncated", "")),
         "swapped": f"{100 * share:.0f} %" if share else "",
     }
@@ -43,7 +50,7 @@ def escaped(text: str) -> str:
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned so that it reads in a terminal too; columns of numbers to the right."""
     rows = [[escaped(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(header))]
+    widths = [max(3, *(min(len(row[column]), 60) for row in rows)) for column in range(len(header))]
     numeric = {i for i in range(len(header)) if all(re.match(r"[-+]?\d|$", row[i]) for row in rows[1:])}
 
     def line(cells: list[str]) -> str:

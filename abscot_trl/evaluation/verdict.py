@@ -72,7 +72,7 @@ def _beside(own: dict, results: list[dict]) -> list[tuple[dict, str]]:
                 f"beside {label(row)} ({mode}), {row['accuracy']:.1f} in {row['tokens']:.1f} tokens: {points:+.1f} "
             )
             words += f"points [{low:+.1f}, {high:+.1f}]"
-            words += f" at {own['tokens'] / row['tokens']:.2f} of its tokens" if row["tokens"] else ""
+            words += f" at {own['tokens'] / row['tokens']:.2f} times its tokens" if row["tokens"] else ""
             found.append((row, words))
     return found
 
