@@ -14,7 +14,7 @@ PHASES = {
     "merge": "merge an adapter into its checkpoint",
     "evaluate": "score a model in verbal, direct and abstract mode, with every swap of the trace",
     "serve": "OpenAI's chat API for a trained checkpoint, the trace as reasoning_content",
-    "report": "table and plots of one or more runs",
+    "report": "figures, codebook and answers of one or more runs side by side: report.md, report.html",
     "plan": "what a warm-up will take: steps, tokens, memory, disk, hours",
     "warmup": "the policy iteration: all of the above, T rounds",
     "demo": "the whole on a toy task, minutes on a laptop",

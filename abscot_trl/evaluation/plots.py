@@ -41,7 +41,7 @@ def label(row: dict) -> str:
     """The model, with its stage or its round beyond the first, and its run where several are compared."""
     about = row.get("stage") or (f"r{row['round']}" if row.get("round", 1) > 1 else "")
     name = f"{row['model']} {about}" if about and about != row["model"] else row["model"]
-    return name + (f" ({row['run']})" if row.get("run") else "")
+    return name + (f" ({row['run']})" if row.get("run", row["model"]) != row["model"] else "")
 
 
 def _short(text: str) -> str:

@@ -101,7 +101,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     ]
     runs = dict(zip(names, folders, strict=True))
     groups = [
-        (folder, group.label + (f" ({name})" if several else ""), group)
+        (folder, group.label + (f" ({name})" if several and name != group.model else ""), group)
         for name, folder in runs.items()
         for group in read_answers(folder)
     ]
