@@ -16,7 +16,7 @@ PHASES = {
     "sweep": "one evaluation of the base and of every model of a warm-up's rounds",
     "alpaca": "a judge compares an evaluation's outputs on AlpacaEval's prompts with reference outputs",
     "serve": "OpenAI's chat API for a trained checkpoint, the trace as reasoning_content",
-    "report": "table and plots of one or more runs",
+    "report": "figures, codebook and answers of one or more runs side by side: report.md, report.html",
     "plan": "what a warm-up will take: steps, tokens, memory, disk, hours",
     "warmup": "the policy iteration: all of the above, T rounds",
     "demo": "the whole on a toy task, minutes on a laptop",

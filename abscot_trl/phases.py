@@ -20,7 +20,7 @@ from abscot_trl.checkpoint import InitArguments, MergeArguments, init_checkpoint
 from abscot_trl.data.prepare import DataArguments, prepare
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.evaluation.report import results_table
+from abscot_trl.evaluation.tables import results_table
 from abscot_trl.serve import ServeArguments, serve
 from abscot_trl.traces.files import describe_traces
 from abscot_trl.traces.make import TracesArguments, make_traces

@@ -22,8 +22,9 @@ from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.driver import Stage, is_done, locked, print_times, run_stages
-from abscot_trl.evaluation.report import results_table, write_results
+from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
+from abscot_trl.evaluation.tables import results_table
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
 from abscot_trl.traces.backends import SamplerArguments
 

@@ -2,7 +2,8 @@
 A warm-up that is killed again and again: a script of its own (tests/test_kill.py), so that it may fork.
 
 Each attempt is a forked process that really dies by SIGKILL: before the n-th change to the file system, after a
-checkpoint was sealed, at a stage's manifest, right after it, or at a moment the clock chooses. Prints what happened as JSON.
+checkpoint was sealed, at a stage's manifest, right after it, or at a moment the clock chooses.
+Prints what happened as JSON.
 """
 
 import json

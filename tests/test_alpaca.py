@@ -15,7 +15,7 @@ import pytest
 from abscot_trl.evaluation.alpaca import AlpacaArguments, alpaca
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.evaluation.report import read_results
+from abscot_trl.evaluation.results import read_results
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PYTHON = os.environ.get("ALPACA_EVAL_PYTHON", sys.executable)

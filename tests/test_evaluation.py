@@ -14,9 +14,11 @@ from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.answering import Answerer, verbal_reasoning_tokens
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.evaluation.report import ReportArguments, read_results, report, results_table
+from abscot_trl.evaluation.report import ReportArguments, report
+from abscot_trl.evaluation.results import read_results
 from abscot_trl.evaluation.statistics import mean_interval, wilson_interval
 from abscot_trl.evaluation.swaps import swap_traces
+from abscot_trl.evaluation.tables import results_table
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler

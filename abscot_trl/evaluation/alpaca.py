@@ -19,7 +19,7 @@ import yaml
 
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.evaluation.evaluate import OUTPUT_FILE, UNGRADED_FILE
-from abscot_trl.evaluation.report import write_results
+from abscot_trl.evaluation.results import write_results
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 WHERE = "import alpaca_eval, pathlib; print(pathlib.Path(alpaca_eval.__file__).parent)"

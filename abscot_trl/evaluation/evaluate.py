@@ -18,7 +18,7 @@ from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.problems import ALPACAEVAL, HOTPOTQA, kind_of, load_problems
 from abscot_trl.evaluation.answering import Answerer
 from abscot_trl.evaluation.arguments import EvaluateArguments
-from abscot_trl.evaluation.report import write_results
+from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import describe_answers, summarise
 from abscot_trl.examples import Example
 from abscot_trl.files import input_digests

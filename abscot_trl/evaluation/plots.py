@@ -1,11 +1,15 @@
-"""The two plots of a run: accuracy over tokens, and accuracy by swap."""
+"""The figures of a report: each function draws one and knows no file; `plot_losses` and `save` write."""
 
+from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.lines
+import matplotlib.patches
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 SWAP_COLOURS = {
     "own": "#1b6ca8",
@@ -14,93 +18,261 @@ SWAP_COLOURS = {
     "other": "#a6761d",
     "none": "#7f7f7f",
 }
+CUT_COLOURS = ["#1b7837", "#5aae61", "#a6dba0", "#66a61e"]
+MODEL_COLOURS = ["#1b6ca8", "#d95f02", "#2a8a5c", "#7b4fa3", "#c2256c", "#8a6d1d", "#3f3f3f", "#5fb0c9"]
+MARKERS = {"verbal": "s", "direct": "^", "abstract": "o"}
+STYLE = {
+    "text.parse_math": False,  # a model's name is a name
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "abscot",
+}
 
 
 def label(row: dict) -> str:
-    """The model, with its round beyond the first."""
-    return row["model"] + (f" r{row['round']}" if row.get("round", 1) > 1 else "")
+    """The model, with its stage or its round beyond the first, and its run where several are compared."""
+    about = row.get("stage") or (f"r{row['round']}" if row.get("round", 1) > 1 else "")
+    name = f"{row['model']} {about}" if about and about != row["model"] else row["model"]
+    return name + (f" ({row['run']})" if row.get("run", row["model"]) != row["model"] else "")
 
 
-def _errors(row: dict) -> list[list[float]]:
-    low, high = row["ci95"]
-    return [[max(0.0, row["accuracy"] - low)], [max(0.0, high - row["accuracy"])]]
+def _short(text: str) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
-def plot_accuracy_over_tokens(results: list[dict], path: str | Path, chance: float | None = None) -> None:
-    """One point a model and mode (own traces), tokens on a logarithmic axis."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for row in results:
-        if row["swap"] != "own":
-            continue
-        marker = {"verbal": "s", "direct": "^", "abstract": "o"}[row["mode"]]
-        axes.errorbar(row["tokens"], row["accuracy"], yerr=_errors(row), fmt=marker, markersize=8, capsize=3)
-        above = row["accuracy"] < 90
-        axes.annotate(
-            f"{label(row)} ({row['mode']})",
-            (row["tokens"], row["accuracy"]),
-            textcoords="offset points",
-            xytext=(6, 8 if above else -14),
-        )
-    if chance is not None:
-        axes.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0f}")
-        axes.legend(loc="center right")
-    axes.set(xscale="log", xlabel="generated tokens a problem (mean)", ylabel="accuracy", ylim=(-2, 104))
-    axes.margins(x=0.35)
-    axes.set_xticks(
-        ticks := sorted({round(row["tokens"]) for row in results if row["swap"] == "own"}), map(str, ticks)
-    )
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+def _colour(swap: str, swaps: list[str]) -> str:
+    cuts = [name for name in swaps if name not in SWAP_COLOURS]
+    return SWAP_COLOURS.get(swap) or CUT_COLOURS[cuts.index(swap) % len(CUT_COLOURS)]
 
 
-def plot_accuracy_by_swap(results: list[dict], path: str | Path, chance: float | None = None) -> None:
-    """A group of bars a model in abstract mode: its own trace, and what it answers after each swap."""
+def _errors(value: float, interval: list[float]) -> list[list[float]]:
+    return [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+
+
+def _distinct(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
+
+
+def save(figure: Figure, path: str | Path | BytesIO, kind: str = "png") -> None:
+    """The same bytes for the same figure."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format=kind, dpi=140, metadata={"Software" if kind == "png" else "Date": None})
+
+
+def over_tokens(results: list[dict], chance: float | None = None) -> Figure:
+    """Accuracy over tokens: a panel a task, one point a model and mode (own traces), tokens on a logarithmic axis."""
+    rows = [row for row in results if row["swap"] == "own"]
+    tasks = _distinct(row.get("task", "") for row in rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4 * len(tasks), 4.2), layout="constrained")
+        panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+        for axes, task in zip(panels, tasks, strict=True):
+            mine = [row for row in rows if row.get("task", "") == task]
+            placed: list[tuple[float, float]] = []  # where names stand: below one another where points coincide
+            for i, row in enumerate(sorted(mine, key=lambda row: -row["accuracy"])):
+                x, y = max(row["tokens"], 0.5), row["accuracy"]
+                style = {"fmt": MARKERS[row["mode"]], "markersize": 8, "capsize": 3, "color": MODEL_COLOURS[i % 8]}
+                axes.errorbar(x, y, yerr=_errors(y, row["ci95"]), **style)
+                near = [at for tokens, at in placed if 0.4 < tokens / x < 2.5]
+                placed.append((x, min([min(y, 96) + 1.5, *(at - 5.5 for at in near)])))
+                axes.annotate(
+                    f"{_short(label(row))} ({row['mode']})",
+                    (x, y),
+                    xytext=(9, placed[-1][1]),
+                    textcoords=("offset points", "data"),
+                    color=MODEL_COLOURS[i % 8],
+                    va="center",
+                    fontsize=9,
+                )
+            if chance is not None:
+                axes.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0f}")
+                axes.legend(loc="center right")
+            axes.set(xscale="log", xlabel="generated tokens a problem (mean)", ylabel="accuracy", ylim=(-4, 104))
+            axes.set(title=_short(task) if len(tasks) > 1 else "")
+            axes.margins(x=0.35)
+            ticks: list[float] = []
+            for tokens in sorted({max(row["tokens"], 0.5) for row in mine}):
+                if not ticks or tokens > 1.15 * ticks[-1]:
+                    ticks.append(tokens)
+            axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+            axes.minorticks_off()
+    return figure
+
+
+def by_swap(results: list[dict], chance: float | None = None) -> Figure:
+    """Accuracy by swap: a group of bars a model and task in abstract mode."""
     rows = [row for row in results if row["mode"] == "abstract"]
-    models = list(dict.fromkeys(label(row) for row in rows))
-    swaps = list(dict.fromkeys(row["swap"] for row in rows))
-    figure, axes = plt.subplots(figsize=(max(6.4, 2.2 * len(models)), 4.2), layout="constrained")
-    width = 0.8 / max(1, len(swaps))
-    for k, swap in enumerate(swaps):
-        for row in (row for row in rows if row["swap"] == swap):
-            x = models.index(label(row)) + (k - (len(swaps) - 1) / 2) * width
-            colour = SWAP_COLOURS.get(swap, "#66a61e")
-            axes.bar(x, row["accuracy"], width * 0.92, color=colour)
-            axes.errorbar(x, row["accuracy"], yerr=_errors(row), color="black", linewidth=1, capsize=2)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=SWAP_COLOURS.get(swap, "#66a61e")) for swap in swaps]
-    labels = list(swaps)
-    if chance is not None:
-        handles.append(axes.axhline(chance, color="grey", linestyle=":"))
-        labels.append(f"chance {chance:.0f}")
-    figure.legend(handles, labels, title="answer after", loc="outside right upper")
-    axes.set_xticks(range(len(models)), models)
-    axes.set(ylabel="accuracy", ylim=(0, 104))
-    axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    several = len({row.get("task") for row in rows}) > 1
+    names = [label(row) + (f"\n{row.get('task', '')}" if several else "") for row in rows]
+    models, swaps = _distinct(names), _distinct(row["swap"] for row in rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 1.8 + 1.6 * len(models)), 4.2), layout="constrained")
+        axes, width = figure.subplots(), 0.8 / max(1, len(swaps))
+        for row, name in zip(rows, names, strict=True):
+            x = models.index(name) + (swaps.index(row["swap"]) - (len(swaps) - 1) / 2) * width
+            axes.bar(x, row["accuracy"], width * 0.92, color=_colour(row["swap"], swaps))
+            axes.errorbar(
+                x, row["accuracy"], yerr=_errors(row["accuracy"], row["ci95"]), color="black", linewidth=1, capsize=2
+            )
+        handles = [matplotlib.patches.Patch(color=_colour(swap, swaps)) for swap in swaps]
+        labels = list(swaps)
+        if chance is not None:
+            handles.append(axes.axhline(chance, color="grey", linestyle=":"))
+            labels.append(f"chance {chance:.0f}")
+        figure.legend(handles, labels, title="answer after", loc="outside right upper")
+        axes.set_xticks(range(len(models)), ["\n".join(map(_short, name.split("\n"))) for name in models])
+        axes.set(ylabel="accuracy", ylim=(0, 104))
+        axes.grid(visible=False, axis="x")
+    return figure
+
+
+def swap_differences(comparisons: list[dict]) -> Figure:
+    """Each swap's accuracy less the own trace's, with its interval; `model`, `swap`, `difference`, `interval` each."""
+    swaps, models = _distinct(c["swap"] for c in comparisons), _distinct(c["model"] for c in comparisons)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 1.3 + 0.24 * len(comparisons) + 0.2 * len(models)), layout="constrained")
+        axes, ticks, y = figure.subplots(), [], 0.0
+        for model in models:
+            mine = [c for c in comparisons if c["model"] == model]
+            axes.text(0.0, y, _short(model), transform=axes.get_yaxis_transform(), va="center", fontweight="bold")
+            for c in mine:
+                y -= 1
+                ticks.append((y, c["swap"]))
+                style = {"fmt": "o", "markersize": 5, "capsize": 3, "color": _colour(c["swap"], swaps)}
+                axes.errorbar(c["difference"], y, xerr=_errors(c["difference"], c["interval"]), **style)
+            y -= 1.4
+        axes.axvline(0, color="#444444", linewidth=1)
+        axes.set_yticks([at for at, _ in ticks], [swap for _, swap in ticks])
+        axes.set(xlabel="accuracy after the swapped trace less after the own, points", ylim=(y + 0.7, 0.7))
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def over_stages(results: list[dict]) -> Figure:
+    """Accuracy over the warm-up's stages (`stage`, or else `round`), a panel a model and task, a line a swap."""
+    key = [(row.get("sweep", row["model"]), row.get("task", ""), row.get("run", "")) for row in results]
+    panels, swaps = _distinct(key), _distinct(row["swap"] for row in results)
+    stages = _distinct(row.get("stage") or f"round{row['round']}" for row in results)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 4.4 * len(panels)), 3.8), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+            for swap in swaps:
+                rows = [row for row, mine in zip(results, key, strict=True) if mine == panel and row["swap"] == swap]
+                x = [stages.index(row.get("stage") or f"round{row['round']}") for row in rows]
+                y = [row["accuracy"] for row in rows]
+                errors = np.array([_errors(row["accuracy"], row["ci95"]) for row in rows]).reshape(-1, 2).T
+                if rows:
+                    axes.errorbar(x, y, yerr=errors, color=_colour(swap, swaps), marker="o", markersize=4, capsize=2)
+            axes.set_xticks(range(len(stages)), list(map(_short, stages)), rotation=30, ha="right", fontsize=8)
+            axes.set(title=_short(" ".join(filter(None, panel))), ylim=(-2, 104))
+        figure.axes[0].set_ylabel("accuracy")
+        handles = [matplotlib.patches.Patch(color=_colour(swap, swaps)) for swap in swaps]
+        figure.legend(handles, swaps, title="answer after", fontsize=8, loc="outside right upper")
+    return figure
+
+
+def codebook(analyses: dict[str, dict]) -> Figure:
+    """
+    Rank and frequency with the fitted power law; entropy by position; information on the gold answer by position;
+    lengths. A colour a model; `analyses` are `abscot_trl.evaluation.codebook.analyse`'s, by model.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 7.2), layout="constrained")
+        (ranks, positions), (information, lengths) = figure.subplots(2, 2)
+        for i, (name, a) in enumerate(analyses.items()):
+            colour, line = MODEL_COLOURS[i % 8], {"marker": "o", "markersize": 4}
+            shares = -np.sort(-np.array(a["token_counts"])) / sum(a["token_counts"]) if sum(a["token_counts"]) else []
+            used = np.count_nonzero(shares)
+            ranks.plot(range(1, used + 1), shares[:used], color=colour, linestyle="", **line, label=_short(name))
+            if a["zipf"]:
+                fit = np.arange(1, len(shares) + 1.0) ** -a["zipf"]["exponent"]
+                ranks.plot(range(1, len(shares) + 1), fit / fit.sum(), color=colour, linewidth=1)
+            reached = range(1, 1 + len(a["entropy_by_position"]))
+            positions.plot(reached, a["entropy_by_position"], color=colour, **line)
+            positions.axhline(a["token_entropy_uniform"], color=colour, linestyle=":", linewidth=1)
+            reached = range(1, 1 + len(a["positions"]))
+            information.plot(reached, [p["information"] for p in a["positions"]], color=colour, **line)
+            band = [p["baseline"] for p in a["positions"]], [p["baseline_high"] for p in a["positions"]]
+            information.fill_between(reached, *band, color=colour, alpha=0.25, linewidth=0)
+            information.axhline(a["gold_entropy"], color=colour, linestyle=":", linewidth=1)
+            at, n = list(map(int, a["lengths"])), np.array(list(a["lengths"].values()))
+            width = 0.85 / len(analyses)
+            lengths.bar(np.array(at) + (i - (len(analyses) - 1) / 2) * width, 100 * n / n.sum(), width, color=colour)
+        ranks.set(xscale="log", yscale="log", xlabel="rank", ylabel="share of all tokens")
+        size = max(len(a["token_counts"]) for a in analyses.values())
+        ranks.set_xticks([2**k for k in range(size.bit_length())], [str(2**k) for k in range(size.bit_length())])
+        ranks.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ranks.set_title("how often each token is used; line: fitted power law")
+        ranks.minorticks_off()
+        ranks.legend(fontsize=8)
+        positions.set(xlabel="position in the trace", ylabel="nats", ylim=(0, None))
+        positions.set_title("entropy of the token; dotted: uniform, ln M")
+        information.set(xlabel="position in the trace", ylabel="nats", ylim=(0, None))
+        information.set_title("information on the gold answer; band: permuted, dotted: all of it")
+        lengths.set(xlabel="codebook tokens in a trace", ylabel="% of traces")
+        lengths.set_title("length")
+        lengths.set_xlim(lengths.get_xlim()[0] - 0.6, lengths.get_xlim()[1] + 0.6)
+        for axes in (positions, information, lengths):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def codebook_over_training(summaries: dict[str, list[dict]]) -> Figure:
+    """Shares over the warm-up's trace stages: codebook in use, entropy of ln M, distinct traces; a panel a warm-up."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 4.4 * len(summaries)), 3.8), layout="constrained")
+        panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
+        for axes, (name, stages) in zip(panels, summaries.items(), strict=True):
+            x = range(len(stages))
+            axes.plot(
+                x, [s["tokens_used"] / len(s["token_counts"]) for s in stages], marker="o", label="tokens in use"
+            )
+            entropies = [s["token_entropy"] / max(s["token_entropy_uniform"], 1e-9) for s in stages]
+            axes.plot(x, entropies, marker="s", label="entropy / ln M")
+            axes.plot(x, [s["distinct"] / s["traces"] for s in stages], marker="^", label="distinct traces")
+            names = [s["stage"].removesuffix("-traces") for s in stages]
+            axes.set_xticks(x, names, rotation=30, ha="right", fontsize=8)
+            axes.set(title=_short(name), ylim=(-0.03, 1.05))
+        panels[0].set_ylabel("share")
+        panels[0].legend(fontsize=8)
+    return figure
+
+
+def losses(logs: dict[str, list[dict]]) -> Figure:
+    """Losses of trace and answer (left, nats a token) and the learning rate (right) over all steps, stage by stage."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.right": True}):
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        axis = figure.subplots()
+        rates, offset = axis.twinx(), 0
+        for stage, log in logs.items():
+            steps = [offset + entry["step"] for entry in log]
+            rates.plot(steps, [entry.get("learning_rate", float("nan")) for entry in log], color="0.75", linewidth=1)
+            for key, color in (("loss_trace", "C0"), ("loss_answer", "C1")):
+                values = [entry.get(key, float("nan")) for entry in log]
+                axis.plot(steps, values, color=color, linewidth=1, marker="." if len(log) == 1 else None)
+            axis.axvline(offset, color="0.9", linewidth=1, zorder=0)
+            axis.text(offset, 1.0, stage, transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom")
+            offset += log[-1]["step"]
+        handles = [
+            matplotlib.lines.Line2D([], [], color=c, label=name)
+            for c, name in (("C0", "trace"), ("C1", "answer"), ("0.75", "learning rate"))
+        ]
+        axis.legend(handles=handles, fontsize=8)
+        axis.set(xlabel="step", ylabel="nats a token")
+        rates.set_ylabel("learning rate")
+        rates.set_ylim(bottom=0)
+    return figure
 
 
 def plot_losses(logs: dict[str, list[dict]], path: str | Path) -> None:
-    """Losses of trace and answer (left, nats a token) and the learning rate (right) over all steps, stage by stage."""
-    figure, axis = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    rates, offset = axis.twinx(), 0
-    for stage, log in logs.items():
-        steps = [offset + entry["step"] for entry in log]
-        rates.plot(steps, [entry.get("learning_rate", float("nan")) for entry in log], color="0.75", linewidth=1)
-        for key, color in (("loss_trace", "C0"), ("loss_answer", "C1")):
-            values = [entry.get(key, float("nan")) for entry in log]
-            axis.plot(steps, values, color=color, linewidth=1, marker="." if len(log) == 1 else None)
-        axis.axvline(offset, color="0.9", linewidth=1, zorder=0)
-        axis.text(offset, 1.0, stage, transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom")
-        offset += log[-1]["step"]
-    handles = [
-        plt.Line2D([], [], color=c, label=name)
-        for c, name in (("C0", "trace"), ("C1", "answer"), ("0.75", "learning rate"))
-    ]
-    axis.legend(handles=handles, frameon=False, fontsize=8)
-    axis.set(xlabel="step", ylabel="nats a token")
-    rates.set_ylabel("learning rate")
-    rates.set_ylim(bottom=0)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    """`losses`, to a PNG file."""
+    save(losses(logs), path)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from abscot_trl.driver import Stage, is_done, locked, print_times, run_stage
 from abscot_trl.evaluation.arguments import EvaluateArguments
-from abscot_trl.evaluation.report import results_table, write_results
+from abscot_trl.evaluation.results import write_results
+from abscot_trl.evaluation.tables import results_table
 from abscot_trl.files import MANIFEST, PRUNED
 from abscot_trl.phases import check_fields, read_yaml
 

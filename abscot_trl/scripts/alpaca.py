@@ -7,7 +7,7 @@ Have a judge compare an evaluation's outputs on AlpacaEval's prompts with refere
 """
 
 from abscot_trl.evaluation.alpaca import AlpacaArguments, alpaca
-from abscot_trl.evaluation.report import results_table
+from abscot_trl.evaluation.tables import results_table
 from abscot_trl.phases import exit_with_words, parse
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
 The whole method on chain arithmetic, on a laptop: SFT without CoT, the paper's recipe and the informed one at equal
-steps, from a tiny base model that speaks its CoT; every trace swapped; a table, results.json, report.md, two plots.
+steps, from a tiny base model that speaks its CoT; every trace swapped; a table, results.json, report.md, report.html.
 
     python -m abscot_trl.scripts.demo --config recipes/demo/demo.yaml --rounds 1
 """
@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.evaluation.plots import plot_accuracy_by_swap, plot_accuracy_over_tokens
-from abscot_trl.evaluation.report import read_results, results_table, write_report, write_results
+from abscot_trl.evaluation.report import ReportArguments, report
+from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.phases import exit_with_words, parse, read_yaml, run_phase
 from abscot_trl.warmup import WarmupArguments, warmup
 
@@ -97,12 +97,11 @@ def demo(args: DemoArguments) -> list[dict]:
         results += warmup(WarmupArguments(**fields))
 
     write_results(run / "results.json", results)
-    chance = 100 / args.modulus
-    plot_accuracy_over_tokens(results, run / "accuracy_over_tokens.png", chance)
-    plot_accuracy_by_swap(results, run / "accuracy_by_swap.png", chance)
-    title = f"Demo: {args.chain_steps} steps mod {args.modulus}, chance {chance:.0f}"
-    path = write_report(run, results, title, f"make demo ROUNDS={args.rounds}")
-    print(f"\n{title}\n\n{results_table(results)}\n\n{path}, plots beside it; {time.monotonic() - start:.0f} s in all")
+    title = f"Demo: {args.chain_steps} steps mod {args.modulus}, chance {100 / args.modulus:.0f}"
+    print(f"\n{title}\n")
+    arguments = ReportArguments([str(run)], str(run), title, 100 / args.modulus)
+    path = report(arguments, f"make demo ROUNDS={args.rounds}")
+    print(f"\n{path}, report.html and figures beside it; {time.monotonic() - start:.0f} s in all")
     return results
 
 

@@ -1,0 +1,74 @@
+"""results.json: rows that say what they were measured on."""
+
+import json
+from pathlib import Path
+
+from abscot_trl.files import write_whole
+
+ROW = (
+    "model",
+    "task",
+    "mode",
+    "swap",
+    "n",
+    "samples",
+    "metric",
+    "accuracy",
+    "trace_tokens",
+    "answer_tokens",
+    "tokens",
+)
+DECODING = ("backend", "trace_temperature", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+FIGURES = {"accuracy": "ci95"} | {name: f"{name}_ci95" for name in ("em", "maj", "pass", "difference", "win_rate")}
+
+
+def check_row(row: dict) -> None:
+    """
+    Every figure stands beside what it was measured on.
+
+    Raises:
+        ValueError: a row without its n, decoding, seed or the interval of one of its figures.
+    """
+    name = " ".join(str(row.get(key)) for key in ("model", "task", "mode", "swap"))
+    needed = [*ROW, *(interval for figure, interval in FIGURES.items() if figure in row)]
+    needed += ["difference", "changed"] if row.get("swap") != "own" and row.get("metric") != "lc_win_rate" else []
+    missing = [key for key in needed if row.get(key) is None]
+    missing += [f"decoding.{key}" for key in DECODING if (row.get("decoding") or {}).get(key) is None]
+    if missing:
+        raise ValueError(f"results row {name!r} lacks {', '.join(missing)}; a figure without them is not written")
+    for figure, interval in FIGURES.items():
+        if figure in row and not (len(row[interval]) == 2 and row[interval][0] <= row[interval][1]):
+            raise ValueError(f"results row {name!r}: {interval} {row[interval]} is no interval")
+
+
+def write_results(path: str | Path, results: list[dict]) -> None:
+    """
+    Write `results.json` whole or not at all.
+
+    Raises:
+        ValueError: a row that lacks something (see [`check_row`]).
+    """
+    for row in results:
+        check_row(row)
+    write_whole(path, json.dumps(results, indent=2) + "\n")
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a list of results.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no results; run `abscot evaluate` first")
+    try:
+        rows = json.loads(path.read_text())
+        return [row for row in rows if {"model", "mode", "swap", "accuracy", "ci95", "n"} <= row.keys()] or _none(path)
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no list of results ({error}); evaluate again") from error
+
+
+def _none(path: Path) -> list[dict]:
+    raise ValueError(f"{path} holds no results; evaluate again")

@@ -1,0 +1,134 @@
+"""A run folder as the report reads it. What an older run lacks is absent here; what is damaged is an error."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from abscot_trl.files import INPUTS, MANIFEST
+from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
+
+TEXT_LIMIT = 20_000  # characters of a problem or a response that are kept; a report is no archive
+PATHS = {*INPUTS, "output_dir", "resume_from_checkpoint"} - {"problems"}
+ANSWER_FIELDS = {"model", "task", "mode", "swap", "id", "trace", "response", "gold", "score"}
+
+
+@dataclass
+class Group:
+    """The answers of one model in one mode on one task, from one file: `records[swap][id, sample]`."""
+
+    label: str
+    model: str
+    task: str
+    mode: str
+    source: Path
+    records: dict[str, dict[tuple[str, int], dict]]
+
+    def vocabulary(self, run: Path) -> tuple[AbstractVocabulary, bool]:
+        """
+        The codebook of the nearest checkpoint above the answers, up to `run`, and `True`; or else the smallest one
+        that the traces fit in, and `False`.
+        """
+        for folder in self.source.parents:
+            if not folder.is_relative_to(run):
+                break
+            found = [folder / FILE_NAME, *sorted(folder.glob(f"*/{FILE_NAME}"))]
+            for path in (path for path in found if path.is_file()):
+                settings = json.loads(path.read_text())
+                return AbstractVocabulary(settings["size"], settings["m_min"], settings["m_max"]), True
+        traces = [record["trace"] for record in self.records["own"].values()]
+        lengths = [len(trace) for trace in traces]
+        size = 1 + max((index for trace in traces for index in trace), default=0)
+        return AbstractVocabulary(size, min(lengths), max(1, *lengths)), False
+
+
+def _clip(record: dict) -> dict:
+    for key in ("problem", "response"):
+        text = record.get(key)
+        if isinstance(text, str) and len(text) > TEXT_LIMIT:
+            record |= {key: text[:TEXT_LIMIT], f"{key}_length": len(text)}
+    return record
+
+
+def _records(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                missing = ANSWER_FIELDS - record.keys()
+                if missing or not all(type(index) is int and index >= 0 for index in record["trace"]):
+                    raise ValueError(
+                        f"lacks {', '.join(sorted(missing))}" if missing else "trace: no codebook indices"
+                    )
+            except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is no answer ({error}); evaluate again") from error
+            yield _clip(record)
+
+
+def read_answers(run: str | Path) -> list[Group]:
+    """
+    The answers of every `answers.jsonl` below `run`, by file, model, task and mode. Folders `*.parts` are left out,
+    and `sweep`, which makes a report of its own.
+
+    Raises:
+        ValueError: a line that is no answer; names file and line.
+    """
+    groups: dict[tuple, Group] = {}
+    for path in sorted(Path(run).rglob("answers.jsonl")):
+        if any(part.endswith(".parts") or part == "sweep" for part in path.relative_to(run).parts):
+            continue
+        rounds = re.findall(r"round(\d+)", str(path.parent.relative_to(run)))
+        for record in _records(path):
+            key = path, record["model"], record["task"], record["mode"]
+            if key not in groups:
+                label = record["model"] + (f" r{rounds[-1]}" if rounds and int(rounds[-1]) > 1 else "")
+                groups[key] = Group(label, *key[1:], path, {})
+            records = groups[key].records.setdefault(record["swap"], {})
+            records[str(record["id"]), record.get("sample", 0)] = record
+    found = [group for group in groups.values() if "own" in group.records]
+    names = [(group.label, group.task, group.mode) for group in found]
+    for group, name in zip(found, names, strict=True):
+        if names.count(name) > 1:
+            group.label += f" [{group.source.parent.relative_to(run)}]"
+    return found
+
+
+def warmups(run: str | Path) -> list[Path]:
+    """The folders of the warm-ups in a run: itself or right below it, told by their `record.md`."""
+    run = Path(run)
+    return [path.parent for path in [run / "record.md", *sorted(run.glob("*/record.md"))] if path.is_file()]
+
+
+def read_losses(warmup: Path) -> dict[str, list[dict]]:
+    """The logged steps by stage, from `losses.csv`; empty without one."""
+    path, logs = warmup / "losses.csv", {}
+    if path.is_file():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                stage = row.pop("stage")
+                logs.setdefault(stage, []).append({key: float(value) for key, value in row.items() if value})
+    return logs
+
+
+def read_wall_times(warmup: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table in `record.md`."""
+    lines = [line for line in (warmup / "record.md").read_text().splitlines() if line.startswith("|")]
+    header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+    return header, rows
+
+
+def read_settings(run: str | Path) -> dict[str, dict]:
+    """By phase of each warm-up, the settings that all its stages share, from their manifests; without paths."""
+    phases: dict[str, list[dict]] = {}
+    for warmup in warmups(run):
+        name = "" if warmup == Path(run) else f"{warmup.name}: "
+        for path in sorted(warmup.glob(f"round*/*/{MANIFEST}")):
+            record = json.loads(path.read_text())
+            settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
+            phases.setdefault(name + record["phase"], []).append(settings)
+    return {
+        phase: {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        for phase, (first, *others) in phases.items()
+    }

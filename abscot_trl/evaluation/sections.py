@@ -1,0 +1,167 @@
+"""What a report holds: sections of words, tables and figures, the same ones in report.md and report.html."""
+
+import json
+import re
+from pathlib import Path
+
+from abscot_trl.evaluation import codebook, plots
+from abscot_trl.evaluation.runs import Group, read_losses, read_settings, read_wall_times
+from abscot_trl.evaluation.tables import cells, header_of
+from abscot_trl.evaluation.verdict import comparisons, measured
+
+PUBLISHED = Path(__file__).with_name("published.json")
+INTERVALS = (
+    "Accuracy in points with 95 % intervals over the problems (Wilson's, at the scores' own variance where they are "
+    "not right or wrong); tokens are means a problem, the two delimiters of a trace not counted."
+)
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> dict:
+    return {"title": title, "header": header, "rows": rows}
+
+
+def _section(title: str, words: str = "", figures: dict | None = None, tables: list[dict] | None = None) -> dict:
+    """`figures` by file name: (figure, caption)."""
+    return {"title": title, "words": words, "figures": figures or {}, "tables": tables or []}
+
+
+def results_section(results: list[dict], chance: float | None) -> dict:
+    words, header = f"{INTERVALS} {measured(results)}.", header_of(results)
+    figures = {
+        "accuracy_over_tokens": (plots.over_tokens(results, chance), f"Accuracy over tokens. {measured(results)}.")
+    }
+    swapped = [row for row in results if row["mode"] == "abstract"]
+    if swapped:
+        figures["accuracy_by_swap"] = (plots.by_swap(swapped, chance), f"Accuracy by swap. {measured(swapped)}.")
+    return _section("Results", words, figures, [_table("", header, [cells(row, header) for row in results])])
+
+
+def swaps_section(results: list[dict]) -> dict | None:
+    found = comparisons(results)
+    if not found:
+        return None
+    header = [
+        "model",
+        "task",
+        "trace",
+        "difference",
+        "95 % interval",
+        "paired",
+        "n",
+        "answers changed",
+        "traces changed",
+    ]
+    rows = [
+        [
+            *(c["model"], c["task"], c["swap"], f"{c['difference']:+.1f}"),
+            "{:+.1f} .. {:+.1f}".format(*c["interval"]),
+            "yes" if c["paired"] else "no",
+            str(c["row"]["n"]),
+            *(f"{100 * c['row'][k]:.0f} %" if c["row"].get(k) is not None else "" for k in ("changed", "swapped")),
+        ]
+        for c in found
+    ]
+    words = (
+        "Each row answers the same problems after another trace: the difference is its accuracy less that after the "
+        "model's own. Not paired: from the two rows' own intervals (Newcombe), wider than it need be. "
+        f"{measured([c['row'] for c in found])}."
+    )
+    figure = plots.swap_differences(found), f"Difference to the own trace, 95 % intervals. {measured(results)}."
+    return _section("Swaps", words, {"swap_differences": figure}, [_table("", header, rows)])
+
+
+def stages_section(results: list[dict]) -> dict | None:
+    rows = [row for row in results if row["mode"] == "abstract" and (row.get("stage") or row.get("round"))]
+    sweep = [row for row in rows if row.get("stage")] or rows
+    if len({(row.get("stage"), row.get("round")) for row in sweep}) < 2:
+        return None
+    header = header_of(sweep)
+    figure = plots.over_stages(sweep), f"Accuracy over the warm-up, 95 % intervals. {measured(sweep)}."
+    table = _table("", header, [cells(row, header) for row in sweep if row.get("stage")])
+    return _section("Over the warm-up", "", {"accuracy_over_stages": figure}, [table] if table["rows"] else [])
+
+
+def codebook_section(groups: list[tuple[Path, str, Group]], trained: dict[str, list[dict]]) -> dict | None:
+    analyses, rows, figures = {}, [], {}
+    for run, name, group in groups:
+        own = sorted((key[0], record) for key, record in group.records["own"].items() if key[1] == 0)
+        traces, (vocabulary, known) = [record["trace"] for _, record in own], group.vocabulary(run)
+        if not any(traces):
+            continue
+        a = codebook.analyse(traces, [str(record["gold"]) for _, record in own], vocabulary)
+        best = max(a["positions"], key=lambda p: p["information"] - p["baseline"])
+        analyses[name], zipf, whole = a, a["zipf"], a["whole"]
+        rows.append(
+            [
+                name,
+                str(a["traces"]),
+                str(a["distinct"]),
+                f"{a['length_mean']:.1f}",
+                *(f"{100 * a[f'share_at_{m}']:.0f} %" if known else "" for m in ("m_min", "m_max")),
+                f"{a['tokens_used']} of {vocabulary.size}" + ("" if known else " or more"),
+                f"{abs(a['token_entropy']):.2f} of {a['token_entropy_uniform']:.2f}",
+                "{:.2f} [{:.2f}, {:.2f}]".format(zipf["exponent"], *zipf["interval"]) if zipf else "",
+                f"{zipf['distance']:.2f}" if zipf else "",
+                f"{best['information']:.2f} ({best['baseline']:.2f}), p {best['p']:.2f}",
+                f"{whole['information']:.2f} ({whole['baseline']:.2f}), p {whole['p']:.2f}" if whole else "",
+                f"{a['gold_entropy']:.2f} ({a['golds']})",
+            ]
+        )
+    header = ["model", "traces", "distinct", "length", "at m_min", "at m_max", "tokens used", "entropy", "exponent"]
+    header += ["off by", "I(token; gold)", "I(trace; gold)", "H(gold)"]
+    if analyses:
+        n = ", ".join(sorted({str(a["traces"]) for a in analyses.values()}))
+        figures["codebook"] = (
+            plots.codebook(analyses),
+            f"Own traces, n = {n} problems (first answer of each); seed of permutations 0.",
+        )
+    if trained:
+        caption = "Traces of each stage that the warm-up trained on; from the stages' summary.json, no interval."
+        figures["codebook_over_training"] = plots.codebook_over_training(trained), caption
+    words = (
+        "Own traces. Exponent of a power law over all M ranks: maximum likelihood, the noise of the ranks simulated, "
+        "with its 95 % interval (traces are the units); off by: largest gap between cumulated shares and fit. I: "
+        "mutual information in nats, plug-in, in brackets its mean over 100 permutations of the gold answers (what "
+        "chance gives); p by permutation. I(token; gold) is at the position where it is furthest above chance, and p "
+        "is of that position alone. H(gold) with the number of distinct answers: where hardly any answer repeats, "
+        "nothing can be told. Near chance does not mean empty: tokens may tell the answer only together, or with the "
+        "prompt; the swaps test that."
+    )
+    return _section("Codebook", words, figures, [_table("", header, rows)] if rows else []) if figures else None
+
+
+def training_section(found: dict[str, Path]) -> dict | None:
+    figures, tables = {}, []
+    for name, folder in found.items():
+        logs = read_losses(folder)
+        if logs:
+            points = sum(map(len, logs.values()))
+            caption = f"{name}: losses and learning rate as logged, {points} points of one run, no interval."
+            figures["losses_" + re.sub(r"\W+", "_", name)] = plots.losses(logs), caption
+        tables.append(_table(f"Wall time, {name}", *read_wall_times(folder)))
+    return _section("Training", "", figures, tables) if found else None
+
+
+def published_section(results: list[dict]) -> dict | None:
+    def plain(task: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", task.lower())
+
+    tasks = {plain(row.get("task", "")) for row in results}
+    rows = [row for row in json.loads(PUBLISHED.read_text()) if plain(row["task"]) in tasks]
+    header = ["source", "model", "method", "task", "metric", "value", "tokens"]
+    text = [[str(row.get(name, "")) for name in header] for row in rows]
+    words = (
+        "NOT measured here: as the sources give them, by other graders, prompts, decoding and budgets, and without "
+        "seeds, n and intervals. They say what to expect, no more."
+    )
+    return _section("Published", words, tables=[_table("", header, text)]) if rows else None
+
+
+def settings_section(runs: dict[str, Path]) -> dict | None:
+    rows = [
+        [(f"{name}: " if len(runs) > 1 else "") + phase, ", ".join(f"{k} {v}" for k, v in settings.items())]
+        for name, run in runs.items()
+        for phase, settings in read_settings(run).items()
+    ]
+    words = "Of each phase what all its stages share, from their manifests."
+    return _section("Settings", words, tables=[_table("", ["phase", "settings"], rows)]) if rows else None

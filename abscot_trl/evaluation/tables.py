@@ -1,0 +1,69 @@
+"""Rows of results.json as a Markdown table that reads in a terminal too."""
+
+import re
+
+from abscot_trl.evaluation.plots import label
+
+FIGURES = {"em": "EM", "maj": "maj", "pass": "pass", "win_rate": "win rate"}  # each with its interval
+OPTIONAL = FIGURES | {"truncated": "truncated", "swapped": "swapped"}
+METRICS = {"f1": " F1", "lc_win_rate": " LC"}
+
+
+def header_of(results: list[dict]) -> list[str]:
+    header = ["model", "mode", "trace", "accuracy", "95 % interval", "trace tokens", "answer tokens", "tokens", "n"]
+    if len({row.get("task") for row in results}) > 1:
+        header.insert(1, "task")
+    return header + [name for key, name in OPTIONAL.items() if any(row.get(key) for row in results)]
+
+
+def _with_interval(row: dict, key: str) -> str:
+    interval = " [{:.1f}, {:.1f}]".format(*row[f"{key}_ci95"]) if f"{key}_ci95" in row else ""
+    return f"{row[key]:.1f}{interval}" if key in row else ""
+
+
+def cells(row: dict, header: list[str]) -> list[str]:
+    (low, high), share = row["ci95"], row.get("swapped")
+    text = {
+        "model": label(row),
+        "task": row.get("task", ""),
+        "mode": row["mode"],
+        "trace": row["swap"] if row["mode"] == "abstract" or row["swap"] != "own" else "",
+        "accuracy": f"{row['accuracy']:.1f}" + METRICS.get(row.get("metric"), ""),
+        "95 % interval": f"{low:.1f}-{high:.1f}",
+        "trace tokens": f"{row['trace_tokens']:.1f}",
+        "answer tokens": f"{row['answer_tokens']:.1f}",
+        "tokens": f"{row['tokens']:.1f}",
+        "n": str(row["n"]),
+        **{name: _with_interval(row, key) for key, name in FIGURES.items()},
+        "truncated": str(row.get("truncated", "")),
+        "swapped": f"{100 * share:.0f} %" if share else "",
+    }
+    return [text[name] for name in header]
+
+
+def escaped(text: str) -> str:
+    """Text as Markdown that shows it, in one line: what a model or a problem is called can be no markup."""
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*\[\]<>&|#~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned so that it reads in a terminal too; columns of numbers to the right."""
+    rows = [[escaped(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(min(len(row[column]), 60) for row in rows)) for column in range(len(header))]
+    numeric = {i for i in range(len(header)) if all(re.match(r"[-+]?\d|$", row[i]) for row in rows[1:])}
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i in numeric else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def results_table(results: list[dict]) -> str:
+    """The rows of `results.json` as a Markdown table."""
+    header = header_of(results)
+    return markdown_table(header, [cells(row, header) for row in results])
