@@ -37,6 +37,8 @@ class EvaluateArguments(SamplerArguments):
         name (`str`): what `results.json` calls the model (`informed`, `paper`, `sft`, `base`, ..).
         task (`str`): what it calls the problems. HotpotQA rows are scored by F1, all else by math-verify.
         modes, swaps (`list[str]`): what to run; swaps apply to `abstract`.
+        pause_tokens (`int`): over 0: in `abstract` mode the model writes no trace; it answers after so many copies of
+            the first codebook token (the `pause` baseline).
     """
 
     model: str = field(metadata={"help": "Checkpoint folder or hub id."})
@@ -53,6 +55,9 @@ class EvaluateArguments(SamplerArguments):
         default_factory=lambda: ["own", "random", "shuffled", "other", "none"],
         metadata={"help": "Traces to answer after in abstract mode: own, random, shuffled, other, none, cut:<k>."},
     )
+    pause_tokens: int = field(
+        default=0, metadata={"help": "Answer after so many copies of the first codebook token in place of a trace."}
+    )
     instruction: bool = field(default=True, metadata={"help": "Append the mode's instruction to the prompt."})
     limit: int | None = field(default=None, metadata={"help": "Use the first so many problems."})
     max_new_tokens: int = field(default=4096, metadata={"help": "Longest answer (verbal: CoT and answer)."})
@@ -64,7 +69,7 @@ class EvaluateArguments(SamplerArguments):
         super().__post_init__()
         if (self.engine or {}).get("data_parallel_size", 1) > 1:
             raise ValueError("engine: data_parallel_size is for `abscot traces`; evaluate with backend: server")
-        for name, low in (("limit", 1), ("max_new_tokens", 1), ("seed", 0)):
+        for name, low in (("limit", 1), ("max_new_tokens", 1), ("seed", 0), ("pause_tokens", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
@@ -184,7 +189,7 @@ def answer_after_traces(
         By swap, the traces (codebook indices) and the answers. The model's `own` traces are always among them.
     """
     index = {token: i for i, token in enumerate(codebook)}
-    most = vocabulary.m_max + 2 + args.max_new_tokens
+    most = max(vocabulary.m_max, args.pause_tokens) + 2 + args.max_new_tokens
     spans = cut([len(prompt) + most for prompt in prompts], sampler.cache_tokens)
     others = [swap for swap in args.swaps if swap != "own"]
     traces: dict[str, list] = {swap: [] for swap in ["own", *others]}
@@ -199,16 +204,19 @@ def answer_after_traces(
 
     with _bar(args, "traces", len(prompts)) as bar, _bar(args, "answers", len(prompts) * len(args.swaps)) as answered:
         for span in spans:
-            sampled = sampler.sample(
-                [prompts[row] for row in span],
-                vocabulary.m_max,
-                vocabulary.m_min,
-                args.trace_temperature,
-                args.seed,
-                span,
-                bar,
-            )
-            traces["own"] += [[index[token] for token in trace.token_ids] for trace in sampled]
+            if args.pause_tokens:
+                traces["own"] += [[0] * args.pause_tokens for _ in span]
+            else:
+                sampled = sampler.sample(
+                    [prompts[row] for row in span],
+                    vocabulary.m_max,
+                    vocabulary.m_min,
+                    args.trace_temperature,
+                    args.seed,
+                    span,
+                    bar,
+                )
+                traces["own"] += [[index[token] for token in trace.token_ids] for trace in sampled]
             if "own" in outputs:
                 answer("own", span, answered)
         for swap in others:
