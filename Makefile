@@ -14,7 +14,7 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate plan warmup report serve bench-train bench-sampling bench-plan clean
+.PHONY: help install demo demo-baselines test lint init data traces bottleneck distill merge evaluate plan warmup report serve bench-train bench-sampling bench-plan clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,11 @@ endif
 demo: $(READY) ## the whole method on a toy task, minutes on two CPU cores (ROUNDS=2: two rounds)
 	rm -rf runs/demo
 	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) $(ARGS)
+
+demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's recipe and ours (40 minutes)
+	rm -rf runs/demo-baselines
+	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) --output_dir runs/demo-baselines \
+	    --models sft cot pause icot cut-cot concise paper informed $(ARGS)
 
 test: $(READY) ## the tests
 	$(BIN)/python -m pytest $(ARGS)
