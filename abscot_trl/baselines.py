@@ -41,6 +41,7 @@ class BaselinesArguments(WarmupArguments):
         warmup (`str`, *optional*): the run folder of the warm-up, once it is done: its steps are taken from its logs.
         steps (`int`, *optional*): optimiser steps of each baseline. Without these two they are computed, which packed
             rows do not allow.
+        verbal_tokens (`int`, *optional*): `max_new_tokens` of verbal mode, where that of the evaluation is too short.
     """
 
     name: str = field(default="baselines", metadata={"help": "What the terminal calls the run."})
@@ -50,6 +51,8 @@ class BaselinesArguments(WarmupArguments):
     warmup: str | None = field(default=None, metadata={"help": "Finished warm-up whose steps are taken."})
     steps: int | None = field(default=None, metadata={"help": "Optimiser steps of each baseline."})
 
+    verbal_tokens: int | None = field(default=None, metadata={"help": "max_new_tokens of verbal mode."})
+
     def __post_init__(self):
         super().__post_init__()
         unknown = [name for name in self.names if name not in NAMES]
@@ -57,8 +60,8 @@ class BaselinesArguments(WarmupArguments):
             raise ValueError(f"names: {unknown or 'none'}; any of {', '.join(NAMES)} are wanted")
         if "concise" in self.names and self.concise is None:
             raise ValueError("names: concise needs the field concise, a recipe of `abscot concise`; or leave it out")
-        if not self.evaluate:
-            raise ValueError("evaluate: a recipe is needed; baselines are there to be compared")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 def warmup_steps(args: BaselinesArguments) -> int:
@@ -96,7 +99,14 @@ def warmup_steps(args: BaselinesArguments) -> int:
 
 
 def baseline_stages(args: BaselinesArguments) -> list[Stage]:
-    """The stages in order, those of `concise`'s rows before its training."""
+    """
+    The stages in order, those of `concise`'s rows before its training.
+
+    Raises:
+        ValueError: no recipe of the evaluation, or a recipe with unknown keys.
+    """
+    if not args.evaluate:
+        raise ValueError("evaluate: a recipe is needed; baselines are there to be compared")
     recipes = {phase: read_yaml(getattr(args, phase)) for phase in ("bottleneck", "evaluate")}
     check_fields(recipes["bottleneck"], PHASES["baseline"][1], args.bottleneck)
     check_fields(recipes["evaluate"], PHASES["evaluate"][1], args.evaluate)
@@ -131,7 +141,10 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
             if name == "pause":
                 pauses = recipe.get("pause_tokens") or AbstractVocabulary.load(args.model).m_max
                 evaluation = evaluation | {"pause_tokens": pauses}
-        evaluation = evaluation | {"model": model, "name": name, "modes": [BASELINES.get(name, "verbal")]}
+        mode = BASELINES.get(name, "verbal")
+        if mode == "verbal" and args.verbal_tokens is not None:
+            evaluation = evaluation | {"max_new_tokens": args.verbal_tokens}
+        evaluation = evaluation | {"model": model, "name": name, "modes": [mode]}
         add(f"{name}/evaluate", "evaluate", folder / "evaluate", evaluation)
     return found
 

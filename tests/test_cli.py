@@ -10,6 +10,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig
 
 from abscot_trl import cli
+from abscot_trl.baselines import BaselinesArguments
 from abscot_trl.evaluation.report import ReportArguments
 from abscot_trl.phases import PHASES, parse
 from abscot_trl.plan import PlanArguments
@@ -22,6 +23,7 @@ CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
 CLASSES |= {
     "plan": (PlanArguments,),
     "warmup": (WarmupArguments,),
+    "baselines": (BaselinesArguments,),
     "report": (ReportArguments,),
     "demo": (DemoArguments,),
 }
