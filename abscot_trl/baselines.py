@@ -50,7 +50,6 @@ class BaselinesArguments(WarmupArguments):
     concise: str | None = field(default=None, metadata={"help": "Recipe of abscot concise."})
     warmup: str | None = field(default=None, metadata={"help": "Finished warm-up whose steps are taken."})
     steps: int | None = field(default=None, metadata={"help": "Optimiser steps of each baseline."})
-
     verbal_tokens: int | None = field(default=None, metadata={"help": "max_new_tokens of verbal mode."})
 
     def __post_init__(self):

@@ -295,6 +295,24 @@ def test_internalisation_resumed_is_internalisation_uninterrupted(checkpoint, tm
     assert resumed.state.log_history[:12] == whole.state.log_history[:12]
 
 
+def test_two_processes_of_zero3_internalise_as_one(checkpoint, tmp_path, monkeypatch):
+    """The same rows a step, and moments that are forgotten in DeepSpeed's partitions too."""
+    import test_distributed as processes
+
+    script = processes.SCRIPT.replace("from test_training import lora, run", "from test_baselines import build")
+    trained = [line for line in script.splitlines() if line.startswith("trainer = run")][0]
+    script = script.replace(trained, "trainer = build(checkpoint, folder, 'icot', **fields)\ntrainer.train()")
+    monkeypatch.setattr(processes, "SCRIPT", script)
+    fields = {"per_device_train_batch_size": 2, "global_batch_size": 4, "removal_stages": 3, "adam_epsilon": 1e-4}
+    monkeypatch.setattr(processes, "FIELDS", {"max_steps": 8, "learning_rate": 1e-2} | fields)
+    one = processes.run_processes(processes.torchrun(1), checkpoint, tmp_path / "one")
+    two = processes.run_processes(processes.accelerate("zero3"), checkpoint, tmp_path / "two")
+    assert (one["processes"], two["processes"], two["kind"]) == (1, 2, "DEEPSPEED")
+    for a, b in zip(one["log"], two["log"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["num_tokens"] == b["num_tokens"]
+    assert max((one["weights"][name] - two["weights"][name]).abs().max() for name in one["weights"]) < 1e-3
+
+
 def test_bad_baselines_are_refused(checkpoint, tmp_path):
     for fields, words in [
         ({"baseline": "soft"}, "'soft' is not one of sft, cot, pause"),
