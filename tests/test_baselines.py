@@ -115,7 +115,7 @@ def test_a_paused_model_answers_after_its_pauses(checkpoint, tmp_path, monkeypat
     asked, answer = [], HFTraceSampler.answer
     monkeypatch.setattr(HFTraceSampler, "sample", lambda *_, **__: pytest.fail("a trace was sampled"))
     monkeypatch.setattr(
-        HFTraceSampler, "answer", lambda self, given, *a: asked.extend(given) or answer(self, given, *a)
+        HFTraceSampler, "answer", lambda self, given, *a, **k: asked.extend(given) or answer(self, given, *a, **k)
     )
     results = evaluate(
         EvaluateArguments(

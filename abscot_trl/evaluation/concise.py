@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -106,6 +107,34 @@ def _problem(row: dict, instruction: str) -> tuple[list[dict[str, str]], str, st
     return [{"role": "user", "content": f"{text}\n\n{instruction}" if instruction else text}], text, gold
 
 
+def _records(
+    args: ConciseArguments, part: Dataset, span: range, sampler, tokenizer: PreTrainedTokenizerBase, grade, bar: tqdm
+) -> list[dict]:
+    """Of each row of `span` its shortest right response, or why it has none, in order."""
+    problems, k = {}, args.samples
+    for i, row in zip(span, part.select(span), strict=True):
+        found = _problem(row, args.instruction)
+        ids = [] if isinstance(found, str) else prompt_ids(found[0], tokenizer)
+        if len(ids) + args.max_new_tokens > sampler.positions:
+            found = "prompt_too_long"
+        problems[i] = found if isinstance(found, str) else (row["id"], *found[1:], ids)
+    asked = [i for i in span if not isinstance(problems[i], str)]
+    bar.update(k * (len(span) - len(asked)))
+    outputs = asked and sampler.answer(
+        [problems[i][-1] for i in asked for _ in range(k)],
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+        [k * i + j for i in asked for j in range(k)],
+        bar,
+    )
+    for n, i in enumerate(asked):
+        id, prompt, gold, _ = problems[i]
+        found = shortest_right(outputs[k * n : k * n + k], gold, tokenizer, grade)
+        problems[i] = found if isinstance(found, str) else {"id": id, "prompt": prompt, "gold": gold} | found
+    return [{"dropped": found} if isinstance(found, str) else found for found in problems.values()]
+
+
 def make_concise(args: ConciseArguments) -> dict:
     """
     Write the rows, part by part; rows without a right response are dropped and counted.
@@ -133,30 +162,7 @@ def make_concise(args: ConciseArguments) -> dict:
         total, ready = args.samples * len(rows), args.samples * ready
         with tqdm(total=total, initial=ready, unit="response", desc="concise") as bar:
             for number in todo:
-                span, records, asked = spans[number], [], []
-                for i, row in zip(span, part.select(span), strict=True):
-                    problem = _problem(row, args.instruction)
-                    ids = [] if isinstance(problem, str) else prompt_ids(problem[0], tokenizer)
-                    if not isinstance(problem, str) and len(ids) + args.max_new_tokens > sampler.positions:
-                        problem = "prompt_too_long"
-                    if isinstance(problem, str):
-                        records.append({"row": i, "dropped": problem})
-                        bar.update(args.samples)
-                    else:
-                        asked.append((i, row["id"], *problem[1:], ids))
-                outputs = sampler.answer(
-                    [ids for *_, ids in asked for _ in range(args.samples)],
-                    args.max_new_tokens,
-                    args.temperature,
-                    args.seed,
-                    [args.samples * i + k for i, *_ in asked for k in range(args.samples)],
-                    bar,
-                )
-                for n, (i, id, prompt, gold, _) in enumerate(asked):
-                    found = shortest_right(outputs[n * args.samples : (n + 1) * args.samples], gold, tokenizer, grade)
-                    known = {"row": i, "id": id, "prompt": prompt, "gold": gold}
-                    records.append({"row": i, "dropped": found} if isinstance(found, str) else known | found)
-                parts.write(number, sorted(records, key=lambda record: record["row"]))
+                parts.write(number, _records(args, part, spans[number], sampler, tokenizer, grade, bar))
     counts = _join(args, parts, len(spans), len(rows))
     parts.remove()
     return counts
