@@ -7,6 +7,7 @@ TUNING  ?= lora
 METHOD  ?= informed
 RUN     ?= $(METHOD)
 ACCELERATE ?= $(if $(filter full,$(TUNING)),zero3,single)
+NAME    ?= icot
 ARGS    ?=
 BIN     := $(VENV)/bin
 ABSCOT  := $(BIN)/abscot
@@ -14,11 +15,11 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint init data traces bottleneck distill merge evaluate plan warmup report serve bench-train bench-sampling bench-plan bench-data clean
+.PHONY: help install demo demo-baselines test lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise report serve bench-train bench-sampling bench-plan bench-data clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo "  make init|data|evaluate             a phase of RECIPE; bottleneck|distill: with TUNING; traces: with METHOD; merge|report|serve: by ARGS"
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo "  make init|data|evaluate|concise     a phase of RECIPE; bottleneck|distill: with TUNING; traces: with METHOD; merge|report|serve: by ARGS"
 	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=lora|full RUN=$(RUN) ACCELERATE=$(ACCELERATE) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
 
 install: $(READY) ## the pinned set: CUDA build with an NVIDIA GPU, CPU build without
@@ -39,17 +40,25 @@ demo: $(READY) ## the whole method on a toy task, minutes on two CPU cores (ROUN
 	rm -rf runs/demo
 	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) $(ARGS)
 
+demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's recipe and ours (40 minutes)
+	rm -rf runs/demo-baselines
+	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) --output_dir runs/demo-baselines \
+	    --models sft cot pause icot cut-cot concise paper informed $(ARGS)
+
 test: $(READY) ## the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-init data evaluate: $(READY)
+init data evaluate concise: $(READY)
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml $(ARGS)
 
 bottleneck distill: $(READY)
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(TUNING).yaml --accelerate_config $(ACCELERATE) $(ARGS)
+
+baseline: $(READY) ## one baseline by hand: NAME=sft|cot|pause|icot|cut-cot|concise
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/bottleneck.$(TUNING).yaml --config recipes/baselines/$@.$(NAME).yaml --accelerate_config $(ACCELERATE) $(ARGS)
 
 traces: $(READY)
 	$(ABSCOT) traces --config recipes/$(RECIPE)/traces.$(METHOD).yaml $(ARGS)
@@ -59,6 +68,9 @@ merge report serve: $(READY)
 
 warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes on with the same command
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --run_dir runs/$(RECIPE)/$(RUN) $(ARGS)
+
+baselines: $(READY) ## what that warm-up, once it has ended, is compared with: same rows, same steps
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --warmup runs/$(RECIPE)/$(RUN) --run_dir runs/$(RECIPE)/$(RUN)-baselines $(ARGS)
 
 plan: $(READY) ## what that warm-up will take: steps, memory, disk, hours
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/warmup.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) $(ARGS)

@@ -11,6 +11,8 @@ PHASES = {
     "traces": "make the traces of a phase, initial or on policy",
     "bottleneck": "phase A: bottlenecked SFT under the block mask (eq. 3)",
     "distill": "phase B: self-distillation (eq. 4)",
+    "baseline": "what a warm-up is compared with: SFT without or with CoT, pause tokens, ..",
+    "concise": "the base model's own shortest right answers, as rows to train on",
     "merge": "merge an adapter into its checkpoint",
     "evaluate": "score a model in verbal, direct and abstract mode, with every swap of the trace",
     "sweep": "one evaluation of the base and of every model of a warm-up's rounds",
@@ -19,9 +21,10 @@ PHASES = {
     "report": "figures, codebook and answers of one or more runs side by side: report.md, report.html",
     "plan": "what a warm-up will take: steps, tokens, memory, disk, hours",
     "warmup": "the policy iteration: all of the above, T rounds",
+    "baselines": "train and evaluate the baselines on a warm-up's rows, for as many steps",
     "demo": "the whole on a toy task, minutes on a laptop",
 }
-TRAINING = ("bottleneck", "distill")
+TRAINING = ("bottleneck", "distill", "baseline")
 
 
 def accelerate_config_path(name: str) -> str:
@@ -48,7 +51,7 @@ def main() -> None:
         print(  # noqa: T201
             "usage: abscot <phase> --config FILE.yaml [--field value ..] [--accelerate_config NAME]\n\n"
             f"{lines}\n\nabscot <phase> --help lists a phase's fields; --accelerate_config (bottleneck, distill, "
-            "warmup)\nis a file or the name of one in accelerate_configs/"
+            "baseline,\nbaselines, warmup) is a file or the name of one in accelerate_configs/"
         )
         sys.exit(0 if arguments else 2)
     phase, *rest = arguments

@@ -242,6 +242,13 @@ def run_stages(
     return times
 
 
+def print_stages(todo: list[Stage], chosen: list[Stage]) -> None:
+    """What `dry_run` says: which of the stages are done, which are to do."""
+    for stage in todo:
+        note = "done" if is_done(stage) else "to do" if stage in chosen else "not asked for"
+        print(f"{stage.name:<24} {note:<14} {stage.settings['output_dir']}")  # noqa: T201
+
+
 def print_times(times: list[tuple[str, float]]) -> None:
     """Wall time by stage, and in all."""
     width = max(len(name) for name, _ in times)

@@ -19,13 +19,14 @@ from trl import ModelConfig, TrlParser
 from abscot_trl.checkpoint import InitArguments, MergeArguments, init_checkpoint, merge_adapter
 from abscot_trl.data.prepare import DataArguments, prepare
 from abscot_trl.evaluation.arguments import EvaluateArguments
+from abscot_trl.evaluation.concise import ConciseArguments, make_concise
 from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.tables import results_table
 from abscot_trl.serve import ServeArguments, serve
 from abscot_trl.traces.files import describe_traces
 from abscot_trl.traces.make import TracesArguments, make_traces
-from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
-from abscot_trl.training.phase import TrainArguments, train_bottleneck, train_distill
+from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
+from abscot_trl.training.phase import TrainArguments, train_baseline, train_bottleneck, train_distill
 
 PHASES: dict[str, tuple[Callable, tuple[type, ...]]] = {
     "init": (init_checkpoint, (InitArguments,)),
@@ -33,6 +34,8 @@ PHASES: dict[str, tuple[Callable, tuple[type, ...]]] = {
     "traces": (make_traces, (TracesArguments,)),
     "bottleneck": (train_bottleneck, (TrainArguments, BottleneckConfig, ModelConfig)),
     "distill": (train_distill, (TrainArguments, DistillationConfig, ModelConfig)),
+    "baseline": (train_baseline, (TrainArguments, BaselineConfig, ModelConfig)),
+    "concise": (make_concise, (ConciseArguments,)),
     "merge": (merge_adapter, (MergeArguments,)),
     "evaluate": (evaluate, (EvaluateArguments,)),
     "serve": (serve, (ServeArguments,)),
@@ -115,21 +118,27 @@ def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str 
 
 def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tuple:
     """
-    Command line and `--config FILE.yaml` to dataclasses; the command line wins. `None` reads `sys.argv`.
+    Command line and `--config FILE.yaml` to dataclasses; the command line wins, then the last of several files.
+    `None` reads `sys.argv`.
 
     Raises:
         ValueError: an unknown key or a bad value; the message names the file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    path = None
-    if "--config" in arguments:
+    parser, path = TrlParser(classes), None
+    while "--config" in arguments:
         if arguments[-1] == "--config":
             raise ValueError("--config needs a file")
-        path = arguments[arguments.index("--config") + 1]
+        at = arguments.index("--config")
+        path = arguments[at + 1]
         check_fields(read_yaml(path), classes, path)
+        if "--config" not in arguments[at + 2 :]:
+            break
+        parser.set_defaults_with_config(**read_yaml(path))
+        del arguments[at : at + 2]
     try:
-        return TrlParser(classes).parse_args_and_config(arguments)
+        return parser.parse_args_and_config(arguments)
     except ValueError as error:
         where = "command line" if path is None or "not used by" in str(error) else path
         raise ValueError(f"{where}: {error}") from error

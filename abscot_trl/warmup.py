@@ -20,8 +20,9 @@ import yaml
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
-from abscot_trl.data.splits import load_splits, save_splits, staged_splits
-from abscot_trl.driver import Stage, is_done, locked, print_times, run_stages
+from abscot_trl.data.splits import PHASES as PARTS
+from abscot_trl.data.splits import keep_splits
+from abscot_trl.driver import Stage, is_done, locked, print_stages, print_times, run_stages
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
 from abscot_trl.evaluation.tables import results_table
@@ -99,7 +100,7 @@ class WarmupArguments(SamplerArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for phase in (*TRAINING, "evaluate"):
+        for phase in (*PARTS, "evaluate"):
             path = getattr(self, phase)
             setattr(self, phase, path and path.replace("{tuning}", self.tuning))
         if self.backend == "vllm" and self.launch == "inline":
@@ -112,13 +113,13 @@ class WarmupArguments(SamplerArguments):
 
 def stages(args: WarmupArguments) -> Iterator[Stage]:
     """The stages in order. Reads the phase recipes; what a stage needs of an earlier one is a path."""
-    recipes = {phase: read_yaml(getattr(args, phase)) for phase in (*TRAINING, "evaluate") if getattr(args, phase)}
+    recipes = {phase: read_yaml(getattr(args, phase)) for phase in (*PARTS, "evaluate") if getattr(args, phase)}
     for phase, recipe in recipes.items():
         check_fields(recipe, PHASES[phase][1], getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
     sampling = {"backend": args.backend, "engine": args.engine, "server": args.server}
     for t in range(1, args.rounds + 1):
-        for phase in TRAINING:
+        for phase in PARTS:
             seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
             first = t == 1 and phase == "bottleneck"
             traces = run / f"round{t}" / f"{phase}-traces"
@@ -261,9 +262,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
         print(f"WARNING: {args.data} holds rows of {longest:.0f} tokens, {args.bottleneck} takes {fits}")  # noqa: T201
     chosen = choose_stages(todo, args)
     if args.dry_run:
-        for stage in todo:
-            note = "done" if is_done(stage) else "to do" if stage in chosen else "not asked for"
-            print(f"{stage.name:<24} {note:<14} {stage.settings['output_dir']}")  # noqa: T201
+        print_stages(todo, chosen)
         return collect_results(args)
     run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
@@ -276,11 +275,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
                 print(f"WARNING: {sentence}", flush=True)  # noqa: T201
 
     with locked(run) as lock:
-        if (run / "splits.json").is_file():
-            load_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
-        else:
-            splits = staged_splits(len(data), args.rounds, args.rows_per_phase, args.seed)
-            save_splits(run / "splits.json", splits, n_rows=len(data), seed=args.seed)
+        keep_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
         times = run_stages(run, todo, chosen, args, lock, after)
     results = collect_results(args)
     if results:

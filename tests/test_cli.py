@@ -10,6 +10,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig
 
 from abscot_trl import cli
+from abscot_trl.baselines import BaselinesArguments
 from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.evaluation.report import ReportArguments
 from abscot_trl.evaluation.sweep import SweepArguments
@@ -26,6 +27,7 @@ CLASSES |= {
     "plan": (PlanArguments,),
     "sweep": (SweepArguments,),
     "warmup": (WarmupArguments,),
+    "baselines": (BaselinesArguments,),
     "report": (ReportArguments,),
     "demo": (DemoArguments,),
 }

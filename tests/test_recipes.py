@@ -3,7 +3,7 @@
 import re
 import shlex
 import subprocess
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from transformers import (
 from trl import ModelConfig
 
 from abscot_trl.attention import check_supported
+from abscot_trl.baselines import BaselinesArguments, baseline_stages
 from abscot_trl.checkpoint import extend_model, save_checkpoint
-from abscot_trl.cli import accelerate_config_path
+from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.evaluation.report import ReportArguments
@@ -32,7 +33,9 @@ from abscot_trl.evaluation.sweep import SweepArguments
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
 from abscot_trl.scripts.demo import DemoArguments
 from abscot_trl.training.adapters import lora_config
+from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.configs import BASELINES
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
 from abscot_trl.warmup import WarmupArguments, stages
@@ -43,8 +46,14 @@ DOCUMENTS = FILES + [path.relative_to(ROOT) for path in [ROOT / "README.md", *(R
 MODELS = [path for path in FILES if path.parts[1] != "demo"]
 TRAINED = [path for path in MODELS if path.name.startswith(("bottleneck", "distill"))]
 WARMUPS = [path for path in MODELS if path.name.startswith("warmup")]
+COMPARED = [path for path in MODELS if path.name == "baselines.yaml"]
 CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
-CLASSES |= {"warmup": (WarmupArguments,), "report": (ReportArguments,), "demo": (DemoArguments,)}
+CLASSES |= {
+    "warmup": (WarmupArguments,),
+    "baselines": (BaselinesArguments,),
+    "report": (ReportArguments,),
+    "demo": (DemoArguments,),
+}
 CLASSES |= {"sweep": (SweepArguments,), "alpaca": (AlpacaArguments,)}
 TRAINERS = {"bottleneck": BottleneckSFTTrainer, "distill": SelfDistillationTrainer}
 # What a recipe asks of a GPU, as a machine without one can be asked it.
@@ -134,7 +143,7 @@ def parse_as_its_phase(phase: str, arguments: list[str]) -> tuple:
     check_fields(read_yaml(path), CLASSES[phase], path)
     given |= read_yaml(path).keys()
     filled = [part for name in sorted(required - given) for part in (f"--{name}", "x")]
-    return parse(CLASSES[phase], [*arguments, *filled, *(ON_CPU if phase in TRAINERS else [])])
+    return parse(CLASSES[phase], [*arguments, *filled, *(ON_CPU if phase in TRAINING else [])])
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -154,7 +163,8 @@ def test_a_folder_is_whole_and_its_numbers_agree(folder):
     names = {path.name for path in MODELS if path.parent == folder}
     forms = {"paper"} if folder.name == "production" else {"paper", "informed"}
     tunings = {"lora"} if folder.name == "production" else {"lora", "full"}
-    assert names == {"init.yaml", "data.yaml", "evaluate.yaml"} | {
+    others = set() if folder.name == "production" else {"baselines.yaml", "concise.yaml"}
+    assert names == {"init.yaml", "data.yaml", "evaluate.yaml"} | others | {
         *(f"{phase}.{form}.yaml" for phase in ("traces", "warmup") for form in forms),
         *(f"{phase}.{tuning}.yaml" for phase in TRAINERS for tuning in tunings),
     }
@@ -234,6 +244,57 @@ def test_every_stage_of_a_warm_up_has_its_recipe(path, tuning, tmp_path):
             (tmp_path / "stage.yaml").write_text(yaml.safe_dump(stage.settings))
             parse(CLASSES[stage.phase], ["--config", str(tmp_path / "stage.yaml")])
     assert found[0].settings["method"] == args.initial and accelerate_config_path(args.accelerate_config)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("path", COMPARED, ids=str)
+def test_baselines_are_compared_with_their_warm_up(path, tuning):
+    """The same data, rows, recipes and evaluation; each stage's settings are fields of its phase."""
+    (args,) = parse((BaselinesArguments,), ["--config", str(path), "--tuning", tuning, "--steps", "9"])
+    (warm,) = parse((WarmupArguments,), ["--config", str(path.parent / "warmup.informed.yaml"), "--tuning", tuning])
+    same = ("model", "data", "rounds", "rows_per_phase", "seed", "bottleneck", "distill", "evaluate", "rehearsal")
+    assert all(getattr(args, name) == getattr(warm, name) for name in same)
+    assert args.warmup == warm.run_dir and args.accelerate_config == warm.accelerate_config
+    concise = read_yaml(args.concise)
+    assert (concise["model"], concise["data"]) == (args.model, args.data)
+    trained = {stage.name.split("/")[0]: stage.settings for stage in compared(args) if stage.phase == "baseline"}
+    assert trained.keys() == BASELINES.keys()
+    for name, settings in trained.items():
+        check_fields(settings, CLASSES["baseline"], name)
+        other = {key for key, value in read_yaml(args.bottleneck).items() if settings.get(key) != value}
+        assert settings["baseline"] == name and other == ({"packing"} if name == "icot" else set())
+        assert settings["max_steps"] == 9
+    assert args.verbal_tokens == read_yaml(args.bottleneck)["max_length"]
+
+
+def compared(args: BaselinesArguments) -> list:
+    """The stages where no model was extended yet: m_max pauses are read from its recipe."""
+    names = [name for name in args.names if name != "pause"]
+    found = baseline_stages(replace(args, names=names))
+    recipe = read_yaml("recipes/baselines/baseline.pause.yaml")
+    check_fields(recipe, CLASSES["baseline"], "pause")
+    return [*found, replace(found[1], name="pause/train", settings=found[1].settings | recipe)]
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("path", [path for path in TRAINED if path.name == "bottleneck.lora.yaml"], ids=str)
+def test_a_baseline_forms_its_first_batch(path, kind, stand_ins, tmp_path):
+    """The recipe of phase A and the baseline's over it, as `abscot baseline` reads them."""
+    checkpoint = stand_ins[base_model(path)]
+    arguments = ["--config", str(path), "--config", f"recipes/baselines/baseline.{kind}.yaml", "--max_length", "256"]
+    arguments += ["--output_dir", str(tmp_path), "--dtype", "float32", "--model_name_or_path", str(checkpoint)]
+    _, training, model = parse(CLASSES["baseline"], [*arguments, "--data", "x", "--max_steps", "4", *ON_CPU])
+    assert training.learning_rate == read_yaml(path)["learning_rate"] and training.baseline == kind
+    ids = AbstractVocabulary.load(checkpoint).all_ids(AutoTokenizer.from_pretrained(checkpoint))
+    data = rows(checkpoint, n=64, trace=False)
+    trainer = BaselineTrainer(str(checkpoint), training, data, peft_config=lora_config(model, ids))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 1 and batch["input_ids"].shape[1] % 128 == 0
+    packs = read_yaml(path)["packing"] and kind != "icot"
+    assert (int(batch["document_ids"].max()) > 1) == packs
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    loss.backward()
+    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -347,7 +408,8 @@ SHOWN = [(path, command) for path in DOCUMENTS if path.parts[1:2] != ("demo",) f
 
 def test_each_recipe_shows_its_own_command():
     for path in MODELS:
-        assert any(f"abscot {phase_of(path)} --config {path}" in command for command in commands(path)), path
+        own = [command for command in commands(path) if command.startswith(f"abscot {phase_of(path)} ")]
+        assert any(f"--config {path}" in command for command in own), path
 
 
 @pytest.mark.parametrize("path, command", SHOWN, ids=[f"{path}:{command[:60]}" for path, command in SHOWN])
@@ -361,10 +423,10 @@ def test_a_command_that_is_shown_parses(path, command):
         assert printed.returncode == 0, printed.stderr
         command = next(line for line in printed.stdout.splitlines() if "/abscot " in line)
     _, phase, *arguments = shlex.split(command, comments=True)
-    if phase in TRAINERS and "--accelerate_config" in arguments:
+    if phase in TRAINING and "--accelerate_config" in arguments:
         at = arguments.index("--accelerate_config")
         accelerate_config_path(arguments[at + 1])
         del arguments[at : at + 2]
-    parsed = parse(CLASSES[phase], [*arguments, *(ON_CPU if phase in TRAINERS else [])])
+    parsed = parse(CLASSES[phase], [*arguments, *(ON_CPU if phase in TRAINING else [])])
     if phase == "warmup":
         assert list(stages(parsed[0])) and accelerate_config_path(parsed[0].accelerate_config)

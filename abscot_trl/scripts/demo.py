@@ -1,6 +1,7 @@
 """
-The whole method on chain arithmetic, on a laptop: SFT without CoT, the paper's recipe and the informed one at equal
-steps, from a tiny base model that speaks its CoT; every trace swapped; a table, results.json, report.md, report.html.
+The whole method on chain arithmetic, on a laptop: SFT without CoT (or any baseline), the paper's recipe and the
+informed one at equal steps, from a tiny base model that speaks its CoT; every trace swapped; a table, results.json,
+report.md, report.html.
 
     python -m abscot_trl.scripts.demo --config recipes/demo/demo.yaml --rounds 1
 """
@@ -10,11 +11,15 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from abscot_trl.baselines import BaselinesArguments, baselines
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.evaluation.report import ReportArguments, report
-from abscot_trl.evaluation.results import read_results, write_results
+from abscot_trl.evaluation.results import write_results
 from abscot_trl.phases import exit_with_words, parse, read_yaml, run_phase
+from abscot_trl.training.configs import BASELINES
 from abscot_trl.warmup import WarmupArguments, warmup
+
+WARMUPS = ("paper", "informed")
 
 
 @dataclass
@@ -26,14 +31,14 @@ class DemoArguments:
         output_dir (`str`): the run's folder.
         recipes (`str`): folder of the base model and the phase recipes.
         rounds (`int`): rounds of the policy iteration.
-        models (`list[str]`): which of `sft`, `paper`, `informed` to train.
+        models (`list[str]`): what to train: any of the baselines (`sft`, ..), `paper`, `informed`.
     """
 
     output_dir: str = field(default="runs/demo", metadata={"help": "The run's folder."})
     recipes: str = field(default="recipes/demo", metadata={"help": "Folder of the base model and the recipes."})
     rounds: int = field(default=1, metadata={"help": "Rounds of the policy iteration."})
     models: list[str] = field(
-        default_factory=lambda: ["sft", "paper", "informed"], metadata={"help": "Any of sft, paper, informed."}
+        default_factory=lambda: ["sft", *WARMUPS], metadata={"help": f"Any of {', '.join([*BASELINES, *WARMUPS])}."}
     )
     chain_steps: int = field(default=6, metadata={"help": "Operations of a problem."})
     modulus: int = field(default=5, metadata={"help": "Numbers are 0 .. modulus - 1."})
@@ -70,31 +75,17 @@ def demo(args: DemoArguments) -> list[dict]:
     evaluation = run / "evaluate.yaml"
     evaluation.write_text((recipes / "evaluate.yaml").read_text() + f"problems: {test}\n")
 
-    def evaluate(name: str, model: str, mode: str) -> list[dict]:
-        fields = {"problems": test, "model": model, "name": name, "modes": [mode], "swaps": ["own"]}
-        return read_results(phase("evaluate", "evaluate.yaml", f"evaluate-{name}", **fields))
+    def shared(folder: str) -> dict:
+        print(f"[{time.monotonic() - start:5.0f} s] {folder}", flush=True)
+        same = {"model": base, "data": data, "evaluate": str(evaluation), "rounds": args.rounds}
+        return same | {"rows_per_phase": args.rows_per_phase, "seed": args.seed, "run_dir": str(run / folder)}
 
-    results = evaluate("base", base, "verbal")
-    if "sft" in args.models:  # as many steps as a warm-up takes, on as many rows
-        steps = (
-            sum(read_yaml(recipes / f"{name}.yaml")["max_steps"] for name in ("bottleneck", "distill")) * args.rounds
-        )
-        sft = phase("distill", "distill.yaml", "sft", model_name_or_path=base, data=data, max_steps=steps)
-        results += evaluate("sft", sft, "direct")
-    for name in args.models:
-        if name == "sft":
-            continue
-        fields = read_yaml(recipes / f"warmup.{name}.yaml") | {
-            "run_dir": str(run / name),
-            "model": base,
-            "data": data,
-            "evaluate": str(evaluation),
-            "rounds": args.rounds,
-            "rows_per_phase": args.rows_per_phase,
-            "seed": args.seed,
-        }
-        print(f"[{time.monotonic() - start:5.0f} s] {name}", flush=True)
-        results += warmup(WarmupArguments(**fields))
+    names = ["base", *(name for name in args.models if name not in WARMUPS)]
+    results = baselines(
+        BaselinesArguments(**shared("baselines"), **read_yaml(recipes / "baselines.yaml"), names=names)
+    )
+    for name in (name for name in args.models if name in WARMUPS):
+        results += warmup(WarmupArguments(**shared(name), **read_yaml(recipes / f"warmup.{name}.yaml")))
 
     write_results(run / "results.json", results)
     title = f"Demo: {args.chain_steps} steps mod {args.modulus}, chance {100 / args.modulus:.0f}"

@@ -84,7 +84,7 @@ class TracesArguments(SamplerArguments):
 
 def part_rows(splits: str | None, part: str | None, n_rows: int) -> list[int]:
     """
-    Row numbers of one part of the staged splits, or of all the data.
+    Row numbers of one part of the staged splits, of all its parts (`part` is `None`), or of all the data.
 
     Raises:
         ValueError: the splits have no such part.
@@ -92,6 +92,8 @@ def part_rows(splits: str | None, part: str | None, n_rows: int) -> list[int]:
     if splits is None:
         return list(range(n_rows))
     parts = load_splits(splits, n_rows=n_rows)
+    if part is None:
+        return [row for rows in parts.values() for row in rows]
     if part not in parts:
         raise ValueError(f"{splits} has no part {part!r}; it has {', '.join(parts)}")
     return parts[part]

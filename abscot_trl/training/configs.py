@@ -1,8 +1,18 @@
-"""Fields of the two SFT phases beyond trl's own."""
+"""Fields of the SFT phases beyond trl's own."""
 
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
+
+# The baselines by the mode in which each answers.
+BASELINES = {
+    "sft": "direct",
+    "cot": "verbal",
+    "pause": "abstract",
+    "icot": "direct",
+    "cut-cot": "verbal",
+    "concise": "verbal",
+}
 
 
 @dataclass
@@ -90,3 +100,45 @@ class DistillationConfig(BottleneckConfig):
         super().__post_init__()
         if self.rehearsal < 0:
             raise ValueError(f"rehearsal is a loss weight and cannot be negative, got {self.rehearsal}")
+
+
+@dataclass
+class BaselineConfig(BottleneckConfig):
+    """
+    Configuration of [`BaselineTrainer`].
+
+    Args:
+        baseline (`str`, *optional*, defaults to `"sft"`):
+            What is trained, see [`BaselineTrainer`]: `sft`, `cot`, `pause`, `icot`, `cut-cot` or `concise`.
+        pause_tokens (`int`, *optional*):
+            `pause`: how many pause tokens; m_max when left out.
+        removed_after (`float`, *optional*, defaults to `0.8`):
+            `icot`: share of the steps after which nothing of the longest CoT is left.
+        removal_stages (`int`, *optional*):
+            `icot`: in how many portions it goes; when left out, token by token, as in the paper. Long CoTs need it:
+            AdamW's moments are forgotten at each.
+        removal_smoothing (`float`, *optional*, defaults to `4.0`):
+            `icot`: lambda of the extra tokens o that a row loses, P(o) ~ exp(-lambda o).
+    """
+
+    baseline: str = field(default="sft", metadata={"help": "What is trained.", "choices": list(BASELINES)})
+    pause_tokens: int | None = field(default=None, metadata={"help": "pause: how many; m_max when left out."})
+    removed_after: float = field(default=0.8, metadata={"help": "icot: share of steps after which no CoT is left."})
+    removal_stages: int | None = field(default=None, metadata={"help": "icot: portions; none: token by token."})
+    removal_smoothing: float = field(default=4.0, metadata={"help": "icot: lambda of the random extra removal."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline: {self.baseline!r} is not one of {', '.join(BASELINES)}")
+        if self.baseline == "icot" and self.packing:
+            raise ValueError("baseline: icot removes tokens step by step, packed rows are fixed; set packing: false")
+        if not 0 < self.removed_after <= 1 or self.removal_smoothing <= 0:
+            raise ValueError(
+                f"removed_after {self.removed_after} must be a share over 0, removal_smoothing "
+                f"{self.removal_smoothing} over 0"
+            )
+        for name in ("pause_tokens", "removal_stages"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,4 +1,4 @@
-"""`abscot bottleneck` and `abscot distill`: load the inputs of a training phase, train, save."""
+"""`abscot bottleneck`, `distill` and `baseline`: load the inputs of a training phase, train, save."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,8 +14,9 @@ from abscot_trl.data.prepare import load_prepared
 from abscot_trl.traces.files import read_traces
 from abscot_trl.traces.make import part_rows
 from abscot_trl.training.adapters import lora_config
+from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
-from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
+from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.resume import LOG_FILE, prepare_output, sealed_checkpoints
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -30,13 +31,14 @@ class TrainArguments:
         data (`str`): prepared data (`abscot data`).
         traces (`str`, *optional*): folder written by `abscot traces`; its rows are trained. Without it, rows of
             `part` are trained without a trace: SFT with CoT by `abscot bottleneck`, without CoT by `abscot distill`.
-        splits, part (`str`, *optional*): staged splits and part, where no traces choose the rows.
+        splits, part (`str`, *optional*): staged splits and part, where no traces choose the rows; without `part`,
+            the rows of all parts.
     """
 
     data: str = field(metadata={"help": "Prepared data (abscot data)."})
     traces: str | None = field(default=None, metadata={"help": "Folder written by abscot traces; none: plain SFT."})
     splits: str | None = field(default=None, metadata={"help": "Staged splits, where no traces choose the rows."})
-    part: str | None = field(default=None, metadata={"help": "Part of the splits, where no traces choose the rows."})
+    part: str | None = field(default=None, metadata={"help": "Part of the splits; none: all of them."})
 
 
 def training_rows(args: TrainArguments, vocabulary: AbstractVocabulary, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -101,7 +103,7 @@ def train(
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody reads it
         log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        log = {"rows": trainer.row_counts, "log": log}
+        log = {"rows": trainer.row_counts, "steps": trainer.state.global_step, "log": log}
         (final / LOG_FILE).write_text(json.dumps(log, indent=2, sort_keys=True) + "\n")
         if not model_args.use_peft:
             verify_checkpoint(final)
@@ -121,3 +123,8 @@ def train_bottleneck(args: TrainArguments, training_args: BottleneckConfig, mode
 def train_distill(args: TrainArguments, training_args: DistillationConfig, model_args: ModelConfig) -> dict:
     """`abscot distill`: phase B (eq. 4)."""
     return train(SelfDistillationTrainer, args, training_args, model_args)
+
+
+def train_baseline(args: TrainArguments, training_args: BaselineConfig, model_args: ModelConfig) -> dict:
+    """`abscot baseline`: what a warm-up is compared with."""
+    return train(BaselineTrainer, args, training_args, model_args)

@@ -1,0 +1,11 @@
+"""
+One baseline: SFT without or with CoT, with a cut CoT, with pause tokens, or with stepwise internalisation.
+
+    accelerate launch --config_file accelerate_configs/single.yaml -m abscot_trl.scripts.baseline \
+        --config recipes/qwen3-4b/bottleneck.lora.yaml --config recipes/baselines/baseline.icot.yaml
+"""
+
+from abscot_trl.phases import main
+
+if __name__ == "__main__":
+    main("baseline")

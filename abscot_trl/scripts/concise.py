@@ -1,0 +1,10 @@
+"""
+The base model's own shortest right answers, as rows to train on.
+
+    python -m abscot_trl.scripts.concise --config recipes/qwen3-4b/concise.yaml
+"""
+
+from abscot_trl.phases import main
+
+if __name__ == "__main__":
+    main("concise")
