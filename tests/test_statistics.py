@@ -9,8 +9,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from abscot_trl.evaluation import statistics
-from abscot_trl.evaluation.report import FIGURES
-from abscot_trl.evaluation.results import DECODING, ROW, read_results, write_results
+from abscot_trl.evaluation.results import DECODING, FIGURES, ROW, read_results, write_results
 from abscot_trl.evaluation.statistics import (
     majority_score,
     mean_interval,
