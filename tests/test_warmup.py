@@ -102,7 +102,7 @@ def test_two_rounds_with_lora(toy, tmp_path, capsys):
     assert all((a != b).any() for a, b in zip(weights, weights[1:], strict=False))
     assert AbstractVocabulary.load(chain[-1]) == AbstractVocabulary.load(chain[0])
     printed = capsys.readouterr().out
-    assert "[14/14] informed round2/evaluate" in printed and "total" in printed and "| informed (round 2)" in printed
+    assert "[14/14] informed round2/evaluate" in printed and "total" in printed and "| informed r2 " in printed
 
 
 def test_recipes_differ_where_they_should(toy, tmp_path):
