@@ -416,6 +416,7 @@ def rows_of(**accuracies):
         ("form", {"own": 90, "random": 20, "other": 90, "none": 20}),
         ("untested form", {"own": 90, "random": 20}),
         ("presence", {"own": 90, "random": 90, "other": 89, "none": 20}),
+        ("untested presence", {"own": 90, "none": 20}),
         ("none", {"own": 50, "random": 53, "other": 50, "none": 52}),
         ("hurts", {"own": 50, "random": 70, "other": 50, "none": 52}),
         ("untested", {"own": 50}),

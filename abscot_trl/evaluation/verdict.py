@@ -9,6 +9,7 @@ WORDS = {
     "form": "random tokens cost accuracy, another problem's trace does not: the trace's form matters, not its content",
     "untested form": "random tokens cost accuracy; whether another problem's trace does was not tested",
     "presence": "the answer needs a trace, but not its own",
+    "untested presence": "the answer needs a trace; whether it needs its own was not tested",
     "hurts": "its own trace does worse than a swapped one",
     "none": "no evidence that the answer uses its trace",
     "untested": "not tested: evaluate with swaps other, random and none",
@@ -57,7 +58,9 @@ def _level(by_swap: dict[str, dict]) -> str:
         return "hurts"
     if "random" in lower:
         return "form" if "other" in by_swap else "untested form"
-    return "presence" if "none" in lower else "none"
+    if "none" in lower:
+        return "presence" if by_swap.keys() & {"random", "other"} else "untested presence"
+    return "none"
 
 
 def _beside(own: dict, results: list[dict]) -> list[tuple[dict, str]]:
