@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -17,7 +19,7 @@ from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.evaluation.statistics import wilson_interval
-from abscot_trl.files import MANIFEST
+from abscot_trl.files import MANIFEST, path_digest
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -182,6 +184,21 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     counts.write_text(counts.read_text() + " ")
     with pytest.raises(ValueError, match="made with other settings .other files at data"):
         warmup(WarmupArguments(**fields))
+
+
+def test_two_merged_adapters_of_one_base_are_two_inputs(tmp_path):
+    """Same names, sizes and heads (safetensors' header, embedding rows that LoRA leaves as they are)."""
+    torch.manual_seed(0)
+    frozen, digests = torch.randn(4000, 512), set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        embedding = torch.cat([frozen, torch.randn(66, 512)])
+        save_file(
+            {"model.embed_tokens.weight": embedding, "model.layers.0.q_proj.weight": torch.randn(512, 512)},
+            tmp_path / "model.safetensors",
+        )
+        digests |= {path_digest(tmp_path), path_digest(tmp_path)}
+    assert len(digests) == 2
 
 
 def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path):
