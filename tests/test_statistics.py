@@ -6,7 +6,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 from abscot_trl.evaluation import statistics
 from abscot_trl.evaluation.results import DECODING, FIGURES, ROW, read_results, write_results
@@ -97,6 +97,16 @@ def test_paired_bootstrap_is_scipys():
     assert paired_difference(a, b, seed=0) == (difference, (low, high))
     with pytest.raises(ValueError, match="200 and 199 problems"):
         paired_difference(a, b[1:])
+
+
+def test_few_changed_answers_are_no_evidence():
+    """Never an interval of one point; 0 left out of it only where McNemar's exact test comes near 5 % too."""
+    for n, worse in ((2, 0), (2, 2), (4, 4), (100, 0), (500, 3), (500, 5), (8, 8), (500, 8)):
+        _, (low, high) = paired_difference([0.0] * worse + [1.0] * (n - worse), [1.0] * n)
+        assert low < high and (high < 0) == (binomtest(0, worse).pvalue < 0.05 if worse else False)
+    averages = [0.5 + 0.125 * (i % 2) for i in range(30)]  # of 8 samples: what differs little weighs little
+    _, (low, high) = paired_difference(averages, [0.5] * 30)
+    assert 0 < low and high < 10
 
 
 def test_majority():

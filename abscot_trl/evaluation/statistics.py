@@ -52,17 +52,23 @@ def paired_difference(scores: list[float], reference: list[float], seed: int = 0
     The mean of `scores` less that of `reference`, two scores of each problem, and its percentile-bootstrap interval
     over the problems, in points.
 
+    Two more problems are drawn from, one better and one worse by a typical difference (Agresti and Min,
+    doi:10.1002/sim.1781): two or three problems that agree, or none that differ, would else seem to be certain.
+
     Raises:
         ValueError: not as many scores on both sides.
     """
     if len(scores) != len(reference):
         raise ValueError(f"paired scores of {len(scores)} and {len(reference)} problems: they must be the same ones")
     differences = 100 * (np.asarray(scores, float) - np.asarray(reference, float))
-    n, rng, means = len(differences), np.random.default_rng(seed), []
+    changed = differences[differences != 0]
+    typical = np.sqrt(np.mean(changed**2)) if len(changed) else 100.0
+    drawn = np.append(differences, [typical, -typical])
+    n, rng, means = len(drawn), np.random.default_rng(seed), []
     chunk = max(1, 2**20 // n)  # resamples at a time
     for start in range(0, RESAMPLES, chunk):
         draws = rng.integers(n, size=(min(chunk, RESAMPLES - start), n))
-        means.append(differences[draws].mean(axis=1))
+        means.append(drawn[draws].mean(axis=1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(differences.mean()), (float(low), float(high))
 
