@@ -20,13 +20,11 @@ from pathlib import Path
 import yaml
 
 from abscot_trl.cli import TRAINING
-from abscot_trl.files import INPUTS, MANIFEST, PRUNED, input_digests, path_digest, write_whole
+from abscot_trl.files import INPUTS, MANIFEST, PRUNED, WHERE, input_digests, path_digest, write_whole
 from abscot_trl.memory import GIB, stage_disk
 from abscot_trl.phases import run_phase
 from abscot_trl.record import environment, write_record
 from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
-
-WHERE = ("engine", "server", "batch_tokens")  # on what a stage's work was done: not what it made
 
 
 @dataclass

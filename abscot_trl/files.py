@@ -8,6 +8,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
+WHERE = ("engine", "server", "batch_tokens")  # on what a phase's work is done: not what it makes
 INPUTS = ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems")
 
 

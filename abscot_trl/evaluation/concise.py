@@ -7,9 +7,8 @@ problem by a prompt that asks for brevity; of those that are right the shortest 
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 from datasets import Dataset
 from tqdm import tqdm
@@ -21,7 +20,6 @@ from abscot_trl.data.problems import last_boxed
 from abscot_trl.evaluation.answering import verbal_reasoning_tokens
 from abscot_trl.evaluation.grading import is_correct
 from abscot_trl.examples import prompt_ids
-from abscot_trl.files import input_digests
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.constraint import Continuation
@@ -150,16 +148,14 @@ def make_concise(args: ConciseArguments) -> dict:
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, None, len(data))
     part = data.select(rows).select_columns(["id", "prompt", "prompt_ids", "answer", "gold"])
-    elsewhere = {"output_dir", "engine", "server"}
-    settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
-    parts = Parts(args.output_dir, settings | {"rows": len(rows), "inputs": input_digests(settings)})
+    parts = Parts(args, rows=len(rows))
     lengths = [args.samples * (len(ids) + args.max_new_tokens) for ids in part["prompt_ids"]]
     spans = cut(lengths, args.part_tokens)
     todo = [number for number in range(len(spans)) if not parts.done(number)]
     if todo:
         sampler, grade = load_sampler(args, args.model, tokenizer, vocabulary), cache(is_correct)
-        ready = len(rows) - sum(len(spans[number]) for number in todo)
-        total, ready = args.samples * len(rows), args.samples * ready
+        total = args.samples * len(rows)
+        ready = total - args.samples * sum(len(spans[number]) for number in todo)
         with tqdm(total=total, initial=ready, unit="response", desc="concise") as bar:
             for number in todo:
                 parts.write(number, _records(args, part, spans[number], sampler, tokenizer, grade, bar))
@@ -172,7 +168,7 @@ def _join(args: ConciseArguments, parts: Parts, count: int, n_rows: int) -> dict
     dropped: Counter[str] = Counter()
     kept = tokens = 0
     with written_whole(args.output_dir) as folder:
-        with open(Path(folder) / ROWS_FILE, "w") as file:
+        with open(folder / ROWS_FILE, "w") as file:
             for record in parts.records(range(count)):
                 if "dropped" in record:
                     dropped[record["dropped"]] += 1
@@ -185,5 +181,5 @@ def _join(args: ConciseArguments, parts: Parts, count: int, n_rows: int) -> dict
                 f"{args.model} answered none of {n_rows} rows right ({dict(dropped)}): no row to train on"
             )
         counts = {"rows_read": n_rows, "rows_kept": kept, "dropped": dict(dropped), "tokens": tokens / kept}
-        (Path(folder) / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
+        (folder / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
     return counts

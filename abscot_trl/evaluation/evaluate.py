@@ -8,7 +8,6 @@ made again; when all are there they are joined.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,12 +20,10 @@ from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import describe_answers, summarise
 from abscot_trl.examples import Example
-from abscot_trl.files import input_digests
 from abscot_trl.traces.backends import load_sampler
 from abscot_trl.traces.parts import Parts
 from abscot_trl.vocabulary import AbstractVocabulary
 
-ELSEWHERE = ("output_dir", "engine", "server", "batch_tokens")  # where the work is done, not what it is
 ANSWER_FILE, OUTPUT_FILE, UNGRADED_FILE = "answers.jsonl", "outputs.json", "ungraded.json"
 
 
@@ -80,10 +77,8 @@ class Evaluation:
         step = max(1, args.part_answers // args.samples)
         spans = [range(i, min(i + step, len(problems))) for i in range(0, len(problems), step)]
         self.units = [(mode, swap, span) for mode in args.modes for swap in args.swaps_of(mode) for span in spans]
-        settings = {key: value for key, value in asdict(args).items() if key not in ELSEWHERE}
         text = json.dumps([[p.prompt, p.gold, p.id, p.source] for p in problems])
-        settings |= {"inputs": input_digests(settings), "prompts": hashlib.sha256(text.encode()).hexdigest()}
-        self.parts = Parts(args.output_dir, settings)
+        self.parts = Parts(args, prompts=hashlib.sha256(text.encode()).hexdigest())
 
     def records(self, mode: str, swap: str) -> list[dict]:
         """The answers of one mode and swap, problem by problem."""

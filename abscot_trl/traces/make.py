@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import load_splits
-from abscot_trl.files import input_digests
 from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
@@ -168,9 +167,7 @@ def _from_policy(
     rows: list[int],
 ) -> dict:
     """z ~ pi_abs(. | x) or pi_abs(. | x, c), part by part."""
-    elsewhere = {"output_dir", "shard", "engine", "server"}  # where the work is done, not what it is
-    settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
-    parts = Parts(args.output_dir, settings | {"rows": len(rows), "inputs": input_digests(settings)})
+    parts = Parts(args, rows=len(rows))
     columns = ["prompt_ids"] if args.given == "prompt" else ["prompt_ids", "cot_ids"]
     part = part.select_columns(["id", *columns])
     lengths = [

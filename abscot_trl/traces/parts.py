@@ -10,9 +10,10 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-from abscot_trl.files import begin_parts, write_whole
+from abscot_trl.files import WHERE, begin_parts, input_digests, write_whole
 
 
 def parse_shard(shard: str | None) -> tuple[int, int]:
@@ -35,18 +36,20 @@ class Parts:
     The parts of one file.
 
     Args:
-        output_dir (`str`): where the joined file will go.
-        settings (`dict`): everything that the records depend on.
+        args: a phase's fields, `output_dir` among them. The records depend on all but that, `shard` and `WHERE`.
+        more: what else they depend on.
 
     Raises:
         FileExistsError: `output_dir` is there already.
         ValueError: parts are there that were made with other settings or inputs.
     """
 
-    def __init__(self, output_dir: str | Path, settings: dict):
-        if Path(output_dir).exists():
-            raise FileExistsError(f"{output_dir} is there already; choose another output_dir or remove it")
-        self.folder = begin_parts(output_dir, settings)
+    def __init__(self, args, **more):
+        if Path(args.output_dir).exists():
+            raise FileExistsError(f"{args.output_dir} is there already; choose another output_dir or remove it")
+        elsewhere = ("output_dir", "shard", *WHERE)
+        settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
+        self.folder = begin_parts(args.output_dir, settings | {"inputs": input_digests(settings), **more})
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.jsonl"
