@@ -19,6 +19,7 @@ from abscot_trl.driver import Stage
 from abscot_trl.memory import (
     GIB,
     Shape,
+    accumulation_of,
     shape_of,
     steps_of,
     trained_parameters,
@@ -57,7 +58,7 @@ class PlanArguments(WarmupArguments):
 
 def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:
     """
-    Operations of forward and backward over `tokens` in documents of mean `length`.
+    Operations of forward and backward over `tokens` that stand in documents of mean `length`.
 
     2 a parameter and token forward, 2 for the gradient of activations, 2 more for that of the weights (full), 2 when
     layers are computed again; causal attention 2 L q a token and layer forward, twice that backward.
@@ -163,13 +164,16 @@ def _training(stage: Stage, examples: int, setting: Setting) -> dict:
     rows = math.ceil(sum(documents) / (PACKED * longest)) if packed else len(documents)
     trained = trained_parameters(shape, recipe, setting.vocabulary.size)
     at_once = longest * recipe.get("per_device_train_batch_size", 8)
-    tokens = sum(documents) * recipe.get("num_train_epochs", 3)
-    flops = training_flops(
-        shape, lora, recipe.get("gradient_checkpointing", True), tokens, sum(documents) / len(documents)
-    )
+    steps, epochs = steps_of(rows, recipe, setting.gpus), recipe.get("num_train_epochs", 3)
+    if recipe.get("max_steps", -1) > 0:
+        at_step = recipe.get("per_device_train_batch_size", 8) * setting.gpus * accumulation_of(recipe, setting.gpus)
+        epochs = steps * at_step / rows
+    tokens = sum(documents) * epochs
+    length = sum(size * size for size in documents) / sum(documents)  # of the document that a token stands in
+    flops = training_flops(shape, lora, recipe.get("gradient_checkpointing", True), tokens, length)
     return {
         "rows": len(documents),
-        "steps": steps_of(rows, recipe, setting.gpus),
+        "steps": steps,
         "packed": packed,
         "tokens": tokens,
         "trained": trained,

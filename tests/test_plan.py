@@ -129,6 +129,12 @@ def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811
     shown = describe_plan(found)
     assert "| round1/distill |" in shown and "the prepared data" in shown
     assert not [w for w in found["warnings"] if "rows are needed" in w]
+    for name, steps in (("bottleneck", 11), ("distill", 22)):  # 16 rows, with rehearsal 32, in threes, twice
+        less = (tmp_path / f"{name}.yaml").read_text().replace("max_steps: -1", f"max_steps: {steps}")
+        (tmp_path / f"{name}.yaml").write_text(less.replace("num_train_epochs: 2", "num_train_epochs: 7"))
+    for line, other in zip(found["stages"], plan(PlanArguments(**fields))["stages"], strict=True):
+        assert other.get("tokens") == pytest.approx(line.get("tokens"), rel=0.05)
+        assert other.get("hours") == pytest.approx(line.get("hours"), rel=0.05)
     (tmp_path / "bottleneck.yaml").write_text(
         yaml.safe_dump(training | {"learning_rate": 1.0e-5, "max_length": 20, "warmup_steps": 1000})
     )
