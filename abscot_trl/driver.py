@@ -145,7 +145,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
     record = {"stage": stage.name, "phase": stage.phase, "settings": stage.settings, "inputs": inputs}
     record = json.loads(json.dumps(record))
     if not is_done(stage):
-        pruned = [str(stage.settings[key]) for key in inputs if (Path(stage.settings[key]) / PRUNED).is_file()]
+        pruned = [str(stage.settings[key]) for key in inputs if (Path(str(stage.settings[key])) / PRUNED).is_file()]
         if pruned:
             raise ValueError(
                 f"{stage.name} needs {pruned[0]}, whose weights were pruned (`keep`); use another run_dir"

@@ -73,6 +73,7 @@ def path_digest(path: str | Path) -> str | None:
 
 
 def input_digests(settings: dict) -> dict[str, str]:
-    """The digest of each path among `settings`."""
-    digests = {key: path_digest(str(settings.get(key))) for key in INPUTS}
-    return {key: digest for key, digest in digests.items() if digest is not None}
+    """The digest of each path among `settings`, of a list of paths one after another."""
+    given = {key: settings.get(key) for key in INPUTS}
+    digests = {k: [path_digest(str(path)) for path in (v if isinstance(v, list) else [v])] for k, v in given.items()}
+    return {key: " ".join(found) for key, found in digests.items() if found and None not in found}

@@ -19,7 +19,7 @@ from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.evaluation.statistics import wilson_interval
-from abscot_trl.files import MANIFEST, path_digest
+from abscot_trl.files import MANIFEST, input_digests, path_digest
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -199,6 +199,18 @@ def test_two_merged_adapters_of_one_base_are_two_inputs(tmp_path):
         )
         digests |= {path_digest(tmp_path), path_digest(tmp_path)}
     assert len(digests) == 2
+
+
+def test_files_in_a_list_are_inputs_too(tmp_path):
+    """`data` of the stage that prepares the rows of `abscot concise`."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    one, both = ({"data": [str(tmp_path / name) for name in names]} for names in ("a", "ab"))
+    before = input_digests(one), input_digests(both)
+    assert before[0] == input_digests({"data": one["data"][0]}) and before[0] != before[1]
+    (tmp_path / "b").write_text("c")
+    assert (input_digests(one), input_digests(both)) == (before[0], {"data": input_digests(both)["data"]})
+    assert input_digests(both) != before[1] and input_digests({"data": ["someone/on-the-hub"]}) == {}
 
 
 def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path):
