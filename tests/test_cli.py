@@ -13,10 +13,10 @@ from abscot_trl import cli
 from abscot_trl.baselines import BaselinesArguments
 from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.evaluation.report import ReportArguments
-from abscot_trl.evaluation.sweep import SweepArguments
 from abscot_trl.phases import PHASES, parse
 from abscot_trl.plan import PlanArguments
 from abscot_trl.scripts.demo import DemoArguments
+from abscot_trl.sweep import SweepArguments
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.warmup import WarmupArguments
 

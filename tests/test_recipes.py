@@ -29,9 +29,9 @@ from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.evaluation.report import ReportArguments
-from abscot_trl.evaluation.sweep import SweepArguments
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
 from abscot_trl.scripts.demo import DemoArguments
+from abscot_trl.sweep import SweepArguments
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer

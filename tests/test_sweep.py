@@ -16,10 +16,10 @@ from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.evaluation.sweep import SweepArguments, sweep
 from abscot_trl.files import MANIFEST
 from abscot_trl.phases import run_phase
 from abscot_trl.scripts.demo import write_problems
+from abscot_trl.sweep import SweepArguments, sweep
 from abscot_trl.traces.parts import Parts
 from abscot_trl.warmup import WarmupArguments, warmup
 
