@@ -12,6 +12,7 @@ from pathlib import Path
 from abscot_trl.driver import Stage, is_done, locked, print_times, run_stage
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import write_results
+from abscot_trl.evaluation.runs import rounds
 from abscot_trl.evaluation.tables import results_table
 from abscot_trl.files import MANIFEST, PRUNED
 from abscot_trl.phases import check_fields, read_yaml
@@ -48,7 +49,7 @@ def models(run: Path) -> list[tuple[str, Path]]:
         FileNotFoundError: no stage of the run is done.
     """
     found: list[tuple[str, Path]] = []
-    for folder in sorted(run.glob("round*"), key=lambda path: int(path.name.removeprefix("round"))):
+    for folder in rounds(run):
         for phase in ("bottleneck", "distill"):
             if not (folder / phase / MANIFEST).is_file():
                 continue

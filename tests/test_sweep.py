@@ -170,6 +170,7 @@ def test_sweep(run, monkeypatch, capsys):
                 budget[0] = next(moments)
     assert attempts == 4
     folder = Path(run.run)
+    (folder / "round1-old").mkdir()  # somebody's, and no round
     assert "round1/bottleneck is left out: the weights of" in capsys.readouterr().out
     names = ["base", "round1/distill", "round2/distill"]
     assert [(r["stage"], r["round"], r["swap"], r["model"]) for r in results] == [

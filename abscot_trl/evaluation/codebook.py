@@ -4,9 +4,6 @@ What the codebook says: how often each token is used, and how much a trace tells
 Pure functions of traces (codebook indices) and gold answers; entropies and information in nats.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 
 from abscot_trl.traces.files import entropy, summarise_traces
@@ -144,14 +141,3 @@ def analyse(traces: list[list[int]], golds: list[str], vocabulary: AbstractVocab
         if summary["distinct"] < len(traces)
         else None,
     }
-
-
-def over_training(folder: str | Path) -> list[dict]:
-    """The summaries of a warm-up's trace stages in order, each with its `stage`; none where there is no warm-up."""
-    paths = Path(folder).glob("round*/*-traces/summary.json")
-    paths = sorted(paths, key=lambda path: (int(path.parts[-3].removeprefix("round")), path.parts[-2]))
-    return [
-        {"stage": f"{path.parts[-3]}/{path.parts[-2]}", **json.loads(path.read_text())}
-        for path in paths
-        if path.parts[-3].removeprefix("round").isdecimal()
-    ]

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from abscot_trl.evaluation import plots, sections
-from abscot_trl.evaluation.codebook import over_training
 from abscot_trl.evaluation.page import browser, write_page
 from abscot_trl.evaluation.results import read_results
-from abscot_trl.evaluation.runs import read_answers, warmups
+from abscot_trl.evaluation.runs import over_training, read_answers, warmups
 from abscot_trl.evaluation.tables import escaped, markdown_table, results_table
 from abscot_trl.evaluation.verdict import measured, verdicts
 from abscot_trl.files import write_whole

@@ -101,6 +101,21 @@ def warmups(run: str | Path) -> list[Path]:
     return [path.parent for path in [run / "record.md", *sorted(run.glob("*/record.md"))] if path.is_file()]
 
 
+def rounds(warmup: Path) -> list[Path]:
+    """The folders of a warm-up's rounds in order; another name (`round1-old`) is none."""
+    found = [path for path in warmup.glob("round*") if path.name.removeprefix("round").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("round")))
+
+
+def over_training(warmup: str | Path) -> list[dict]:
+    """The summaries of a warm-up's trace stages in order, each with its `stage`; none where there is no warm-up."""
+    return [
+        {"stage": f"{folder.name}/{path.parent.name}", **json.loads(path.read_text())}
+        for folder in rounds(Path(warmup))
+        for path in sorted(folder.glob("*-traces/summary.json"))
+    ]
+
+
 def read_losses(warmup: Path) -> dict[str, list[dict]]:
     """The logged steps by stage, from `losses.csv`; empty without one."""
     path, logs = warmup / "losses.csv", {}
@@ -124,7 +139,7 @@ def read_settings(run: str | Path) -> dict[str, dict]:
     phases: dict[str, list[dict]] = {}
     for warmup in warmups(run):
         name = "" if warmup == Path(run) else f"{warmup.name}: "
-        for path in sorted(warmup.glob(f"round*/*/{MANIFEST}")):
+        for path in (path for folder in rounds(warmup) for path in sorted(folder.glob(f"*/{MANIFEST}"))):
             record = json.loads(path.read_text())
             settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
             phases.setdefault(name + record["phase"], []).append(settings)
