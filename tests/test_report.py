@@ -19,7 +19,7 @@ from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.evaluation.page import as_json, browser
 from abscot_trl.evaluation.report import ReportArguments, report
 from abscot_trl.evaluation.runs import TEXT_LIMIT, read_answers
-from abscot_trl.evaluation.swaps import SWAPS, swap_traces
+from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.evaluation.verdict import difference, verdicts
 from abscot_trl.files import write_whole
 from abscot_trl.record import COLUMNS
@@ -30,7 +30,7 @@ from abscot_trl.vocabulary import AbstractVocabulary
 N, VOCABULARY = 300, AbstractVocabulary(8, 1, 6)
 DECODING = {"backend": "hf", "trace_temperature": 0.0, "temperature": 0.0, "max_new_tokens": 64, "seed": 3}
 EVIL = "</script </script><script>document.title='pwned'</script><img src=x onerror=alert(1)> | a\n| b \u2028 `c` &lt;"
-SWAPPED = [*SWAPS, "cut:3"]
+SWAPPED = ["own", "random", "shuffled", "other", "none", "cut:3"]
 
 
 def wilson(correct, n):
