@@ -6,6 +6,7 @@ RECIPE  ?= qwen3-4b
 TUNING  ?= lora
 METHOD  ?= informed
 RUN     ?= $(METHOD)
+BENCHMARK ?= math500
 ACCELERATE ?= $(if $(filter full,$(TUNING)),zero3,single)
 NAME    ?= icot
 ARGS    ?=
@@ -15,7 +16,7 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines test lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise report serve bench-train bench-sampling bench-plan bench-data clean
+.PHONY: help install demo demo-baselines test lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-sampling bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -72,6 +73,9 @@ warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes 
 baselines: $(READY) ## what that warm-up, once it has ended, is compared with: same rows, same steps
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --warmup runs/$(RECIPE)/$(RUN) --run_dir runs/$(RECIPE)/$(RUN)-baselines $(ARGS)
 
+sweep: $(READY) ## the base and every model of that warm-up on BENCHMARK (recipes/benchmarks)
+	$(ABSCOT) $@ --run runs/$(RECIPE)/$(RUN) --evaluate recipes/benchmarks/$(BENCHMARK).yaml $(ARGS)
+
 plan: $(READY) ## what that warm-up will take: steps, memory, disk, hours
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/warmup.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) $(ARGS)
 
@@ -81,7 +85,10 @@ bench-train: $(READY) ## phase A's step against the seed's way, and flex gradien
 bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, the second call (17 minutes on 2 cores)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)
 
-bench-plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
+bench-sweep: $(READY) ## the base and every model of that warm-up on BENCHMARK (recipes/benchmarks)
+	$(ABSCOT) $@ --run runs/$(RECIPE)/$(RUN) --evaluate recipes/benchmarks/$(BENCHMARK).yaml $(ARGS)
+
+plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
 	$(BIN)/python tests/benchmarks/bench_plan.py $(ARGS)
 
 bench-data: $(READY) ## abscot data on 200,000 rows: rows a second, memory, after a kill (20 minutes on 2 cores)

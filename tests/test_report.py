@@ -19,7 +19,7 @@ from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.evaluation.page import as_json, browser
 from abscot_trl.evaluation.report import ReportArguments, report
 from abscot_trl.evaluation.runs import TEXT_LIMIT, read_answers
-from abscot_trl.evaluation.swaps import SWAPS, swap_traces
+from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.evaluation.verdict import difference, verdicts
 from abscot_trl.files import write_whole
 from abscot_trl.record import COLUMNS
