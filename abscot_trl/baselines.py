@@ -5,7 +5,6 @@ rate, batch and LoRA fields of its phase A, the same evaluation.
     concise: samples -> data;   then a baseline each: train -> merge -> evaluate
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import keep_splits, load_splits
 from abscot_trl.driver import Stage, locked, print_stages, print_times, run_stages
 from abscot_trl.evaluation.concise import ROWS_FILE
-from abscot_trl.evaluation.results import write_results
+from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.tables import results_table
+from abscot_trl.files import read_json
 from abscot_trl.memory import steps_of
 from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.training.configs import BASELINES
@@ -80,7 +80,8 @@ def warmup_steps(args: BaselinesArguments) -> int:
         missing = [str(log) for log in logs if not log.is_file()]
         if missing:
             raise FileNotFoundError(f"{missing[0]} is not there: the warm-up has not ended; end it, or set steps")
-        return sum(json.loads(log.read_text())["steps"] for log in logs)
+        remedy = "run that stage of the warm-up again, or set steps"
+        return sum(read_json(log, remedy, "steps")["steps"] for log in logs)
     processes = 1
     if args.accelerate_config:
         launcher = yaml.safe_load(Path(accelerate_config_path(args.accelerate_config)).read_text())
@@ -152,7 +153,7 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
 def collect_baselines(run_dir: str | Path) -> list[dict]:
     """Rows of all baselines that were evaluated in this run, in the order of `NAMES`."""
     paths = [Path(run_dir) / name / "evaluate" / "results.json" for name in NAMES]
-    return [row for path in paths if path.is_file() for row in json.loads(path.read_text())]
+    return [row for path in paths if path.is_file() for row in read_results(path)]
 
 
 def baselines(args: BaselinesArguments) -> list[dict]:

@@ -20,7 +20,16 @@ from pathlib import Path
 import yaml
 
 from abscot_trl.cli import TRAINING
-from abscot_trl.files import INPUTS, MANIFEST, PRUNED, input_digests, path_digest, write_whole
+from abscot_trl.files import (
+    INPUTS,
+    MANIFEST,
+    PRUNED,
+    input_digests,
+    path_digest,
+    read_json,
+    read_manifest,
+    write_whole,
+)
 from abscot_trl.memory import GIB, stage_disk
 from abscot_trl.phases import run_phase
 from abscot_trl.record import environment, write_record
@@ -97,7 +106,8 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
     """
     output, attempt = stage.output, 1
     if running.exists():
-        then = json.loads(running.read_text())
+        remedy = f"remove it and {output} to begin this stage again"
+        then = read_json(running, remedy, "settings", "inputs", "attempt")
         attempt = then["attempt"] + 1
         different = _differences(then, record)
         if sealed_checkpoints(output) and different:
@@ -164,7 +174,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
         record["wall_s"] = round(time.monotonic() - start, 1)
         record |= {"attempts": attempt, "environment": environment()}
         write_whole(output / MANIFEST, json.dumps(record, indent=2) + "\n")
-    done = json.loads((output / MANIFEST).read_text())
+    done = read_manifest(output, "settings", "inputs", "wall_s", "attempts")
     different = _differences(done, record)
     if different:
         raise ValueError(f"{output} was made with other settings ({different}); use another run_dir")

@@ -5,7 +5,6 @@ Steps are counted as transformers counts them, packed rows estimated. Hours are 
 GPU was measured to reach; they are an estimate.
 """
 
-import json
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import yaml
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.driver import Stage
+from abscot_trl.files import read_json
 from abscot_trl.memory import (
     GIB,
     Shape,
@@ -73,7 +73,7 @@ def _lengths(args: PlanArguments) -> tuple[dict[str, float], dict | None]:
     path = Path(args.data) / "counts.json"
     if not path.is_file():
         return {"prompt": args.prompt_tokens, "cot": args.cot_tokens, "answer": args.answer_tokens}, None
-    counts = json.loads(path.read_text())
+    counts = read_json(path, "prepare the data again (`abscot data`)", "rows_kept", "lengths")
     found = counts["lengths"]
     return {name: found[name].get("mean", found[name]["median"]) for name in ("prompt", "cot", "answer")}, counts
 

@@ -8,7 +8,6 @@ policy sees when it writes those of phase B (`distill_from`), and whether phase 
 Every stage reads files and writes a folder; it is done when its `manifest.json` is there, and is then skipped.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import keep_splits
 from abscot_trl.driver import Stage, is_done, locked, print_stages, print_times, run_stages
-from abscot_trl.evaluation.results import write_results
+from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
 from abscot_trl.evaluation.tables import results_table
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
@@ -224,7 +223,7 @@ def collect_results(args: WarmupArguments) -> list[dict]:
     for t in range(1, args.rounds + 1):
         path = Path(args.run_dir) / f"round{t}" / "evaluate" / "results.json"
         if path.is_file():
-            results += [{**row, "round": t} for row in json.loads(path.read_text())]
+            results += [{**row, "round": t} for row in read_results(path)]
     return results
 
 

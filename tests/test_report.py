@@ -30,7 +30,7 @@ from abscot_trl.vocabulary import AbstractVocabulary
 N, VOCABULARY = 300, AbstractVocabulary(8, 1, 6)
 DECODING = {"backend": "hf", "trace_temperature": 0.0, "temperature": 0.0, "max_new_tokens": 64, "seed": 3}
 EVIL = "</script </script><script>document.title='pwned'</script><img src=x onerror=alert(1)> | a\n| b \u2028 `c` &lt;"
-SWAPPED = [*SWAPS, "cut:3"]
+SWAPPED = [*SWAPS["abstract"][:-1], "cut:3"]
 
 
 def wilson(correct, n):

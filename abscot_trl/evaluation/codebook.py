@@ -4,11 +4,11 @@ What the codebook says: how often each token is used, and how much a trace tells
 Pure functions of traces (codebook indices) and gold answers; entropies and information in nats.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from abscot_trl.files import read_json
 from abscot_trl.traces.files import entropy, summarise_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -150,8 +150,9 @@ def over_training(folder: str | Path) -> list[dict]:
     """The summaries of a warm-up's trace stages in order, each with its `stage`; none where there is no warm-up."""
     paths = Path(folder).glob("round*/*-traces/summary.json")
     paths = sorted(paths, key=lambda path: (int(path.parts[-3].removeprefix("round")), path.parts[-2]))
+    keys = ("traces", "distinct", "tokens_used", "token_counts", "token_entropy", "token_entropy_uniform")
     return [
-        {"stage": f"{path.parts[-3]}/{path.parts[-2]}", **json.loads(path.read_text())}
+        {"stage": f"{path.parts[-3]}/{path.parts[-2]}", **read_json(path, "make these traces again", *keys)}
         for path in paths
         if path.parts[-3].removeprefix("round").isdecimal()
     ]

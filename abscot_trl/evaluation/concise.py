@@ -163,17 +163,17 @@ def make_concise(args: ConciseArguments) -> dict:
         with tqdm(total=total, initial=ready, unit="response", desc="concise") as bar:
             for number in todo:
                 parts.write(number, _records(args, part, spans[number], sampler, tokenizer, grade, bar))
-    counts = _join(args, parts, len(spans), len(rows))
+    counts = _join(args, parts, list(map(len, spans)))
     parts.remove()
     return counts
 
 
-def _join(args: ConciseArguments, parts: Parts, count: int, n_rows: int) -> dict:
+def _join(args: ConciseArguments, parts: Parts, sizes: list[int]) -> dict:
     dropped: Counter[str] = Counter()
-    kept = tokens = 0
+    kept, tokens, n_rows = 0, 0, sum(sizes)
     with written_whole(args.output_dir) as folder:
         with open(Path(folder) / ROWS_FILE, "w") as file:
-            for record in parts.records(range(count)):
+            for record in parts.records(range(len(sizes)), sizes):
                 if "dropped" in record:
                     dropped[record["dropped"]] += 1
                     continue

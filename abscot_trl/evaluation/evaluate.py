@@ -80,6 +80,7 @@ class Evaluation:
         step = max(1, args.part_answers // args.samples)
         spans = [range(i, min(i + step, len(problems))) for i in range(0, len(problems), step)]
         self.units = [(mode, swap, span) for mode in args.modes for swap in args.swaps_of(mode) for span in spans]
+        self.sizes = [len(span) * args.samples for *_, span in self.units]
         settings = {key: value for key, value in asdict(args).items() if key not in ELSEWHERE}
         text = json.dumps([[p.prompt, p.gold, p.id, p.source] for p in problems])
         settings |= {"inputs": input_digests(settings), "prompts": hashlib.sha256(text.encode()).hexdigest()}
@@ -87,7 +88,8 @@ class Evaluation:
 
     def records(self, mode: str, swap: str) -> list[dict]:
         """The answers of one mode and swap, problem by problem."""
-        return list(self.parts.records(i for i, unit in enumerate(self.units) if unit[:2] == (mode, swap)))
+        numbers = [number for number, unit in enumerate(self.units) if unit[:2] == (mode, swap)]
+        return list(self.parts.records(numbers, self.sizes))
 
     def make(self, load: Callable) -> None:
         """Make the parts that are missing; `load` gives the sampler, and is called only if one is."""
@@ -101,8 +103,8 @@ class Evaluation:
             if len(todo) == len(self.units):
                 self.parts.remove()  # nothing to go on from, so nothing that binds to these settings
             raise
-        total = sum(len(span) for _, _, span in self.units) * args.samples
-        ready = total - sum(len(self.units[number][2]) for number in todo) * args.samples
+        total = sum(self.sizes)
+        ready = total - sum(self.sizes[number] for number in todo)
         with tqdm(total=total, initial=ready, unit="answer", desc=args.name) as bar:
             for number in todo:
                 mode, swap, span = self.units[number]
@@ -124,7 +126,7 @@ class Evaluation:
         """Write the answers and their results into `output_dir`, whole; returns the results."""
         results, judged = list(self.results()), kind_of(self.source) == ALPACAEVAL
         with written_whole(self.args.output_dir) as folder:
-            records = list(self.parts.records(range(len(self.units))))
+            records = list(self.parts.records(range(len(self.units)), self.sizes))
             (folder / ANSWER_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
             if judged:
                 write_outputs(folder, records, self.problems, results[0])
