@@ -8,13 +8,10 @@ rate, batch and LoRA fields of its phase A, the same evaluation.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
-from abscot_trl.cli import accelerate_config_path
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.data.splits import keep_splits, load_splits
-from abscot_trl.driver import Stage, locked, print_stages, print_times, run_stages
+from abscot_trl.data.splits import load_splits, run_splits, save_splits
+from abscot_trl.driver import Stage, launcher_of, locked, print_stages, print_times, run_stages
 from abscot_trl.evaluation.concise import ROWS_FILE
 from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.tables import results_table
@@ -60,8 +57,9 @@ class BaselinesArguments(WarmupArguments):
             raise ValueError(f"names: {unknown or 'none'}; any of {', '.join(NAMES)} are wanted")
         if "concise" in self.names and self.concise is None:
             raise ValueError("names: concise needs the field concise, a recipe of `abscot concise`; or leave it out")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name in ("steps", "verbal_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def warmup_steps(args: BaselinesArguments) -> int:
@@ -82,11 +80,7 @@ def warmup_steps(args: BaselinesArguments) -> int:
             raise FileNotFoundError(f"{missing[0]} is not there: the warm-up has not ended; end it, or set steps")
         remedy = "run that stage of the warm-up again, or set steps"
         return sum(read_json(log, remedy, "steps")["steps"] for log in logs)
-    processes = 1
-    if args.accelerate_config:
-        launcher = yaml.safe_load(Path(accelerate_config_path(args.accelerate_config)).read_text())
-        processes = launcher.get("num_processes", 1)
-    total = 0
+    total, processes = 0, launcher_of(args).get("num_processes", 1)
     for _, phase in phases:
         recipe = read_yaml(getattr(args, phase))
         if recipe.get("packing") and recipe.get("max_steps", -1) < 1:
@@ -173,6 +167,7 @@ def baselines(args: BaselinesArguments) -> list[dict]:
     if args.warmup is not None:
         load_splits(Path(args.warmup) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
+    splits = run_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     if args.dry_run:
         print_stages(todo, chosen)
         return collect_baselines(run)
@@ -183,7 +178,8 @@ def baselines(args: BaselinesArguments) -> list[dict]:
             write_results(run / "results.json", collect_baselines(run))
 
     with locked(run) as lock:
-        keep_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+        if not (run / "splits.json").is_file():
+            save_splits(run / "splits.json", splits, len(data), args.seed)
         times = run_stages(run, todo, chosen, args, lock, after)
     results = collect_baselines(run)
     if results:

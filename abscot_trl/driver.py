@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from abscot_trl.cli import TRAINING
+from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.files import (
     INPUTS,
     MANIFEST,
@@ -31,7 +31,7 @@ from abscot_trl.files import (
     write_whole,
 )
 from abscot_trl.memory import GIB, stage_disk
-from abscot_trl.phases import run_phase
+from abscot_trl.phases import read_yaml, run_phase
 from abscot_trl.record import environment, write_record
 from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
 
@@ -53,6 +53,25 @@ class Stage:
 
 def is_done(stage: Stage) -> bool:
     return (stage.output / MANIFEST).is_file()
+
+
+def launcher_of(args) -> dict:
+    """
+    The accelerate configuration; empty without one.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file or name, or no such configuration.
+    """
+    if args.accelerate_config is None:
+        return {}
+    path = accelerate_config_path(args.accelerate_config)
+    config = read_yaml(path)
+    processes = config.get("num_processes", 1)
+    if type(processes) is not int or processes < 1:
+        raise ValueError(f"{path}: num_processes: {processes!r} is no number of processes")
+    if not isinstance(config.get("deepspeed_config", {}), dict):
+        raise ValueError(f"{path}: deepspeed_config: {config['deepspeed_config']!r} is no mapping")
+    return config
 
 
 def launch(stage: Stage, config: Path, args, held: tuple[int, ...] = ()) -> None:

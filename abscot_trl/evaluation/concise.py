@@ -6,6 +6,7 @@ problem by a prompt that asks for brevity; of those that are right the shortest 
 """
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -68,7 +69,9 @@ class ConciseArguments(SamplerArguments):
         for name in ("samples", "max_new_tokens", "part_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
+        if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"{self.samples} samples at temperature {self.temperature} would all be the same one")
 
 

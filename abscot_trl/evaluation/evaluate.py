@@ -40,10 +40,12 @@ def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
             AlpacaEval's with several answers a prompt.
     """
     kinds = {kind_of(problem.source) for problem in problems}
-    if not problems or (kinds != {ALPACAEVAL} and any(problem.gold is None for problem in problems)):
-        raise ValueError(f"{args.problems}: {len(problems)} problems, and each needs a gold answer to be graded")
+    if not problems:
+        raise ValueError(f"{args.problems} holds no problem")
     if len(kinds) > 1 and kinds & {ALPACAEVAL, HOTPOTQA}:
         raise ValueError(f"{args.problems} mixes {', '.join(sorted(kinds))} problems, which have no common measure")
+    if kinds != {ALPACAEVAL} and any(problem.gold is None for problem in problems):
+        raise ValueError(f"{args.problems}: each problem needs a gold answer to be graded")
     runs = [(mode, swap) for mode in args.modes for swap in args.swaps_of(mode)]
     if ("abstract", "other") in runs and len(problems) < 2:
         raise ValueError(f"{args.problems}: swap 'other' needs at least two problems")
