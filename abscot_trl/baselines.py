@@ -5,20 +5,17 @@ rate, batch and LoRA fields of its phase A, the same evaluation.
     concise: samples -> data;   then a baseline each: train -> merge -> evaluate
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
-from abscot_trl.cli import accelerate_config_path
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.data.splits import keep_splits, load_splits
-from abscot_trl.driver import Stage, locked, print_stages, print_times, run_stages
+from abscot_trl.data.splits import load_splits, run_splits, save_splits
+from abscot_trl.driver import Stage, launcher_of, locked, print_stages, print_times, run_stages
 from abscot_trl.evaluation.concise import ROWS_FILE
-from abscot_trl.evaluation.results import write_results
+from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.tables import results_table
+from abscot_trl.files import read_json
 from abscot_trl.memory import steps_of
 from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.training.configs import BASELINES
@@ -60,8 +57,9 @@ class BaselinesArguments(WarmupArguments):
             raise ValueError(f"names: {unknown or 'none'}; any of {', '.join(NAMES)} are wanted")
         if "concise" in self.names and self.concise is None:
             raise ValueError("names: concise needs the field concise, a recipe of `abscot concise`; or leave it out")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name in ("steps", "verbal_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def warmup_steps(args: BaselinesArguments) -> int:
@@ -80,12 +78,9 @@ def warmup_steps(args: BaselinesArguments) -> int:
         missing = [str(log) for log in logs if not log.is_file()]
         if missing:
             raise FileNotFoundError(f"{missing[0]} is not there: the warm-up has not ended; end it, or set steps")
-        return sum(json.loads(log.read_text())["steps"] for log in logs)
-    processes = 1
-    if args.accelerate_config:
-        launcher = yaml.safe_load(Path(accelerate_config_path(args.accelerate_config)).read_text())
-        processes = launcher.get("num_processes", 1)
-    total = 0
+        remedy = "run that stage of the warm-up again, or set steps"
+        return sum(read_json(log, remedy, "steps")["steps"] for log in logs)
+    total, processes = 0, launcher_of(args).get("num_processes", 1)
     for _, phase in phases:
         recipe = read_yaml(getattr(args, phase))
         if recipe.get("packing") and recipe.get("max_steps", -1) < 1:
@@ -152,7 +147,7 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
 def collect_baselines(run_dir: str | Path) -> list[dict]:
     """Rows of all baselines that were evaluated in this run, in the order of `NAMES`."""
     paths = [Path(run_dir) / name / "evaluate" / "results.json" for name in NAMES]
-    return [row for path in paths if path.is_file() for row in json.loads(path.read_text())]
+    return [row for path in paths if path.is_file() for row in read_results(path)]
 
 
 def baselines(args: BaselinesArguments) -> list[dict]:
@@ -172,6 +167,7 @@ def baselines(args: BaselinesArguments) -> list[dict]:
     if args.warmup is not None:
         load_splits(Path(args.warmup) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
+    splits = run_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     if args.dry_run:
         print_stages(todo, chosen)
         return collect_baselines(run)
@@ -182,7 +178,8 @@ def baselines(args: BaselinesArguments) -> list[dict]:
             write_results(run / "results.json", collect_baselines(run))
 
     with locked(run) as lock:
-        keep_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+        if not (run / "splits.json").is_file():
+            save_splits(run / "splits.json", splits, len(data), args.seed)
         times = run_stages(run, todo, chosen, args, lock, after)
     results = collect_baselines(run)
     if results:

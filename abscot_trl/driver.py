@@ -19,10 +19,20 @@ from pathlib import Path
 
 import yaml
 
-from abscot_trl.cli import TRAINING
-from abscot_trl.files import INPUTS, MANIFEST, PRUNED, WHERE, input_digests, path_digest, write_whole
+from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.files import (
+    INPUTS,
+    MANIFEST,
+    PRUNED,
+    WHERE,
+    input_digests,
+    path_digest,
+    read_json,
+    read_manifest,
+    write_whole,
+)
 from abscot_trl.memory import GIB, stage_disk
-from abscot_trl.phases import run_phase
+from abscot_trl.phases import read_yaml, run_phase
 from abscot_trl.record import environment, write_record
 from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
 
@@ -42,6 +52,25 @@ class Stage:
 
 def is_done(stage: Stage) -> bool:
     return (stage.output / MANIFEST).is_file()
+
+
+def launcher_of(args) -> dict:
+    """
+    The accelerate configuration; empty without one.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file or name, or no such configuration.
+    """
+    if args.accelerate_config is None:
+        return {}
+    path = accelerate_config_path(args.accelerate_config)
+    config = read_yaml(path)
+    processes = config.get("num_processes", 1)
+    if type(processes) is not int or processes < 1:
+        raise ValueError(f"{path}: num_processes: {processes!r} is no number of processes")
+    if not isinstance(config.get("deepspeed_config", {}), dict):
+        raise ValueError(f"{path}: deepspeed_config: {config['deepspeed_config']!r} is no mapping")
+    return config
 
 
 def launch(stage: Stage, config: Path, args, held: tuple[int, ...] = ()) -> None:
@@ -95,7 +124,8 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
     """
     output, attempt = stage.output, 1
     if running.exists():
-        then = json.loads(running.read_text())
+        remedy = f"remove it and {output} to begin this stage again"
+        then = read_json(running, remedy, "settings", "inputs", "attempt")
         attempt = then["attempt"] + 1
         different = _differences(then, record)
         if sealed_checkpoints(output) and different:
@@ -162,7 +192,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
         record["wall_s"] = round(time.monotonic() - start, 1)
         record |= {"attempts": attempt, "environment": environment()}
         write_whole(output / MANIFEST, json.dumps(record, indent=2) + "\n")
-    done = json.loads((output / MANIFEST).read_text())
+    done = read_manifest(output, "settings", "inputs", "wall_s", "attempts")
     different = _differences(done, record)
     if different:
         raise ValueError(f"{output} was made with other settings ({different}); use another run_dir")

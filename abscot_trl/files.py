@@ -23,19 +23,44 @@ def write_whole(path: str | Path, text: str) -> None:
     temporary.replace(path)
 
 
+def read_json(path: str | Path, remedy: str, *keys: str) -> dict:
+    """
+    A JSON object that holds `keys`.
+
+    Raises:
+        ValueError: it is damaged or lacks one; the message names the file and ends in `remedy`.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    return content
+
+
+def read_manifest(folder: str | Path, *keys: str) -> dict:
+    """What the stage that made `folder` says of itself; raises as `read_json`."""
+    return read_json(Path(folder) / MANIFEST, f"remove {folder} and run the stage again", *keys)
+
+
 def begin_parts(output_dir: str | Path, settings: dict) -> Path:
     """
     `<output_dir>.parts`, where the finished parts of a long work are kept, with the `settings` it was begun with.
 
     Raises:
-        ValueError: it was begun with other settings.
+        ValueError: it was begun with other settings, or nobody knows with which.
     """
     folder = Path(f"{output_dir}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if not path.is_file():
+        if any(part.name[0] != "." for part in folder.iterdir()):
+            raise ValueError(f"{folder} holds finished work, but not the settings of it ({path.name}); remove it")
         write_whole(path, json.dumps(settings, indent=2) + "\n")
-    begun, settings = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    begun, settings = read_json(path, f"remove {folder} to begin anew"), json.loads(json.dumps(settings))
     other = [key for key in sorted(begun | settings) if begun.get(key) != settings.get(key)]
     if other:
         differences = ", ".join(f"{key}: {begun.get(key)!r} -> {settings.get(key)!r}" for key in other)
@@ -63,7 +88,7 @@ def path_digest(path: str | Path) -> str | None:
     """Of a file its bytes, of a folder `files_digest`; `None` where neither is (a hub id)."""
     path = Path(path)
     if (path / PRUNED).is_file():
-        return json.loads((path / PRUNED).read_text())["digest"]
+        return read_json(path / PRUNED, "use another run_dir", "digest")["digest"]
     if path.is_file():
         with open(path, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -41,14 +41,21 @@ def shape_of(path: str) -> Shape:
     The shape of the model at `path` (a folder with config.json, or such a file), built on the meta device.
 
     Raises:
-        FileNotFoundError: no config.json there.
+        FileNotFoundError, ValueError: no config.json there, or not one of a decoder.
     """
     file = Path(path) if Path(path).is_file() else Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there; run `abscot init` first, or give model_config")
-    config = AutoConfig.from_pretrained(file.parent if file.name == "config.json" else file)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(file.parent if file.name == "config.json" else file)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return _shape(config, model)
+    except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no configuration of a decoder ({error}); give that of another model") from error
+
+
+def _shape(config: PretrainedConfig, model: torch.nn.Module) -> Shape:
     modules = model.named_modules()
     linear = [(n, m.in_features, m.out_features) for n, m in modules if isinstance(m, torch.nn.Linear)]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

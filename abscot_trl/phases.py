@@ -116,6 +116,13 @@ def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str 
             raise ValueError(f"{path}: {key}: {value!r} does not fit; {field_kind} is wanted")
 
 
+class _Parser(TrlParser):
+    """Says in one line what is wrong with a command line, without the usage of forty fields."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
 def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tuple:
     """
     Command line and `--config FILE.yaml` to dataclasses; the command line wins, then the last of several files.
@@ -126,7 +133,7 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser, path = TrlParser(classes), None
+    parser, path = _Parser(classes), None
     while "--config" in arguments:
         if arguments[-1] == "--config":
             raise ValueError("--config needs a file")
@@ -169,7 +176,7 @@ def main(name: str) -> None:
     """What `python -m abscot_trl.scripts.<name>` does."""
     with exit_with_words(name):
         result = run_phase(name)
-    if name == "evaluate":
+    if name == "evaluate" and result:
         print(results_table(result))  # noqa: T201
     elif name == "traces" and "lengths" in result:
         print(describe_traces(result))  # noqa: T201

@@ -5,17 +5,15 @@ Steps are counted as transformers counts them, packed rows estimated. Hours are 
 GPU was measured to reach; they are an estimate.
 """
 
-import json
 import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
-from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.cli import TRAINING
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.driver import Stage
+from abscot_trl.driver import Stage, launcher_of
+from abscot_trl.files import read_json
 from abscot_trl.memory import (
     GIB,
     Shape,
@@ -55,6 +53,12 @@ class PlanArguments(WarmupArguments):
     cot_tokens: int = field(default=4500, metadata={"help": "Mean CoT length, while data is not there yet."})
     answer_tokens: int = field(default=600, metadata={"help": "Mean answer length, while data is not there yet."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("gpus", "prompt_tokens", "cot_tokens", "answer_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:
     """
@@ -74,16 +78,14 @@ def _lengths(args: PlanArguments) -> tuple[dict[str, float], dict | None]:
     path = Path(args.data) / "counts.json"
     if not path.is_file():
         return {"prompt": args.prompt_tokens, "cot": args.cot_tokens, "answer": args.answer_tokens}, None
-    counts = json.loads(path.read_text())
+    counts = read_json(path, "prepare the data again (`abscot data`)", "rows_kept", "lengths")
     found = counts["lengths"]
     return {name: found[name].get("mean", found[name]["median"]) for name in ("prompt", "cot", "answer")}, counts
 
 
 def _launcher(args: PlanArguments) -> tuple[int, int, dict]:
     """GPUs, ZeRO stage (FSDP counts as 3) and the accelerate configuration."""
-    if args.accelerate_config is None:
-        return args.gpus or 1, 0, {}
-    config = yaml.safe_load(Path(accelerate_config_path(args.accelerate_config)).read_text())
+    config = launcher_of(args)
     stage = config.get("deepspeed_config", {}).get("zero_stage", 3 if config.get("fsdp_config") else 0)
     return args.gpus or config.get("num_processes", 1), stage, config
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import platform
 import subprocess
 from functools import cache
@@ -10,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from abscot_trl.evaluation.plots import plot_losses
-from abscot_trl.files import MANIFEST, write_whole
+from abscot_trl.files import MANIFEST, read_json, read_manifest, write_whole
 from abscot_trl.training.resume import LOG_FILE
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "vllm", "datasets", "math-verify")
@@ -46,19 +45,23 @@ def environment() -> dict:
     }
 
 
+def _read_own(folder: Path, name: str, key: str) -> dict:
+    return read_json(folder / name, f"remove {folder} and run the stage again", key)
+
+
 def read_log(folder: Path) -> list[dict]:
     """The logged steps of a training stage; none of another stage."""
     if not (folder / LOG_FILE).is_file():
         return []
-    return [entry for entry in json.loads((folder / LOG_FILE).read_text())["log"] if "loss" in entry]
+    return [entry for entry in _read_own(folder, LOG_FILE, "log")["log"] if "loss" in entry]
 
 
 def _row_count(folder: Path) -> int | None:
     """Rows that a stage made or trained on."""
     if (folder / LOG_FILE).is_file():
-        return json.loads((folder / LOG_FILE).read_text())["rows"]["rows"]
+        return _read_own(folder, LOG_FILE, "rows")["rows"]["rows"]
     if (folder / "summary.json").is_file():
-        return json.loads((folder / "summary.json").read_text())["traces"]
+        return _read_own(folder, "summary.json", "traces")["traces"]
     return None
 
 
@@ -73,7 +76,7 @@ def write_record(run: Path, stages: list) -> None:
     lines = ["| stage | rows | steps | wall s | attempts |", "|---|---:|---:|---:|---:|"]
     total = 0.0
     for stage in done:
-        log, manifest = read_log(stage.output), json.loads((stage.output / MANIFEST).read_text())
+        log, manifest = read_log(stage.output), read_manifest(stage.output, "wall_s", "attempts")
         if log:
             logs[stage.name] = log
         writer.writerows({"stage": stage.name, **entry} for entry in log)

@@ -5,16 +5,15 @@ Each evaluation is a stage as the driver's are: a process of its own, skipped wh
 from its parts when it was killed.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from abscot_trl.driver import Stage, is_done, locked, print_times, run_stage
 from abscot_trl.evaluation.arguments import EvaluateArguments
-from abscot_trl.evaluation.results import write_results
+from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.runs import rounds
 from abscot_trl.evaluation.tables import results_table
-from abscot_trl.files import MANIFEST, PRUNED
+from abscot_trl.files import MANIFEST, PRUNED, read_manifest
 from abscot_trl.phases import check_fields, read_yaml
 
 
@@ -54,7 +53,7 @@ def models(run: Path) -> list[tuple[str, Path]]:
             if not (folder / phase / MANIFEST).is_file():
                 continue
             if not found:
-                settings = json.loads((folder / phase / MANIFEST).read_text())["settings"]
+                settings = read_manifest(folder / phase, "settings")["settings"]
                 found.append(("base", Path(settings["model_name_or_path"])))
             adapter = (folder / phase / "adapter_config.json").is_file()
             model = folder / f"{phase}-merged" if adapter else folder / phase
@@ -95,7 +94,7 @@ def collect(stages: list[Stage]) -> list[dict]:
         path, round_name = stage.output / "results.json", stage.name.partition("/")[0]
         if is_done(stage) and path.is_file():
             t = 0 if stage.name == "base" else int(round_name.removeprefix("round"))
-            rows += [{**row, "stage": stage.name, "round": t} for row in json.loads(path.read_text())]
+            rows += [{**row, "stage": stage.name, "round": t} for row in read_results(path)]
     return rows
 
 

@@ -8,7 +8,7 @@ policy sees when it writes those of phase B (`distill_from`), and whether phase 
 Every stage reads files and writes a folder; it is done when its `manifest.json` is there, and is then skipped.
 """
 
-import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ from statistics import fmean
 
 import yaml
 
-from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.cli import TRAINING
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.data.splits import keep_splits
-from abscot_trl.driver import Stage, is_done, locked, print_stages, print_times, run_stages
-from abscot_trl.evaluation.results import write_results
+from abscot_trl.data.splits import run_splits, save_splits
+from abscot_trl.driver import Stage, is_done, launcher_of, locked, print_stages, print_times, run_stages
+from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
 from abscot_trl.evaluation.tables import results_table
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
@@ -105,8 +105,10 @@ class WarmupArguments(SamplerArguments):
             setattr(self, phase, path and path.replace("{tuning}", self.tuning))
         if self.backend == "vllm" and self.launch == "inline":
             raise ValueError("backend vllm hangs in a process that trains; use launch: accelerate")
-        if self.temperature < 0 or self.rehearsal < 0:
-            raise ValueError(f"temperature {self.temperature} and rehearsal {self.rehearsal} must not be negative")
+        if not all(0 <= value < math.inf for value in (self.temperature, self.rehearsal)):
+            raise ValueError(
+                f"temperature {self.temperature} and rehearsal {self.rehearsal} must be finite and not negative"
+            )
         if self.rounds < 1 or self.rows_per_phase < 1:
             raise ValueError(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")
 
@@ -173,8 +175,7 @@ def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
     Raises:
         FileNotFoundError, ValueError: as the stage itself would, later.
     """
-    if args.accelerate_config:
-        accelerate_config_path(args.accelerate_config)
+    launcher_of(args)
     with tempfile.TemporaryDirectory() as folder:
         for stage in (stage for stage in todo if stage.phase not in TRAINING):
             if stage.settings.get("backend") == "vllm" and args.launch == "inline":
@@ -185,10 +186,6 @@ def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
             path.write_text(yaml.safe_dump(stage.settings))
             try:
                 parse(PHASES[stage.phase][1], ["--config", str(path)])
-            except SystemExit:
-                raise ValueError(
-                    f"{getattr(args, stage.phase, 'warm-up')}: a field is missing or wrong, see above"
-                ) from None
             except ValueError as error:
                 raise ValueError(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
             if stage.phase == "evaluate":
@@ -224,7 +221,7 @@ def collect_results(args: WarmupArguments) -> list[dict]:
     for t in range(1, args.rounds + 1):
         path = Path(args.run_dir) / f"round{t}" / "evaluate" / "results.json"
         if path.is_file():
-            results += [{**row, "round": t} for row in json.loads(path.read_text())]
+            results += [{**row, "round": t} for row in read_results(path)]
     return results
 
 
@@ -260,11 +257,11 @@ def warmup(args: WarmupArguments) -> list[dict]:
     longest, fits = counts["lengths"]["total"]["max"], read_yaml(args.bottleneck).get("max_length", 8192)
     if longest > fits:
         print(f"WARNING: {args.data} holds rows of {longest:.0f} tokens, {args.bottleneck} takes {fits}")  # noqa: T201
-    chosen = choose_stages(todo, args)
+    chosen, run = choose_stages(todo, args), Path(args.run_dir)
+    splits = run_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     if args.dry_run:
         print_stages(todo, chosen)
         return collect_results(args)
-    run = Path(args.run_dir)
     run.mkdir(parents=True, exist_ok=True)
 
     def after(stage: Stage) -> None:
@@ -275,7 +272,8 @@ def warmup(args: WarmupArguments) -> list[dict]:
                 print(f"WARNING: {sentence}", flush=True)  # noqa: T201
 
     with locked(run) as lock:
-        keep_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+        if not (run / "splits.json").is_file():
+            save_splits(run / "splits.json", splits, len(data), args.seed)
         times = run_stages(run, todo, chosen, args, lock, after)
     results = collect_results(args)
     if results:

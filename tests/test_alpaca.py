@@ -141,9 +141,17 @@ def test_sides_that_do_not_match_are_refused(sides, tmp_path):
         alpaca(AlpacaArguments(reference_outputs=str(reference), **fields))
     with pytest.raises(FileNotFoundError, match="outputs.json is missing; evaluate"):
         alpaca(AlpacaArguments(reference_outputs=str(reference), **fields | {"outputs": str(tmp_path)}))
+    for damaged, words in {"[1]": "entry 1 has no text", "{}": "no list of outputs", "[": "is no JSON"}.items():
+        reference.write_text(damaged)
+        with pytest.raises(ValueError, match=f"{reference}.*{words}.*give reference outputs"):
+            alpaca(AlpacaArguments(reference_outputs=str(reference), **fields))
+    for wrong in ({"judge": "localhost"}, {"requests": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            AlpacaArguments(reference_outputs=str(reference), **fields | wrong)
     reference.write_text(json.dumps(outputs))
-    with pytest.raises(RuntimeError, match="has no alpaca_eval; run `pip install alpaca_eval`"):
-        alpaca(AlpacaArguments(reference_outputs=str(reference), **fields, python="/usr/bin/false"))
+    for python in ("/usr/bin/false", "/no/python"):
+        with pytest.raises(RuntimeError, match="has no alpaca_eval; run `pip install alpaca_eval`"):
+            alpaca(AlpacaArguments(reference_outputs=str(reference), **fields, python=python))
     assert not (tmp_path / "judged").exists()
 
 

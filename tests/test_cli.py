@@ -64,6 +64,9 @@ def test_mistakes_exit_1_with_one_line(tmp_path):
     done = abscot("init", f"--config={recipe}")
     assert done.returncode == 1 and "0 <= m_min <= m_max" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    done = abscot("plan", "--gpu", "b200")
+    assert done.returncode == 1 and "usage:" not in done.stderr
+    assert "invalid choice: 'b200'" in done.stderr.splitlines()[-1]
     unknown = abscot("tarces")
     assert unknown.returncode == 1 and "no phase 'tarces'" in unknown.stderr
 

@@ -22,6 +22,7 @@ from abscot_trl.evaluation.tables import results_table
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler
+from abscot_trl.traces.parts import Parts
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -156,6 +157,8 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
         ({"samples": 0}, "samples must be at least 1"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_k": -1}, "top_k must be at least 0"),
+        ({"temperature": float("nan")}, "temperatures must be finite"),
+        ({"trace_temperature": float("inf")}, "temperatures must be finite"),
         ({"pause_tokens": 3, "swaps": ["own", "random"]}, "pause_tokens takes the place of the trace"),
         ({"pause_tokens": 3, "modes": ["direct"]}, "pause_tokens takes the place of the trace"),
     ]:
@@ -257,3 +260,35 @@ def test_an_unmerged_adapter_is_refused_in_every_mode(checkpoint, evaluated, tmp
     for mode in ("verbal", "direct", "abstract"):
         with pytest.raises(ValueError, match="is an adapter; run `abscot merge"):
             evaluate(EvaluateArguments(**fields, modes=[mode], instruction=False))
+
+
+def test_damaged_parts_are_named(checkpoint, evaluated, tmp_path, monkeypatch):
+    """Cut within a line, at a line's end, or without the settings they were made with: never joined."""
+    _, arguments, _ = evaluated
+    fields = {"model": str(checkpoint), "problems": arguments.problems, "output_dir": str(tmp_path / "out")}
+    args = EvaluateArguments(**fields, instruction=False, limit=4, part_answers=2, swaps=["own"], max_new_tokens=4)
+    write = Parts.write
+
+    def killed(self, number, records):
+        write(self, number, records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(args)
+    monkeypatch.undo()
+    part, settings = (tmp_path / "out.parts" / name for name in ("000000.jsonl", "settings.json"))
+    text, begun = part.read_text(), settings.read_text()
+    for damaged in (text[:-20], text.splitlines(keepends=True)[0], ""):
+        part.write_text(damaged)
+        with pytest.raises(ValueError, match="000000.jsonl is damaged .* remove it"):
+            evaluate(args)
+    part.write_text(text)
+    settings.write_text("[1]")
+    with pytest.raises(ValueError, match="settings.json is damaged .* remove"):
+        evaluate(args)
+    settings.unlink()
+    with pytest.raises(ValueError, match="holds finished work, but not the settings"):
+        evaluate(replace(args, seed=5))
+    settings.write_text(begun)
+    assert evaluate(args)[0]["n"] == 4

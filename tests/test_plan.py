@@ -147,3 +147,16 @@ def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811
         assert expected in words
     with pytest.raises(FileNotFoundError, match="give model_config"):
         plan(PlanArguments(**fields | {"model": str(tmp_path / "none")}))
+    for name, value in {"gpus": 0, "cot_tokens": -9}.items():
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            PlanArguments(**fields, **{name: value})
+    for text, expected in {
+        "- 1": "must hold a YAML mapping", "a: [": "is not valid YAML", "num_processes: two": "'two' is no number",
+        "deepspeed_config:": "deepspeed_config: None is no mapping",
+    }.items():  # fmt: skip
+        (tmp_path / "launcher.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"launcher.yaml.*{expected}"):
+            plan(PlanArguments(**fields, accelerate_config=str(tmp_path / "launcher.yaml")))
+    (tmp_path / "odd.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="odd.json is no configuration of a decoder"):
+        plan(PlanArguments(**fields | {"model": "none", "model_config": str(tmp_path / "odd.json")}))

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from abscot_trl.data import problems as module
 from abscot_trl.data.dolci import RowRejected
-from abscot_trl.data.problems import load_problems, problem_to_example, with_instruction
+from abscot_trl.data.problems import GPQA_COLUMNS, load_problems, problem_to_example, with_instruction
 from abscot_trl.evaluation.grading import score
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -84,3 +84,21 @@ def test_problems_without_an_id_get_their_number(tmp_path):
     rows = [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2", "id": 7}, {"problem": "r", "answer": "3"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [example.id for example in load_problems(str(tmp_path / "p.jsonl"))] == ["1", "7", "3"]
+
+
+HOTPOT = {"question": "q", "answer": "a", "context": {"title": "ab", "sentences": ["c", "d"]}}
+TOO_LONG = ",".join([*GPQA_COLUMNS]) + "\nq,a,b,c,d,e\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("titles.jsonl", json.dumps(HOTPOT), "row 1 .* context is not titles and their sentences"),
+        ("half.jsonl", json.dumps({"problem": "\ud800", "answer": "3"}), "row 1 .* surrogates"),
+        ("cells.csv", TOO_LONG, "row 1 .* more cells than the header"),
+    ],
+)
+def test_rows_that_only_look_like_problems(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        load_problems(str(tmp_path / name))

@@ -400,6 +400,40 @@ def test_old_and_damaged_answers(tmp_path, capsys):
     (tmp_path / "answers.jsonl").write_text(lines[0] + "\n" + lines[1].replace("[0, 1]", "[0, -1]") + "\n")
     with pytest.raises(ValueError, match="answers.jsonl line 2 is no answer"):
         report(ReportArguments([str(tmp_path)]))
+    with pytest.raises(ValueError, match="stands twice"):
+        report(ReportArguments([str(tmp_path), f"{tmp_path}/b/.."]))
+    with pytest.raises(ValueError, match="named in two places"):
+        with_runs(["a", "--runs", "b"])
+    with pytest.raises(ValueError, match="chance must lie in"):
+        ReportArguments([], chance=float("nan"))
+    for wrong in ({"model": 5}, {"response": None}, {"score": "1"}, {"score": float("nan")}):
+        (tmp_path / "answers.jsonl").write_text(json.dumps(record | {"id": "0", "gold": "4"} | wrong) + "\n")
+        with pytest.raises(ValueError, match=f"answers.jsonl line 1 is no answer .*{next(iter(wrong))}"):
+            report(ReportArguments([str(tmp_path)]))
+    (tmp_path / "answers.jsonl").write_text("")
+    with pytest.raises(ValueError, match="answers.jsonl is empty"):
+        report(ReportArguments([str(tmp_path)]))
+    for name, value in {"accuracy": "x", "ci95": None, "tokens": float("nan"), "decoding": 5, "mode": None}.items():
+        (tmp_path / "results.json").write_text(json.dumps([row, row | {name: value}]))
+        with pytest.raises(ValueError, match=f"results.json is no list of results .row 2: {name} missing or damaged"):
+            report(ReportArguments([str(tmp_path)]))
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path):
+    write_run(tmp_path / "run", 20, models=("informed",), rounds=(1,))
+    warmup = next(path.parent for path in (tmp_path / "run").rglob("record.md"))
+    for name, text in {
+        "losses.csv": "stage,step,loss\nround1/distill,1,zz\n",
+        "record.md": "",
+        "round1/distill/manifest.json": "{",
+        "round1/distill-traces/summary.json": "{}",
+    }.items():
+        before = (warmup / name).read_text()
+        (warmup / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{warmup / name} "):
+            report(ReportArguments([str(tmp_path / "run")]))
+        (warmup / name).write_text(before)
+    assert report(ReportArguments([str(tmp_path / "run")])).is_file()
 
 
 def rows_of(**accuracies):

@@ -1,6 +1,7 @@
 """The policy iteration end to end: on the toy task in one process, on real rows, and with a process a phase."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -306,7 +307,14 @@ def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):
         warmup(WarmupArguments(**wrong))
     recipes(tmp_path, str(tmp_path / "test.jsonl"))
     with pytest.raises(ValueError, match="need 120 rows, the data has 64"):
-        warmup(WarmupArguments(**fields | {"rows_per_phase": 30}))
+        warmup(WarmupArguments(**fields | {"rows_per_phase": 30}, dry_run=True))
+    with pytest.raises(ValueError, match="must be finite"):
+        WarmupArguments(**fields | {"temperature": float("nan")})
+    for name, text in {"counts.json": "{}", "state.json": "{"}.items():
+        damaged = shutil.copytree(fields["data"], tmp_path / f"damaged-{name}")
+        (damaged / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{damaged}.* is damaged .*prepare the data again"):
+            warmup(WarmupArguments(**fields | {"data": str(damaged)}))
     with pytest.raises(FileNotFoundError, match="not prepared data"):
         warmup(WarmupArguments(**fields | {"data": str(tmp_path / "nothing")}))
     assert not list(Path(fields["run_dir"]).glob("round*"))

@@ -21,7 +21,7 @@ from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.dolci import data_files, iter_packed
 from abscot_trl.data.rows import KEPT
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
-from abscot_trl.files import files_digest
+from abscot_trl.files import files_digest, read_json
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COUNTS_FILE = "counts.json"
@@ -141,16 +141,20 @@ def load_prepared(
 
     Raises:
         FileNotFoundError: no such folder, or not one of `prepare`'s.
-        ValueError: the rows hold the ids of another tokenizer than `tokenizer`.
+        ValueError: damaged files, or rows that hold the ids of another tokenizer than `tokenizer`.
     """
     path = Path(path)
     missing = [name for name in (COUNTS_FILE, "state.json") if not (path / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{path} is not prepared data ({missing[0]} is missing); run `abscot data` first")
-    counts = json.loads((path / COUNTS_FILE).read_text())
+    remedy = "prepare the data again (`abscot data`)"
+    counts = read_json(path / COUNTS_FILE, remedy, "rows_kept", "lengths")
     if tokenizer is not None and counts.get("tokenizer") != tokenizer_digest(tokenizer):
         raise ValueError(
             f"{path} was not prepared with the tokenizer of {tokenizer.name_or_path!r} (another vocabulary or chat "
             "template): prepare the data again with this checkpoint's tokenizer"
         )
-    return datasets.load_from_disk(path), counts
+    try:
+        return datasets.load_from_disk(path), counts
+    except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's own are ValueErrors and OSErrors
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error

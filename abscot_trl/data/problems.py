@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ def problem_to_example(row: dict[str, Any]) -> Example:
     """
     if not isinstance(row, dict):
         raise RowRejected("malformed", "not an object with columns")
+    if None in row:  # as csv.DictReader has it
+        raise RowRejected("malformed", "more cells than the header has columns")
     columns = {name for name, value in row.items() if value is not None}
 
     def example(prompt: str, cot: str, answer: str, gold: str, source: str = "") -> Example:
@@ -145,8 +147,11 @@ def _multiple_choice(question: str, *options: str) -> tuple[str, str]:
 
 def _hotpot_prompt(row: dict[str, Any]) -> str:
     try:
-        pairs = list(zip(row["context"]["title"], row["context"]["sentences"], strict=True))
-        paragraphs = [f"{title}: {''.join(sentences).strip()}" for title, sentences in pairs]
+        titles, sentences = row["context"]["title"], row["context"]["sentences"]
+        if not all(isinstance(each, list) for each in (titles, sentences, *sentences)):
+            raise TypeError("a text where a list is wanted")
+        pairs = list(zip(titles, sentences, strict=True))
+        paragraphs = [f"{title}: {''.join(parts).strip()}" for title, parts in pairs]
     except (TypeError, KeyError, ValueError) as error:
         raise RowRejected("malformed", f"context is not titles and their sentences ({error})") from error
     return "\n\n".join([*paragraphs, f"Question: {_text(row, 'question')}"])
@@ -162,7 +167,7 @@ def _rows(data: str | list[str], split: str, config: str | None) -> Iterator[dic
         try:
             yield from csv.DictReader(file) if path.suffix == ".csv" else json.load(file)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no JSON list of problems ({error})") from error
+            raise ValueError(f"{path} is no {path.suffix[1:].upper()} of problems ({error})") from error
 
 
 def load_problems(
@@ -181,7 +186,8 @@ def load_problems(
         for number, row in enumerate(islice(_rows(data, split, config), limit), 1):
             try:
                 example = problem_to_example(row)
-            except RowRejected as rejection:
+                json.dumps(asdict(example), ensure_ascii=False).encode()  # no half of a surrogate pair
+            except (RowRejected, UnicodeEncodeError) as rejection:
                 raise ValueError(f"{data}: row {number} is no problem to evaluate ({rejection})") from rejection
             examples.append(example if example.id else replace(example, id=str(number)))
     except ValueError as error:

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.rows import FEATURES, KEPT, RowMaker
-from abscot_trl.files import begin_parts, write_whole
+from abscot_trl.files import begin_parts, read_json, write_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHARD = 8192  # rows read for one file: what a kill can cost
@@ -106,7 +106,7 @@ class Shards:
             self.rows.mkdir()
         self.done: list[dict[str, int]] = []  # outcomes of each finished shard
         while self._counts(len(self.done)).is_file():
-            self.done.append(json.loads(self._counts(len(self.done)).read_text()))
+            self.done.append(read_json(self._counts(len(self.done)), f"remove {self.folder} to begin anew"))
 
     def _counts(self, number: int) -> Path:
         return self.folder / f"{number:05}.json"

@@ -83,12 +83,11 @@ def load_splits(
     return splits
 
 
-def keep_splits(path: str | Path, n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> None:
-    """Draw a run's splits when it starts; when it goes on, check that they are the ones asked for."""
+def run_splits(path: str | Path, n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> dict[str, list[int]]:
+    """The splits of a run: drawn when it starts; when it goes on, those at `path`, if they are the ones asked for."""
     if Path(path).is_file():
-        load_splits(path, n_rows, rounds, rows_per_phase, seed)
-    else:
-        save_splits(path, staged_splits(n_rows, rounds, rows_per_phase, seed), n_rows, seed)
+        return load_splits(path, n_rows, rounds, rows_per_phase, seed)
+    return staged_splits(n_rows, rounds, rows_per_phase, seed)
 
 
 def _settings(splits: dict[str, list[int]], n_rows: int, seed: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ length-controlled win rate (arXiv:2404.04475), for which it reads `df_gamed.csv`
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import yaml
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.evaluation.evaluate import OUTPUT_FILE, UNGRADED_FILE
 from abscot_trl.evaluation.results import write_results
+from abscot_trl.files import read_json
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 WHERE = "import alpaca_eval, pathlib; print(pathlib.Path(alpaca_eval.__file__).parent)"
@@ -51,14 +53,28 @@ class AlpacaArguments:
     python: str = field(default=sys.executable, metadata={"help": "An interpreter that has alpaca_eval."})
     requests: int = field(default=16, metadata={"help": "Requests at once."})
 
+    def __post_init__(self):
+        if self.requests < 1:
+            raise ValueError(f"requests must be at least 1, got {self.requests}")
+        if not self.judge.startswith(("http://", "https://")):
+            raise ValueError(f"judge: {self.judge!r} is no http://host:port")
 
-def _read(path: Path) -> list | dict:
+
+def _read(path: Path, remedy: str) -> list[dict]:
+    """Outputs in AlpacaEval's format."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {remedy}")
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; evaluate AlpacaEval's prompts first") from None
+        outputs = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+        raise ValueError(f"{path} is no JSON ({error}); {remedy}") from error
+    keys = ("instruction", "output")
+    if not outputs or not isinstance(outputs, list):
+        raise ValueError(f"{path} holds no list of outputs; {remedy}")
+    for number, entry in enumerate(outputs, 1):
+        if not (isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in keys)):
+            raise ValueError(f"{path}: entry {number} has no text as instruction or as output; {remedy}")
+    return outputs
 
 
 def check_outputs(outputs: list[dict], reference: list[dict], path: str) -> None:
@@ -69,10 +85,8 @@ def check_outputs(outputs: list[dict], reference: list[dict], path: str) -> None
     if len(outputs) != len(reference):
         raise ValueError(f"{path} holds {len(reference)} outputs, the evaluation {len(outputs)}; evaluate all of them")
     for number, (mine, other) in enumerate(zip(outputs, reference, strict=True), 1):
-        if mine["instruction"] != other.get("instruction", "").strip() or "output" not in other:
-            raise ValueError(
-                f"{path}: entry {number} has another instruction or no output; the sides must be parallel"
-            )
+        if mine["instruction"] != other["instruction"].strip():
+            raise ValueError(f"{path}: entry {number} has another instruction; the sides must be parallel")
 
 
 def annotator(package: Path, args: AlpacaArguments) -> dict:
@@ -92,8 +106,9 @@ def run_alpaca_eval(args: AlpacaArguments, name: str) -> Path:
     Raises:
         RuntimeError: the package is not there, or failed.
     """
-    found = subprocess.run([args.python, "-c", WHERE], capture_output=True, text=True)
-    if found.returncode:
+    there = shutil.which(args.python)
+    found = there and subprocess.run([args.python, "-c", WHERE], capture_output=True, text=True)
+    if not found or found.returncode:
         raise RuntimeError(
             f"{args.python} has no alpaca_eval; run `pip install alpaca_eval`, here or in an environment of its own "
             "whose interpreter `python` names"
@@ -142,8 +157,13 @@ def alpaca(args: AlpacaArguments) -> list[dict]:
     Raises:
         FileNotFoundError, ValueError, RuntimeError: files that are missing or not parallel, or a judge that failed.
     """
-    outputs, row = _read(Path(args.outputs, OUTPUT_FILE)), _read(Path(args.outputs, UNGRADED_FILE))
-    check_outputs(outputs, _read(Path(args.reference_outputs)), args.reference_outputs)
+    remedy, ungraded = "evaluate AlpacaEval's prompts first", Path(args.outputs, UNGRADED_FILE)
+    outputs = _read(Path(args.outputs, OUTPUT_FILE), remedy)
+    if not ungraded.is_file():
+        raise FileNotFoundError(f"{ungraded} is missing; {remedy}")
+    row = read_json(ungraded, remedy, "model", "task", "mode", "swap", "decoding")
+    remedy = "give reference outputs in AlpacaEval's format"
+    check_outputs(outputs, _read(Path(args.reference_outputs), remedy), args.reference_outputs)
     with written_whole(args.output_dir) as folder:
         work = run_alpaca_eval(args, row["model"])
         with open(work / "leaderboard.csv", newline="") as file:

@@ -1,5 +1,6 @@
 """The fields of `abscot evaluate`."""
 
+import math
 from dataclasses import dataclass, field
 
 from abscot_trl.data.problems import MODES
@@ -76,8 +77,10 @@ class EvaluateArguments(SamplerArguments):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
-        if self.temperature < 0 or self.trace_temperature < 0:
-            raise ValueError(f"temperatures must not be negative, got {self.trace_temperature} and {self.temperature}")
+        if not all(0 <= value < math.inf for value in (self.trace_temperature, self.temperature)):
+            raise ValueError(
+                f"temperatures must be finite and not negative, got {self.trace_temperature} and {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in 0 < top_p <= 1, got {self.top_p}")
         if self.samples > 1 and self.temperature == 0:

@@ -6,6 +6,7 @@ problem by a prompt that asks for brevity; of those that are right the shortest 
 """
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -66,7 +67,9 @@ class ConciseArguments(SamplerArguments):
         for name in ("samples", "max_new_tokens", "part_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
+        if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"{self.samples} samples at temperature {self.temperature} would all be the same one")
 
 
@@ -159,17 +162,17 @@ def make_concise(args: ConciseArguments) -> dict:
         with tqdm(total=total, initial=ready, unit="response", desc="concise") as bar:
             for number in todo:
                 parts.write(number, _records(args, part, spans[number], sampler, tokenizer, grade, bar))
-    counts = _join(args, parts, len(spans), len(rows))
+    counts = _join(args, parts, list(map(len, spans)))
     parts.remove()
     return counts
 
 
-def _join(args: ConciseArguments, parts: Parts, count: int, n_rows: int) -> dict:
+def _join(args: ConciseArguments, parts: Parts, sizes: list[int]) -> dict:
     dropped: Counter[str] = Counter()
-    kept = tokens = 0
+    kept, tokens, n_rows = 0, 0, sum(sizes)
     with written_whole(args.output_dir) as folder:
         with open(folder / ROWS_FILE, "w") as file:
-            for record in parts.records(range(count)):
+            for record in parts.records(range(len(sizes)), sizes):
                 if "dropped" in record:
                     dropped[record["dropped"]] += 1
                     continue

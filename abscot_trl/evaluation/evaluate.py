@@ -37,10 +37,12 @@ def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
             AlpacaEval's with several answers a prompt.
     """
     kinds = {kind_of(problem.source) for problem in problems}
-    if not problems or (kinds != {ALPACAEVAL} and any(problem.gold is None for problem in problems)):
-        raise ValueError(f"{args.problems}: {len(problems)} problems, and each needs a gold answer to be graded")
+    if not problems:
+        raise ValueError(f"{args.problems} holds no problem")
     if len(kinds) > 1 and kinds & {ALPACAEVAL, HOTPOTQA}:
         raise ValueError(f"{args.problems} mixes {', '.join(sorted(kinds))} problems, which have no common measure")
+    if kinds != {ALPACAEVAL} and any(problem.gold is None for problem in problems):
+        raise ValueError(f"{args.problems}: each problem needs a gold answer to be graded")
     runs = [(mode, swap) for mode in args.modes for swap in args.swaps_of(mode)]
     if ("abstract", "other") in runs and len(problems) < 2:
         raise ValueError(f"{args.problems}: swap 'other' needs at least two problems")
@@ -77,12 +79,14 @@ class Evaluation:
         step = max(1, args.part_answers // args.samples)
         spans = [range(i, min(i + step, len(problems))) for i in range(0, len(problems), step)]
         self.units = [(mode, swap, span) for mode in args.modes for swap in args.swaps_of(mode) for span in spans]
+        self.sizes = [len(span) * args.samples for *_, span in self.units]
         text = json.dumps([[p.prompt, p.gold, p.id, p.source] for p in problems])
         self.parts = Parts(args, prompts=hashlib.sha256(text.encode()).hexdigest())
 
     def records(self, mode: str, swap: str) -> list[dict]:
         """The answers of one mode and swap, problem by problem."""
-        return list(self.parts.records(i for i, unit in enumerate(self.units) if unit[:2] == (mode, swap)))
+        numbers = [number for number, unit in enumerate(self.units) if unit[:2] == (mode, swap)]
+        return list(self.parts.records(numbers, self.sizes))
 
     def make(self, load: Callable) -> None:
         """Make the parts that are missing; `load` gives the sampler, and is called only if one is."""
@@ -96,8 +100,8 @@ class Evaluation:
             if len(todo) == len(self.units):
                 self.parts.remove()  # nothing to go on from, so nothing that binds to these settings
             raise
-        total = sum(len(span) for _, _, span in self.units) * args.samples
-        ready = total - sum(len(self.units[number][2]) for number in todo) * args.samples
+        total = sum(self.sizes)
+        ready = total - sum(self.sizes[number] for number in todo)
         with tqdm(total=total, initial=ready, unit="answer", desc=args.name) as bar:
             for number in todo:
                 mode, swap, span = self.units[number]
@@ -119,7 +123,7 @@ class Evaluation:
         """Write the answers and their results into `output_dir`, whole; returns the results."""
         results, judged = list(self.results()), kind_of(self.source) == ALPACAEVAL
         with written_whole(self.args.output_dir) as folder:
-            records = list(self.parts.records(range(len(self.units))))
+            records = list(self.parts.records(range(len(self.units)), self.sizes))
             (folder / ANSWER_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
             if judged:
                 write_outputs(folder, records, self.problems, results[0])

@@ -54,12 +54,16 @@ class ReportArguments:
     title: str = field(default="Results", metadata={"help": "Heading of the report."})
     chance: float | None = field(default=None, metadata={"help": "Accuracy of guessing, drawn as a line."})
 
+    def __post_init__(self):
+        if self.chance is not None and not 0 <= self.chance <= 100:
+            raise ValueError(f"chance must lie in 0..100 points, got {self.chance}")
+
 
 def report(args: ReportArguments, command: str | None = None) -> Path:
     """`abscot report`: join the runs, print the table, write `report.md`, its figures and `report.html`."""
     paths = [Path(run) for run in args.runs]
     folders = [path if path.is_dir() else path.parent for path in paths]
-    if len(set(folders)) < len(folders):
+    if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(f"runs: {' '.join(args.runs)}: one stands twice; name each once")
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(args.runs)

@@ -1,6 +1,7 @@
 """results.json: rows that say what they were measured on."""
 
 import json
+import math
 from pathlib import Path
 
 from abscot_trl.files import write_whole
@@ -20,6 +21,11 @@ ROW = (
 )
 DECODING = ("backend", "trace_temperature", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
 FIGURES = {"accuracy": "ci95"} | {name: f"{name}_ci95" for name in ("em", "maj", "pass", "difference", "win_rate")}
+
+
+def is_number(value) -> bool:
+    """Whether a JSON value is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_row(row: dict) -> None:
@@ -65,10 +71,27 @@ def read_results(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"{path}: no results; run `abscot evaluate` first")
     try:
         rows = json.loads(path.read_text())
-        return [row for row in rows if {"model", "mode", "swap", "accuracy", "ci95", "n"} <= row.keys()] or _none(path)
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"a {type(rows).__name__}, empty or no list")
+        for number, row in enumerate(rows, 1):
+            if wrong := _unreadable(row):
+                raise ValueError(f"row {number}: {', '.join(wrong)} missing or damaged")
+    except ValueError as error:
         raise ValueError(f"{path} is no list of results ({error}); evaluate again") from error
+    return rows
 
 
-def _none(path: Path) -> list[dict]:
-    raise ValueError(f"{path} holds no results; evaluate again")
+def _unreadable(row: dict) -> list[str]:
+    """The names of a row's fields without which, or as they are, no table can be made."""
+    if not isinstance(row, dict):
+        return [repr(row)]
+    kinds = dict.fromkeys(("model", "mode", "swap"), str) | {"task": str, "stage": str, "decoding": dict}
+    needed = {"model", "mode", "swap", "accuracy", "n", "trace_tokens", "answer_tokens", "tokens"}
+    numbers = needed - kinds.keys() | {*FIGURES, "round", "samples", "swapped", "changed"}
+    intervals = [name for figure, name in FIGURES.items() if figure == "accuracy" or name in row]
+    wrong = [name for name in needed if name not in row]
+    wrong += [name for name, kind in kinds.items() if not isinstance(row.get(name, kind()), kind)]
+    wrong += [name for name in numbers if not is_number(row.get(name, 0))]
+    pairs = [(name, row.get(name)) for name in intervals]
+    wrong += [n for n, pair in pairs if not (isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)))]
+    return sorted(wrong)

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from abscot_trl.files import INPUTS, MANIFEST
+from abscot_trl.evaluation.results import is_number
+from abscot_trl.files import INPUTS, MANIFEST, read_json, read_manifest
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
 TEXT_LIMIT = 20_000  # characters of a problem or a response that are kept; a report is no archive
 PATHS = {*INPUTS, "output_dir", "resume_from_checkpoint"} - {"problems"}
-ANSWER_FIELDS = {"model", "task", "mode", "swap", "id", "trace", "response", "gold", "score"}
+AGAIN = "`abscot warmup` writes it again, remove it until then"
+ANSWER_TEXTS = ("model", "task", "mode", "swap", "response")
+ANSWER_FIELDS = {*ANSWER_TEXTS, "id", "trace", "gold", "score"}
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Group:
                 break
             found = [folder / FILE_NAME, *sorted(folder.glob(f"*/{FILE_NAME}"))]
             for path in (path for path in found if path.is_file()):
-                settings = json.loads(path.read_text())
+                settings = read_json(path, "run `abscot init` again", "size", "m_min", "m_max")
                 return AbstractVocabulary(settings["size"], settings["m_min"], settings["m_max"]), True
         traces = [record["trace"] for record in self.records["own"].values()]
         lengths = [len(trace) for trace in traces]
@@ -53,15 +56,20 @@ def _clip(record: dict) -> dict:
 
 
 def _records(path: Path) -> Iterator[dict]:
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty; evaluate again")
     with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                missing = ANSWER_FIELDS - record.keys()
-                if missing or not all(type(index) is int and index >= 0 for index in record["trace"]):
-                    raise ValueError(
-                        f"lacks {', '.join(sorted(missing))}" if missing else "trace: no codebook indices"
-                    )
+                if missing := ANSWER_FIELDS - record.keys():
+                    raise ValueError(f"lacks {', '.join(sorted(missing))}")
+                if not all(type(index) is int and index >= 0 for index in record["trace"]):
+                    raise ValueError("trace: no codebook indices")
+                if wrong := [name for name in ANSWER_TEXTS if not isinstance(record[name], str)]:
+                    raise ValueError(f"{', '.join(wrong)}: no text")
+                if record["score"] is not None and not is_number(record["score"]):
+                    raise ValueError(f"score {record['score']!r} is no number")
             except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(f"{path} line {number} is no answer ({error}); evaluate again") from error
             yield _clip(record)
@@ -109,27 +117,39 @@ def rounds(warmup: Path) -> list[Path]:
 
 def over_training(warmup: str | Path) -> list[dict]:
     """The summaries of a warm-up's trace stages in order, each with its `stage`; none where there is no warm-up."""
+    keys = ("traces", "distinct", "tokens_used", "token_counts", "token_entropy", "token_entropy_uniform")
     return [
-        {"stage": f"{folder.name}/{path.parent.name}", **json.loads(path.read_text())}
+        {"stage": f"{folder.name}/{path.parent.name}", **read_json(path, "make these traces again", *keys)}
         for folder in rounds(Path(warmup))
         for path in sorted(folder.glob("*-traces/summary.json"))
     ]
 
 
 def read_losses(warmup: Path) -> dict[str, list[dict]]:
-    """The logged steps by stage, from `losses.csv`; empty without one."""
+    """
+    The logged steps by stage, from `losses.csv`; empty without one.
+
+    Raises:
+        ValueError: a line that holds no step; names file and line.
+    """
     path, logs = warmup / "losses.csv", {}
     if path.is_file():
         with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                stage = row.pop("stage")
-                logs.setdefault(stage, []).append({key: float(value) for key, value in row.items() if value})
+            for number, row in enumerate(csv.DictReader(file), 2):
+                try:
+                    stage, _ = row.pop("stage"), row["step"]
+                    logs.setdefault(stage, []).append({key: float(value) for key, value in row.items() if value})
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{path} line {number} is no logged step ({error}); {AGAIN}") from error
     return logs
 
 
 def read_wall_times(warmup: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table in `record.md`."""
-    lines = [line for line in (warmup / "record.md").read_text().splitlines() if line.startswith("|")]
+    path = warmup / "record.md"
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    if len(lines) < 2 or len({line.count("|") for line in lines}) > 1:
+        raise ValueError(f"{path} holds no table of wall times; {AGAIN}")
     header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
     return header, rows
 
@@ -140,7 +160,7 @@ def read_settings(run: str | Path) -> dict[str, dict]:
     for warmup in warmups(run):
         name = "" if warmup == Path(run) else f"{warmup.name}: "
         for path in (path for folder in rounds(warmup) for path in sorted(folder.glob(f"*/{MANIFEST}"))):
-            record = json.loads(path.read_text())
+            record = read_manifest(path.parent, "phase", "settings")
             settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
             phases.setdefault(name + record["phase"], []).append(settings)
     return {

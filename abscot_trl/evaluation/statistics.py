@@ -97,12 +97,19 @@ def scores_by_problem(records: list[dict], samples: int) -> list[float]:
 
 
 def own_scores(path: Path) -> dict[str, float]:
-    """Each problem's mean score after its own trace, from an `answers.jsonl`; none where a judge is to grade."""
+    """
+    Each problem's mean score after its own trace, from an `answers.jsonl`; none where a judge is to grade.
+
+    Raises:
+        ValueError: a line that is no answer; names the file.
+    """
     scores: dict[str, list[float]] = {}
-    with open(path) as file:
-        for record in map(json.loads, file):
+    try:
+        for record in map(json.loads, path.read_text().splitlines()):
             if (record["mode"], record["swap"]) == ("abstract", "own") and record["score"] is not None:
                 scores.setdefault(record["id"], []).append(record["score"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); remove {path.parent} and evaluate again") from error
     return {problem: fmean(values) for problem, values in scores.items()}
 
 

@@ -112,6 +112,7 @@ def verbal_prefix(response: str, source: str, stub: str | None = None) -> tuple[
         The opening (`<think>` where the model had opened a thought, else nothing), and a newline, `</think>` where it
         had closed one, and `stub`: `\boxed{`, or for HotpotQA `Answer:`, unless another one is given.
     """
-    stub = stub or ("Answer:" if kind_of(source) == HOTPOTQA else "\\boxed{")
+    if stub is None:
+        stub = "Answer:" if kind_of(source) == HOTPOTQA else "\\boxed{"
     close = f"\n{THOUGHT}\n\n" if THOUGHT in response else "\n"
     return THINK if response.startswith(THINK) else "", close + stub

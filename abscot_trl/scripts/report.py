@@ -5,16 +5,17 @@ Table, figures, codebook and answers of one or more runs, side by side: report.m
 """
 
 import sys
-from itertools import takewhile
 
 from abscot_trl.evaluation.report import ReportArguments, report
 from abscot_trl.phases import exit_with_words, parse
 
 
 def with_runs(arguments: list[str]) -> list[str]:
-    """`RUN ..` before the first field stands for `--runs RUN ..`."""
-    runs = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
-    return ["--runs", *arguments] if runs else arguments
+    """`RUN ..` before the first field stands for `--runs RUN ..`; refuses both, of which argparse takes the last."""
+    arguments = ["--runs", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    if arguments.count("--runs") > 1:
+        raise ValueError("runs are named in two places; name all of them in one")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ depends on the rows alone, so the joined file does not depend on who made which 
 import fcntl
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -61,11 +61,21 @@ class Parts:
         """Write one part, whole or not at all."""
         write_whole(self._path(number), "".join(json.dumps(record) + "\n" for record in records))
 
-    def records(self, numbers: Iterable[int]) -> Iterator[dict]:
-        """The records of the parts `numbers`, in order."""
-        for number in numbers:
-            with open(self._path(number)) as file:
-                yield from map(json.loads, file)
+    def records(self, numbers: Iterable[int], sizes: Sequence[int] | None = None) -> Iterator[dict]:
+        """
+        The records of the parts `numbers`, in order.
+
+        Raises:
+            ValueError: a damaged part, or one that does not hold `sizes[number]` records.
+        """
+        for path in map(self._path, numbers):
+            try:
+                records = [json.loads(line) for line in path.read_text().splitlines()]
+                if sizes is not None and len(records) != sizes[int(path.stem)]:
+                    raise ValueError(f"{len(records)} records, {sizes[int(path.stem)]} were written")
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again") from error
+            yield from records
 
     @contextmanager
     def joining(self) -> Iterator[None]:
