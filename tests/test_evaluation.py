@@ -168,6 +168,11 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
         evaluate(EvaluateArguments(**fields, pause_tokens=7))
     with pytest.raises(ValueError, match="abstract mode: a prompt of .* lower max_new_tokens"):
         evaluate(EvaluateArguments(**fields, instruction=False, max_new_tokens=500))
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(json.dumps({"problem": "1+1", "answer": "2", "id": "a"}) + "\n")
+    twice.write_text(2 * twice.read_text())
+    with pytest.raises(ValueError, match="twice.jsonl: id 'a' stands twice; give each problem its own"):
+        evaluate(EvaluateArguments(**fields | {"problems": str(twice)}, modes=["direct"], swaps=["own"]))
     assert not list(tmp_path.glob("x*"))
     with pytest.raises(FileExistsError):
         evaluate(EvaluateArguments(**{**fields, "output_dir": arguments.output_dir}, instruction=False))

@@ -7,6 +7,7 @@ made again; when all are there they are joined.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
         `str`: the problems' source.
 
     Raises:
-        ValueError: none, one without gold, kinds that are scored by different measures, too few for a swap, or
-            AlpacaEval's with several answers a prompt.
+        ValueError: none, one without gold, an id twice, kinds that are scored by different measures, too few for a
+            swap, or AlpacaEval's with several answers a prompt.
     """
     kinds = {kind_of(problem.source) for problem in problems}
     if not problems:
@@ -43,6 +44,9 @@ def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
         raise ValueError(f"{args.problems} mixes {', '.join(sorted(kinds))} problems, which have no common measure")
     if kinds != {ALPACAEVAL} and any(problem.gold is None for problem in problems):
         raise ValueError(f"{args.problems}: each problem needs a gold answer to be graded")
+    twice = [id for id, n in Counter(problem.id for problem in problems).items() if n > 1]
+    if twice:
+        raise ValueError(f"{args.problems}: id {twice[0]!r} stands twice; give each problem its own, or leave ids out")
     runs = [(mode, swap) for mode in args.modes for swap in args.swaps_of(mode)]
     if ("abstract", "other") in runs and len(problems) < 2:
         raise ValueError(f"{args.problems}: swap 'other' needs at least two problems")

@@ -12,6 +12,7 @@ import re
 from io import BytesIO
 from pathlib import Path
 
+from abscot_trl.evaluation.grading import normal_form
 from abscot_trl.evaluation.plots import save
 from abscot_trl.evaluation.runs import TEXT_LIMIT, Group
 from abscot_trl.evaluation.verdict import SWAPS, measured
@@ -28,12 +29,18 @@ def as_json(value) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _answer(record: dict) -> dict:
+def _said(record: dict) -> str:
+    """What tells answers apart, as `changed` in the results does; the whole response where none was extracted."""
+    return normal_form(record["answer"], record["task"]) if "answer" in record else record["response"]
+
+
+def _answer(record: dict, own: dict) -> dict:
     short = {"t": record["trace"], "r": record["response"], "s": record["score"]}
     short |= {"z": record.get("trace_tokens", len(record["trace"])), "y": record.get("answer_tokens", "")}
     short |= {"a": record["answer"]} if "answer" in record else {}
     short |= {"l": record["response_length"]} if "response_length" in record else {}
-    return short | ({"x": 1} if record.get("truncated") else {})
+    short |= {"x": 1} if record.get("truncated") else {}
+    return short | ({"c": 1} if _said(record) != _said(own) else {})
 
 
 def browser(groups: list[tuple[Path, str, Group]], limit: int = ANSWERS_LIMIT) -> dict:
@@ -56,7 +63,7 @@ def browser(groups: list[tuple[Path, str, Group]], limit: int = ANSWERS_LIMIT) -
     for key in order:
         record = problems[key]["record"]
         entries = [
-            [*at, {swap: _answer(one) for swap, one in swaps.items()}]
+            [*at, {swap: _answer(one, swaps["own"]) for swap, one in swaps.items()}]
             for at, swaps in sorted(problems[key]["entries"].items())
             if "own" in swaps
         ]
