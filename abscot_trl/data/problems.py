@@ -167,7 +167,8 @@ def _rows(data: str | list[str], split: str, config: str | None) -> Iterator[dic
         try:
             yield from csv.DictReader(file) if path.suffix == ".csv" else json.load(file)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no {path.suffix[1:].upper()} of problems ({error})") from error
+            kind = "CSV" if path.suffix == ".csv" else "JSON list"
+            raise ValueError(f"{path} is no {kind} of problems ({error})") from error
 
 
 def load_problems(
