@@ -207,13 +207,16 @@ def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
     return found
 
 
-def _disk_warnings(args: PlanArguments, table: list[dict]) -> list[str]:
-    """Whether the run's models, traces and the checkpoints of one phase fit on the disk."""
+def _disk(table: list[dict]) -> int:
+    """Bytes of the whole run at most: models and traces that stay, and the checkpoints of one phase at a time."""
     stays = [line.get("stays", line.get("disk", 0)) for line in table]
-    needed = sum(stays) + max(line.get("disk", 0) - size for line, size in zip(table, stays, strict=True))
+    return sum(stays) + max(line.get("disk", 0) - size for line, size in zip(table, stays, strict=True))
+
+
+def _disk_warnings(args: PlanArguments, table: list[dict]) -> list[str]:
     run = Path(args.run_dir).absolute()
     there = next(path for path in [run, *run.parents] if path.exists())
-    free = shutil.disk_usage(there).free
+    needed, free = _disk(table), shutil.disk_usage(there).free
     if needed <= free:
         return []
     return [f"the run writes about {needed / GIB:.0f} GiB, {free / GIB:.0f} are free at {there}; `keep: last`?"]
@@ -253,7 +256,8 @@ def describe_plan(found: dict) -> str:
     steps = sum(line.get("steps", 0) for line in found["stages"])
     tokens = sum(line.get("tokens", 0) for line in found["stages"] if line["phase"] in TRAINING)
     hours = sum(line.get("hours", 0) for line in found["stages"])
-    lines.append(f"| total |  | {steps:,} | {tokens / 1e6:,.0f}M trained |  |  |  | {hours:,.1f} |")
+    disk = _disk(found["stages"]) / GIB
+    lines.append(f"| total |  | {steps:,} | {tokens / 1e6:,.0f}M trained |  |  | {disk:,.0f} | {hours:,.1f} |")
     lines += ["", *(f"- {sentence}" for sentence in found["assumptions"])]
     lines += [f"- WARNING: {sentence}" for sentence in found["warnings"]]
     return "\n".join(lines)
