@@ -73,7 +73,7 @@ warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes 
 baselines: $(READY) ## what that warm-up, once it has ended, is compared with: same rows, same steps
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --warmup runs/$(RECIPE)/$(RUN) --run_dir runs/$(RECIPE)/$(RUN)-baselines $(ARGS)
 
-sweep: $(READY) ## the base and every model of that warm-up on BENCHMARK (recipes/benchmarks)
+sweep: $(READY) ## the base and every model of that warm-up on BENCHMARK=math500 (recipes/benchmarks)
 	$(ABSCOT) $@ --run runs/$(RECIPE)/$(RUN) --evaluate recipes/benchmarks/$(BENCHMARK).yaml $(ARGS)
 
 plan: $(READY) ## what that warm-up will take: steps, memory, disk, hours
@@ -85,10 +85,7 @@ bench-train: $(READY) ## phase A's step against the seed's way, and flex gradien
 bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, the second call (17 minutes on 2 cores)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)
 
-bench-sweep: $(READY) ## the base and every model of that warm-up on BENCHMARK (recipes/benchmarks)
-	$(ABSCOT) $@ --run runs/$(RECIPE)/$(RUN) --evaluate recipes/benchmarks/$(BENCHMARK).yaml $(ARGS)
-
-plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
+bench-plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
 	$(BIN)/python tests/benchmarks/bench_plan.py $(ARGS)
 
 bench-data: $(READY) ## abscot data on 200,000 rows: rows a second, memory, after a kill (20 minutes on 2 cores)

@@ -1,8 +1,8 @@
 """
 `abscot plan`: what a warm-up will take, before it is started. Reads configurations only; writes nothing.
 
-Steps are counted as transformers counts them, packed rows estimated. Hours are floating-point operations over what a
-GPU was measured to reach; they are an estimate.
+Steps are counted as transformers counts them, of packed rows by packing the prepared rows' lengths. Hours are
+floating-point operations over what a GPU was measured to reach; they are an estimate.
 """
 
 import math
@@ -10,10 +10,14 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from abscot_trl.cli import TRAINING
+from abscot_trl.data.prepare import COUNTS_FILE, load_prepared, row_lengths
 from abscot_trl.data.splits import PHASES as PARTS
+from abscot_trl.data.splits import staged_splits
 from abscot_trl.driver import Stage, launcher_of
-from abscot_trl.files import read_json
+from abscot_trl.examples import best_fit
 from abscot_trl.memory import (
     GIB,
     Shape,
@@ -31,7 +35,7 @@ GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}  # bf
 # Share of the peak reached in training, by LoRA: 36 and 43 % were measured for Qwen3-4B on an H200, less when smaller.
 REACHED = {True: 0.35, False: 0.42}
 SAMPLING = 0.4  # share of the peak in reading prefixes: the earlier run's 5.6 rows/s of 5500 tokens on two A100s
-PACKED = 0.97  # how full packed rows are
+PACKED = 0.97  # how full packed rows are, while nothing is known of their lengths
 
 
 @dataclass
@@ -73,14 +77,13 @@ def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float,
     return tokens * (passes * parameters + attention)
 
 
-def _lengths(args: PlanArguments) -> tuple[dict[str, float], dict | None]:
-    """Mean tokens of prompt, CoT and answer, and the counts of the prepared data when they are there."""
-    path = Path(args.data) / "counts.json"
-    if not path.is_file():
-        return {"prompt": args.prompt_tokens, "cot": args.cot_tokens, "answer": args.answer_tokens}, None
-    counts = read_json(path, "prepare the data again (`abscot data`)", "rows_kept", "lengths")
-    found = counts["lengths"]
-    return {name: found[name].get("mean", found[name]["median"]) for name in ("prompt", "cot", "answer")}, counts
+def _lengths(args: PlanArguments) -> tuple[dict[str, np.ndarray], dict | None]:
+    """Tokens of prompt, CoT and answer of each row, and the prepared data's counts; without it one row, assumed."""
+    if not (Path(args.data) / COUNTS_FILE).is_file():
+        assumed = {"prompt": args.prompt_tokens, "cot": args.cot_tokens, "answer": args.answer_tokens}
+        return {name: np.array([length]) for name, length in assumed.items()}, None
+    data, counts = load_prepared(args.data)
+    return row_lengths(data), counts
 
 
 def _launcher(args: PlanArguments) -> tuple[int, int, dict]:
@@ -96,8 +99,9 @@ class Setting:
 
     shape: Shape
     vocabulary: AbstractVocabulary
-    lengths: dict[str, float]  # mean tokens of prompt, cot and answer, and of a trace with its delimiters
+    lengths: dict[str, np.ndarray]  # tokens of prompt, cot, answer, and trace with its delimiters, of all rows
     counts: dict | None  # of the prepared data
+    parts: dict[str, np.ndarray]  # the rows of each phase
     gpus: int
     zero: int
     flops: float  # peak of all GPUs
@@ -118,15 +122,21 @@ def plan(args: PlanArguments) -> dict:
     gpus, zero, launcher = _launcher(args)
     peak, gpu_gb = GPUS[args.gpu]
     lengths, counts = _lengths(args)
-    lengths["trace"] = min(vocabulary.m_max, lengths["cot"] / 2) + 2
-    setting = Setting(shape, vocabulary, lengths, counts, gpus, zero, peak * gpus, gpu_gb)
+    lengths["trace"] = np.minimum(vocabulary.m_max, lengths["cot"] // 2) + 2
+    n_rows, needed = len(lengths["cot"]), len(PARTS) * args.rounds * args.rows_per_phase
+    if n_rows >= needed:
+        parts = staged_splits(n_rows, args.rounds, args.rows_per_phase, args.seed)
+    else:  # assumed, or too few, which is warned of
+        rows = np.arange(args.rows_per_phase) % n_rows
+        parts = {f"{t}.{phase}": rows for t in range(1, args.rounds + 1) for phase in PARTS}
+    setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, peak * gpus, gpu_gb)
     table, warnings = [], []
     for stage in stages(args):
         line = {"name": stage.name, "phase": stage.phase}
         if stage.phase == "traces":
-            line |= _sampling(stage.settings, args.rows_per_phase, setting)
+            line |= _sampling(stage.settings, setting)
         elif stage.phase in TRAINING:
-            line |= _training(stage, args.rows_per_phase, setting)
+            line |= _training(stage, setting)
             warnings += _recipe_warnings(line, stage.settings, setting)
         elif stage.phase == "merge":
             line["disk"] = 2 * shape.parameters
@@ -137,41 +147,48 @@ def plan(args: PlanArguments) -> dict:
     known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
     assumptions = [
         f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {args.gpu}, ZeRO stage {zero}",
-        "mean tokens " + ", ".join(f"{name} {value:.0f}" for name, value in lengths.items()) + f": {known}",
+        "mean tokens " + ", ".join(f"{name} {values.mean():.0f}" for name, values in lengths.items()) + f": {known}",
         f"hours: {100 * REACHED[True]:.0f} % (LoRA) or {100 * REACHED[False]:.0f} % (full) of {peak / 1e12:.0f} "
         f"TFLOP/s in training, {100 * SAMPLING:.0f} % in reading prefixes; evaluations and loading are not counted",
-        "~ steps of packed rows are estimated; memory with ZeRO or FSDP is calculated, not measured",
+        "~ steps of packed rows depend on the traces' lengths; memory with ZeRO or FSDP is calculated, not measured",
     ]
     return {"stages": table, "assumptions": assumptions, "warnings": list(dict.fromkeys(warnings))}
 
 
-def _sampling(settings: dict, rows: int, setting: Setting) -> dict:
+def _sampling(settings: dict, setting: Setting) -> dict:
     """Tokens read and hours of a trace stage; random traces read nothing."""
     seen = ["prompt", "trace"] + ["cot"] * (settings["given"] == "cot")
     reads = settings["method"] in ("clusters", "policy")
-    tokens = rows * sum(setting.lengths[name] for name in seen) * reads
+    part = setting.parts[settings["part"]]
+    tokens, rows = int(sum(setting.lengths[name][part].sum() for name in seen)) * reads, len(part)
     hours = 2 * setting.shape.parameters * tokens / (SAMPLING * setting.flops) / 3600
     return {"rows": rows, "tokens": tokens, "disk": 2 * rows * (4 * setting.vocabulary.m_max + 150), "hours": hours}
 
 
-def _training(stage: Stage, examples: int, setting: Setting) -> dict:
+def _training(stage: Stage, setting: Setting) -> dict:
     """Rows, steps, tokens, memory, disk and hours of a training stage."""
-    recipe, shape, lengths = stage.settings, setting.shape, setting.lengths
+    recipe, shape, (round_, phase) = stage.settings, setting.shape, stage.name.split("/")
+    part = setting.parts[f"{round_.removeprefix('round')}.{phase}"]
+    lengths = {name: lengths[part] for name, lengths in setting.lengths.items()}
     lora, longest = bool(recipe.get("use_peft")), recipe.get("max_length", 8192)
-    masked = sum(lengths.values())
-    documents = [masked if stage.phase == "bottleneck" else masked - lengths["cot"]] * examples
-    if stage.phase == "distill" and recipe.get("rehearsal"):
-        documents += [masked] * examples
-    packed = bool(recipe.get("packing"))
-    rows = math.ceil(sum(documents) / (PACKED * longest)) if packed else len(documents)
+    documents = masked = sum(lengths.values())
+    if stage.phase == "distill":
+        documents = masked - lengths["cot"]
+        if recipe.get("rehearsal"):
+            documents = np.concatenate([documents, masked])
+    packed, rows = bool(recipe.get("packing")), len(documents)
+    if packed and setting.counts:
+        rows = len(best_fit(np.minimum(documents, longest).tolist(), longest))
+    elif packed:
+        rows = math.ceil(documents.sum() / (PACKED * longest))
     trained = trained_parameters(shape, recipe, setting.vocabulary.size)
     at_once = longest * recipe.get("per_device_train_batch_size", 8)
     steps, epochs = steps_of(rows, recipe, setting.gpus), recipe.get("num_train_epochs", 3)
     if recipe.get("max_steps", -1) > 0:
         at_step = recipe.get("per_device_train_batch_size", 8) * setting.gpus * accumulation_of(recipe, setting.gpus)
         epochs = steps * at_step / rows
-    tokens = sum(documents) * epochs
-    length = sum(size * size for size in documents) / sum(documents)  # of the document that a token stands in
+    tokens = float(documents.sum() * epochs)
+    length = float((documents.astype(float) ** 2).sum() / documents.sum())  # of the document that a token stands in
     flops = training_flops(shape, lora, recipe.get("gradient_checkpointing", True), tokens, length)
     return {
         "rows": len(documents),
@@ -224,7 +241,7 @@ def _disk_warnings(args: PlanArguments, table: list[dict]) -> list[str]:
 
 def _data_warnings(args: PlanArguments, setting: Setting) -> list[str]:
     found, needed = [], len(PARTS) * args.rounds * args.rows_per_phase
-    m_max, cot, counts = setting.vocabulary.m_max, setting.lengths["cot"], setting.counts
+    m_max, cot, counts = setting.vocabulary.m_max, setting.lengths["cot"].mean(), setting.counts
     if m_max > cot:
         found.append(f"m_max {m_max} is over the CoT's {cot:.0f} tokens: a trace should be shorter")
     if counts and counts["rows_kept"] < needed:

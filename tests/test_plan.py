@@ -10,8 +10,11 @@ from test_warmup import LORA, recipes, toy  # noqa: F401
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
+from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.memory import GIB, shape_of, stage_disk, steps_of, trained_parameters, training_memory
+from abscot_trl.phases import run_phase
 from abscot_trl.plan import PlanArguments, describe_plan, plan
+from abscot_trl.scripts.demo import write_problems
 from abscot_trl.warmup import WarmupArguments, warmup
 
 # Peak GiB of a step of BottleneckSFTTrainer on one H200: flex attention, Liger, bf16, AdamW, micro-batches of one row.
@@ -112,6 +115,22 @@ def test_disk_is_what_stages_write(checkpoint, tmp_path):
     merge_adapter(MergeArguments(str(tmp_path / "lora"), str(tmp_path / "merged")))
     merge = {"adapter": str(tmp_path / "lora"), "output_dir": str(tmp_path / "merged")}
     assert stage_disk("merge", merge) == pytest.approx(size(tmp_path / "merged"), rel=0.2)
+
+
+def test_steps_of_packed_rows_are_those_of_a_run(checkpoint, tmp_path):
+    """CoTs of 2 to 24 lines in packs of 160 tokens: what a plan counts from the prepared rows, and the trainer."""
+    examples = [e for steps in (2, 3, 5, 9, 16, 24) for e in chain_arithmetic(20, steps, 5, seed=0)]
+    arguments = {"data": write_problems(tmp_path / "rows.jsonl", examples), "data_format": "problems"}
+    arguments |= {"tokenizer": str(checkpoint), "output_dir": str(tmp_path / "data")}
+    run_phase("data", [part for key, value in arguments.items() for part in (f"--{key}", value)])
+    packed = LORA | {"packing": True, "max_length": 200, "max_steps": -1, "per_device_train_batch_size": 1}
+    fields = recipes(tmp_path, "", packed) | {"data": str(tmp_path / "data"), "model": str(checkpoint)}
+    fields |= {"run_dir": str(tmp_path / "run"), "rounds": 1, "rows_per_phase": 60, "rehearsal": 1.0, "evaluate": None}
+    warmup(WarmupArguments(**fields, launch="inline"))
+    trained = [line for line in plan(PlanArguments(**fields))["stages"] if line["phase"] in ("bottleneck", "distill")]
+    for line in trained:
+        log = json.loads((tmp_path / "run" / line["name"] / "training_log.json").read_text())
+        assert line["steps"] == pytest.approx(log["steps"], rel=0.05) and log["steps"] > 20
 
 
 def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811

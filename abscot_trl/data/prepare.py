@@ -107,11 +107,15 @@ def _fates(outcomes: Counter[str]) -> dict[str, Any]:
     }
 
 
+def row_lengths(data: Dataset) -> dict[str, np.ndarray]:
+    """Tokens of each row's `prompt`, `cot` and `answer`; only the lengths are read."""
+    names = ("prompt", "cot", "answer")
+    return {name: pc.list_value_length(data.data.column(f"{name}_ids")).to_numpy() for name in names}
+
+
 def _description(data: Dataset, trace_tokens: int) -> dict[str, Any]:
     """What was kept, column by column: only lengths, sources and ids are read."""
-    table = data.data
-    names = ("prompt", "cot", "answer")
-    lengths = {name: pc.list_value_length(table.column(f"{name}_ids")).to_numpy() for name in names}
+    table, lengths = data.data, row_lengths(data)
     lengths["total"] = sum(lengths.values()) + trace_tokens
     sources = {found["values"]: found["counts"] for found in pc.value_counts(table.column("source")).to_pylist()}
     return {
