@@ -21,7 +21,7 @@ READY   := $(VENV)/.ready
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo "  make init|data|evaluate|concise     a phase of RECIPE; bottleneck|distill: with TUNING; traces: with METHOD; merge|report|serve: by ARGS"
-	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=lora|full RUN=$(RUN) ACCELERATE=$(ACCELERATE) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
+	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=lora|full RUN=$(RUN) BENCHMARK=$(BENCHMARK) ACCELERATE=$(ACCELERATE) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
 
 install: $(READY) ## the pinned set: CUDA build with an NVIDIA GPU, CPU build without
 
