@@ -30,6 +30,7 @@ from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.evaluation.report import ReportArguments
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
+from abscot_trl.plan import PlanArguments
 from abscot_trl.scripts.demo import DemoArguments
 from abscot_trl.sweep import SweepArguments
 from abscot_trl.training.adapters import lora_config
@@ -54,7 +55,7 @@ CLASSES |= {
     "report": (ReportArguments,),
     "demo": (DemoArguments,),
 }
-CLASSES |= {"sweep": (SweepArguments,), "alpaca": (AlpacaArguments,)}
+CLASSES |= {"plan": (PlanArguments,), "sweep": (SweepArguments,), "alpaca": (AlpacaArguments,)}
 TRAINERS = {"bottleneck": BottleneckSFTTrainer, "distill": SelfDistillationTrainer}
 # What a recipe asks of a GPU, as a machine without one can be asked it.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--attn_implementation", "sdpa"]
