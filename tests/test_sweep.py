@@ -115,8 +115,9 @@ def test_an_evaluation_begun_with_other_settings_is_refused(arguments, monkeypat
     for field, value, words in [("seed", 4, "seed: 3 -> 4"), ("top_p", 1.0, "top_p: 0.9 -> 1.0"), ("samples", 3, "")]:
         with pytest.raises(ValueError, match=rf"begun with other settings \(.*{words}"):
             evaluate(replace(arguments, **{field: value}))
+    first = json.loads(Path(arguments.problems).read_text().splitlines()[0])
     with open(arguments.problems, "a") as file:
-        file.write(Path(arguments.problems).read_text().splitlines()[0] + "\n")
+        file.write(json.dumps(first | {"id": "one more"}) + "\n")
     with pytest.raises(ValueError, match=r"begun with other settings \(inputs"):
         evaluate(arguments)
     assert done == [0, 1, 2]
