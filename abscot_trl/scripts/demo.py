@@ -91,7 +91,7 @@ def demo(args: DemoArguments) -> list[dict]:
     title = f"Demo: {args.chain_steps} steps mod {args.modulus}, chance {100 / args.modulus:.0f}"
     print(f"\n{title}\n")
     arguments = ReportArguments([str(run)], str(run), title, 100 / args.modulus)
-    path = report(arguments, f"make demo ROUNDS={args.rounds}")
+    path = report(arguments, f"abscot demo --rounds {args.rounds} --models {' '.join(args.models)}")
     print(f"\n{path}, report.html and figures beside it; {time.monotonic() - start:.0f} s in all")
     return results
 
