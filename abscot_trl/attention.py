@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
+from abscot_trl.errors import Refused
 from abscot_trl.examples import Segment
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
@@ -73,7 +74,7 @@ def block_mask(segments: Tensor, documents: Tensor) -> BlockMask:
 def check_supported(model: PreTrainedModel) -> None:
     """
     Raises:
-        ValueError: layers that would let y reach c past the mask (recurrent, sliding-window, ..), by the config; or a
+        Refused: layers that would let y reach c past the mask (recurrent, sliding-window, ..), by the config; or a
             model that ignores the mask it is given, by trying: y must not change with c after one masked forward.
     """
     config, name = model.config, type(model).__name__
@@ -85,7 +86,7 @@ def check_supported(model: PreTrainedModel) -> None:
     if not kinds and _leaks(model):
         kinds.add(f"the attention of {config.model_type}")
     if kinds:
-        raise ValueError(
+        raise Refused(
             f"{name} cannot carry the bottleneck mask: {', '.join(sorted(kinds))} let y reach c past it. "
             "Use a decoder whose layers are all full attention (Qwen3, Llama, Granite-4.0-Micro)"
         )
@@ -121,7 +122,7 @@ def _leaks(model: PreTrainedModel) -> bool:
 
 def _check_implementation(implementation: str | None) -> None:
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise Refused(
             f"attention implementation {implementation!r} cannot carry the bottleneck mask; "
             f"set attn_implementation to one of {', '.join(IMPLEMENTATIONS)}"
         )
@@ -137,7 +138,7 @@ def use_bottleneck_mask(model: PreTrainedModel) -> PreTrainedModel:
     does nothing.
 
     Raises:
-        ValueError: sliding-window or recurrent layers, or an attention implementation other than sdpa, eager and flex.
+        Refused: sliding-window or recurrent layers, or an attention implementation other than sdpa, eager and flex.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath a PEFT wrapper
     check_supported(causal_lm)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from abscot_trl.attention import check_supported
+from abscot_trl.errors import Refused
 from abscot_trl.vocabulary import AbstractVocabulary
 
 INITIALISATIONS = ("mean+noise", "normal", "zeros")
@@ -30,11 +31,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        FileExistsError: `path` is there already; nothing is overwritten.
+        Refused: `path` is there already; nothing is overwritten.
     """
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"{path} is there already; choose another output_dir or remove it")
+        raise Refused(f"{path} is there already; choose another output_dir or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     folder.chmod(0o755)
@@ -87,7 +88,7 @@ def initial_rows(rows: Tensor, n: int, initialisation: str, generator: torch.Gen
         return rows.mean(dim=0) + 0.1 * rows.std(dim=0) * noise
     if initialisation == "normal":
         return noise / noise.norm(dim=1, keepdim=True) * rows.norm(dim=1).mean()
-    raise ValueError(f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation!r}")
+    raise Refused(f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation!r}")
 
 
 def extend_model(
@@ -117,8 +118,8 @@ def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -
     Load a checkpoint again and check that its parts agree.
 
     Raises:
-        FileNotFoundError: no `abstract_vocabulary.json`.
-        ValueError: a missing or split token, an embedding matrix without its rows, a head that is untied against the
+        Refused: no `abstract_vocabulary.json`;
+            a missing or split token, an embedding matrix without its rows, a head that is untied against the
             config, or rows that differ from `expected_rows` (M + 2, d).
     """
     vocabulary = AbstractVocabulary.load(folder)
@@ -127,16 +128,16 @@ def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -
     ids = vocabulary.all_ids(tokenizer)
     for token, index in zip([*vocabulary.tokens, vocabulary.begin, vocabulary.end], ids, strict=True):
         if tokenizer(token, add_special_tokens=False)["input_ids"] != [index]:
-            raise ValueError(f"{folder}: the tokenizer splits {token!r}; run `abscot init` again")
+            raise Refused(f"{folder}: the tokenizer splits {token!r}; run `abscot init` again")
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if max(ids) >= len(embedding) or max(ids) >= len(head):
-        raise ValueError(f"{folder}: {len(embedding)} embedding rows do not reach token id {max(ids)}")
+        raise Refused(f"{folder}: {len(embedding)} embedding rows do not reach token id {max(ids)}")
     if (embedding is head) != bool(model.config.tie_word_embeddings):
-        raise ValueError(
+        raise Refused(
             f"{folder}: tie_word_embeddings is {model.config.tie_word_embeddings}, the weights say otherwise"
         )
     if expected_rows is not None and not torch.equal(embedding[torch.tensor(ids)], expected_rows):
-        raise ValueError(f"{folder}: the abstract tokens' rows on disk differ from those written")
+        raise Refused(f"{folder}: the abstract tokens' rows on disk differ from those written")
     return vocabulary
 
 
@@ -148,20 +149,20 @@ def init_checkpoint(args: InitArguments) -> Path:
         `Path`: the checkpoint's folder.
 
     Raises:
-        ValueError: a tokenizer that already holds an abstract token, lacks EOS or one chat template; bad limits.
-        FileExistsError: the output is there already.
+        Refused: a tokenizer that already holds an abstract token, lacks EOS or one chat template; bad limits;
+            the output is there already.
     """
     vocabulary = AbstractVocabulary(args.codebook_size, args.m_min, args.m_max)
     tokenizer = AutoTokenizer.from_pretrained(args.base_model)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         missing = "chat template" if tokenizer.chat_template is None else "EOS token"
-        raise ValueError(f"{args.base_model}: the tokenizer has no {missing}; start from an instruction-tuned model")
+        raise Refused(f"{args.base_model}: the tokenizer has no {missing}; start from an instruction-tuned model")
     vocabulary.extend(tokenizer)
     ids = vocabulary.all_ids(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype)
     check_supported(model)
     if args.m_max + 2 >= model.config.max_position_embeddings:
-        raise ValueError(f"m_max {args.m_max} exceeds the model's {model.config.max_position_embeddings} positions")
+        raise Refused(f"m_max {args.m_max} exceeds the model's {model.config.max_position_embeddings} positions")
     extend_model(model, ids, args.initialisation, args.seed)
     with written_whole(args.output_dir) as folder:
         save_checkpoint(model, tokenizer, vocabulary, folder)
@@ -206,10 +207,10 @@ def merge_adapter(args: MergeArguments) -> Path:
     `abscot merge`: fold LoRA weights and token rows into a full, still tied, checkpoint and verify it.
 
     Raises:
-        FileNotFoundError: no adapter there.
+        Refused: no adapter there.
     """
     if not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{args.adapter} holds no adapter_config.json; full fine-tuning needs no merge")
+        raise Refused(f"{args.adapter} holds no adapter_config.json; full fine-tuning needs no merge")
     base = args.base_checkpoint or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
     vocabulary, tokenizer = AbstractVocabulary.load(base), AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from abscot_trl.errors import Refused
+
 PHASES = {
     "init": "extend a base model by the codebook",
     "data": "prepare rows: parse, tokenise, filter, count",
@@ -32,14 +34,14 @@ def accelerate_config_path(name: str) -> str:
     A file as given, or `accelerate_configs/<name>.yaml` of this repository.
 
     Raises:
-        FileNotFoundError: neither is there; the message lists the names.
+        Refused: neither is there; the message lists the names.
     """
     folder = Path(__file__).resolve().parent.parent / "accelerate_configs"
     for path in (Path(name), folder / f"{name}.yaml"):
         if path.is_file():
             return str(path)
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise FileNotFoundError(f"accelerate_config {name!r} is neither a file nor one of {names}")
+    raise Refused(f"accelerate_config {name!r} is neither a file nor one of {names}")
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
         at = rest.index("--accelerate_config")
         try:
             config = accelerate_config_path(rest[at + 1])
-        except FileNotFoundError as error:
+        except Refused as error:
             sys.exit(f"abscot {phase}: {error}")
         from accelerate.commands.launch import main as launch
 

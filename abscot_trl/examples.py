@@ -12,6 +12,7 @@ from enum import IntEnum
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.errors import Refused
 from abscot_trl.vocabulary import AbstractVocabulary
 
 IGNORE = -100
@@ -59,7 +60,7 @@ def cot_ids(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def answer_ids(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The answer and EOS; a special token that the answer quotes stays text."""
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; an answer could never end")
+        raise Refused(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; an answer could never end")
     ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
 
@@ -85,7 +86,7 @@ class Encoder:
 
     def __post_init__(self):
         if self.channel not in ("hidden", "discrete"):
-            raise ValueError(f"channel must be 'hidden' or 'discrete', got {self.channel!r}")
+            raise Refused(f"channel must be 'hidden' or 'discrete', got {self.channel!r}")
 
     @classmethod
     def from_tokenizer(cls, vocabulary: AbstractVocabulary, tokenizer: PreTrainedTokenizerBase, **kwargs) -> "Encoder":
@@ -109,7 +110,7 @@ class Encoder:
             and `loss_weights`.
         """
         if trace is not None and not all(0 <= index < len(self.codebook) for index in trace):
-            raise ValueError(f"trace {trace} holds an index outside the codebook of {len(self.codebook)} tokens")
+            raise Refused(f"trace {trace} holds an index outside the codebook of {len(self.codebook)} tokens")
         pieces: list[tuple[Segment, list[int], list[int]]] = [(Segment.PROMPT, prompt, [IGNORE] * len(prompt))]
         if trace is None:
             answer = [*(cot or []), *answer]
@@ -144,13 +145,13 @@ def best_fit(lengths: list[int], length: int) -> list[list[int]]:
     Best-fit-decreasing packing: indices of `lengths` in bins of at most `length` tokens.
 
     Raises:
-        ValueError: a document is longer than `length`.
+        Refused: a document is longer than `length`.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > length:
-            raise ValueError(f"a row of {lengths[i]} tokens exceeds max_length={length}; drop it first")
+            raise Refused(f"a row of {lengths[i]} tokens exceeds max_length={length}; drop it first")
         at = bisect_left(rooms, (lengths[i], 0))
         room, number = rooms.pop(at) if at < len(rooms) else (length, len(bins))
         if number == len(bins):

@@ -18,11 +18,12 @@ from trl import ModelConfig, TrlParser
 
 from abscot_trl.checkpoint import InitArguments, MergeArguments, init_checkpoint, merge_adapter
 from abscot_trl.data.prepare import DataArguments, prepare
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.concise import ConciseArguments, make_concise
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.evaluation.tables import results_table
-from abscot_trl.serve import ServeArguments, serve
+from abscot_trl.report.tables import results_table
+from abscot_trl.serving.server import ServeArguments, serve
 from abscot_trl.traces.files import describe_traces
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
@@ -58,16 +59,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     A recipe's mapping.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not a YAML mapping; the message names the file.
+        Refused: no such file, or not a YAML mapping; the message names the file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such recipe")
+        raise Refused(f"{path}: no such recipe")
     try:
         settings = yaml.load(Path(path).read_text(), _StrictLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise Refused(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a YAML mapping of fields, not {type(settings).__name__}")
+        raise Refused(f"{path} must hold a YAML mapping of fields, not {type(settings).__name__}")
     return settings
 
 
@@ -94,7 +95,7 @@ def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str 
     argparse checks neither types nor choices of YAML values; this does.
 
     Raises:
-        ValueError: a key that is a field of none of `classes`, a value of another type (`2e-5` is text in YAML), or
+        Refused: a key that is a field of none of `classes`, a value of another type (`2e-5` is text in YAML), or
             one that is not among the field's choices.
     """
     fields = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
@@ -105,22 +106,22 @@ def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str 
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else "see --help for the fields"
-            raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+            raise Refused(f"{path}: unknown key {key!r}; {hint}")
         if isinstance(value, str) and kinds[key] in (int, float):
-            raise ValueError(f"{path}: {key}: {value!r} is text; write a number (2.0e-5, not 2e-5)")
+            raise Refused(f"{path}: {key}: {value!r} is text; write a number (2.0e-5, not 2e-5)")
         field_kind = getattr(kinds[key], "__name__", None) or str(kinds[key])
         choices = fields[key].metadata.get("choices")
         if choices and value not in choices:
-            raise ValueError(f"{path}: {key}: {value!r} is not one of {', '.join(map(str, choices))}")
+            raise Refused(f"{path}: {key}: {value!r} is not one of {', '.join(map(str, choices))}")
         if not _fits(value, kinds[key]) and not (value is None and fields[key].default is None):
-            raise ValueError(f"{path}: {key}: {value!r} does not fit; {field_kind} is wanted")
+            raise Refused(f"{path}: {key}: {value!r} does not fit; {field_kind} is wanted")
 
 
 class _Parser(TrlParser):
     """Says in one line what is wrong with a command line, without the usage of forty fields."""
 
     def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
+        raise Refused(f"{message}; see --help")
 
 
 def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tuple:
@@ -129,14 +130,14 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
     `None` reads `sys.argv`.
 
     Raises:
-        ValueError: an unknown key or a bad value; the message names the file.
+        Refused: an unknown key or a bad value; the message names the file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     parser, path = _Parser(classes), None
     while "--config" in arguments:
         if arguments[-1] == "--config":
-            raise ValueError("--config needs a file")
+            raise Refused("--config needs a file")
         at = arguments.index("--config")
         path = arguments[at + 1]
         check_fields(read_yaml(path), classes, path)
@@ -148,7 +149,7 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
         return parser.parse_args_and_config(arguments)
     except ValueError as error:
         where = "command line" if path is None or "not used by" in str(error) else path
-        raise ValueError(f"{where}: {error}") from error
+        raise Refused(f"{where}: {error}") from error
 
 
 def run_phase(name: str, arguments: list[str] | None = None) -> Any:

@@ -9,6 +9,8 @@ from pathlib import Path
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.errors import Refused
+
 FILE_NAME = "abstract_vocabulary.json"
 
 
@@ -52,9 +54,9 @@ class AbstractVocabulary:
 
     def __post_init__(self):
         if self.size < 1:
-            raise ValueError(f"the codebook needs at least one token, got size={self.size}")
+            raise Refused(f"the codebook needs at least one token, got size={self.size}")
         if not 0 <= self.m_min <= self.m_max or self.m_max < 1:
-            raise ValueError(
+            raise Refused(
                 f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={self.m_min}, m_max={self.m_max}"
             )
 
@@ -71,18 +73,18 @@ class AbstractVocabulary:
         `abstract=False` it renders as before.
 
         Raises:
-            ValueError: the tokenizer already holds one of them, or has several chat templates.
+            Refused: the tokenizer already holds one of them, or has several chat templates.
         """
         template = tokenizer.chat_template
         if not isinstance(template, str | None):
-            raise ValueError(
+            raise Refused(
                 f"the tokenizer of {tokenizer.name_or_path!r} has {len(template)} chat templates "
                 f"({', '.join(template)}); set tokenizer.chat_template to the one that you train with"
             )
         wanted = [*self.tokens, self.begin, self.end]
         held = [token for token in wanted if token in tokenizer.get_vocab()]
         if held:
-            raise ValueError(
+            raise Refused(
                 f"the tokenizer of {tokenizer.name_or_path!r} already holds {held[0]!r} ({len(held)} of {len(wanted)} "
                 "abstract tokens); start from a base model that was not extended before"
             )
@@ -96,7 +98,7 @@ class AbstractVocabulary:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in tokens if token not in vocabulary]
         if missing:
-            raise ValueError(
+            raise Refused(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no {missing[0]!r}; run `abscot init` first"
             )
         return [vocabulary[token] for token in tokens]
@@ -124,16 +126,16 @@ class AbstractVocabulary:
         Read the vocabulary kept in a checkpoint.
 
         Raises:
-            FileNotFoundError: the folder holds no `abstract_vocabulary.json`.
-            ValueError: the file is not what `save` writes, or the folder holds an adapter that was not merged.
+            Refused: the folder holds no `abstract_vocabulary.json`;
+                the file is not what `save` writes, or the folder holds an adapter that was not merged.
         """
         path = Path(folder) / FILE_NAME
         if (Path(folder) / "adapter_config.json").is_file():  # loaded as a model it would lack its token rows
-            raise ValueError(f"{folder} is an adapter; run `abscot merge --adapter {folder} --output_dir ..` first")
+            raise Refused(f"{folder} is an adapter; run `abscot merge --adapter {folder} --output_dir ..` first")
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: not an extended checkpoint; run `abscot init` first")
+            raise Refused(f"{path} is missing: not an extended checkpoint; run `abscot init` first")
         try:
             settings = json.loads(path.read_text())
             return cls(settings["size"], settings["m_min"], settings["m_max"])
         except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); run `abscot init` again") from error
+            raise Refused(f"{path} is damaged ({error}); run `abscot init` again") from error

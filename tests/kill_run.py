@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from abscot_trl import driver
+from abscot_trl.loop import driver
+from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.training import phase
-from abscot_trl.warmup import WarmupArguments, warmup
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 

@@ -12,6 +12,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.alpaca import AlpacaArguments, alpaca
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
@@ -139,7 +140,7 @@ def test_sides_that_do_not_match_are_refused(sides, tmp_path):
     reference.write_text(json.dumps([outputs[1], outputs[0], *outputs[2:]]))
     with pytest.raises(ValueError, match="entry 1 has another instruction"):
         alpaca(AlpacaArguments(reference_outputs=str(reference), **fields))
-    with pytest.raises(FileNotFoundError, match="outputs.json is missing; evaluate"):
+    with pytest.raises(Refused, match="outputs.json is missing; evaluate"):
         alpaca(AlpacaArguments(reference_outputs=str(reference), **fields | {"outputs": str(tmp_path)}))
     for damaged, words in {"[1]": "entry 1 has no text", "{}": "no list of outputs", "[": "is no JSON"}.items():
         reference.write_text(damaged)
@@ -150,7 +151,7 @@ def test_sides_that_do_not_match_are_refused(sides, tmp_path):
             AlpacaArguments(reference_outputs=str(reference), **fields | wrong)
     reference.write_text(json.dumps(outputs))
     for python in ("/usr/bin/false", "/no/python"):
-        with pytest.raises(RuntimeError, match="has no alpaca_eval; run `pip install alpaca_eval`"):
+        with pytest.raises(Refused, match="has no alpaca_eval; run `pip install alpaca_eval`"):
             alpaca(AlpacaArguments(reference_outputs=str(reference), **fields, python=python))
     assert not (tmp_path / "judged").exists()
 

@@ -23,13 +23,15 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig
 
-from abscot_trl import driver
-from abscot_trl.baselines import NAMES, BaselinesArguments, baseline_stages, baselines, warmup_steps
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation import concise as module
 from abscot_trl.evaluation.concise import ConciseArguments, make_concise, shortest_right
 from abscot_trl.evaluation.evaluate import EvaluateArguments, evaluate
+from abscot_trl.loop import driver
+from abscot_trl.loop.baselines import NAMES, BaselinesArguments, baseline_stages, baselines, warmup_steps
+from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
@@ -40,7 +42,6 @@ from abscot_trl.training.configs import BASELINES, BaselineConfig, BottleneckCon
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.phase import TrainArguments, training_rows
 from abscot_trl.vocabulary import AbstractVocabulary
-from abscot_trl.warmup import WarmupArguments, warmup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -475,7 +476,7 @@ def test_dry_run_writes_nothing_and_mistakes_are_said(fields, tmp_path, capsys):
         BaselinesArguments(**fields, names=["icto"])
     with pytest.raises(ValueError, match="concise needs the field concise"):
         BaselinesArguments(**fields | {"concise": None})
-    with pytest.raises(FileNotFoundError, match="round1/bottleneck/training_log.json is not there"):
+    with pytest.raises(Refused, match="round1/bottleneck/training_log.json is not there"):
         baselines(BaselinesArguments(**fields, warmup=str(tmp_path / "none")))
     recipe = yaml.safe_load(Path(fields["bottleneck"]).read_text())
     Path(fields["bottleneck"]).write_text(yaml.safe_dump(recipe | {"packing": True}))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint, written_whole
 from abscot_trl.data.prepare import tokenizer_digest
 from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.errors import Refused
 from abscot_trl.examples import prompt_ids
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -171,7 +172,7 @@ def test_bad_bases_are_refused_and_leave_nothing(tmp_path):
     first = init_checkpoint(InitArguments(source, str(tmp_path / "once"), codebook_size=8))
     with pytest.raises(ValueError, match=r"already holds '<TOKEN_A>' \(10 of 10"):
         init_checkpoint(InitArguments(str(first), str(tmp_path / "twice"), codebook_size=8))
-    with pytest.raises(FileExistsError, match="once"):
+    with pytest.raises(Refused, match="once"):
         init_checkpoint(InitArguments(source, str(first), codebook_size=8))
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = None
@@ -183,7 +184,7 @@ def test_bad_bases_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_checkpoints_that_do_not_agree(checkpoint, tmp_path):
-    with pytest.raises(FileNotFoundError, match="abstract_vocabulary.json is missing.*abscot init"):
+    with pytest.raises(Refused, match="abstract_vocabulary.json is missing.*abscot init"):
         verify_checkpoint(base(tmp_path / "base", 64))
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -10,15 +10,16 @@ from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig
 
 from abscot_trl import cli
-from abscot_trl.baselines import BaselinesArguments
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.alpaca import AlpacaArguments
-from abscot_trl.evaluation.report import ReportArguments
+from abscot_trl.loop.baselines import BaselinesArguments
+from abscot_trl.loop.plan import PlanArguments
+from abscot_trl.loop.sweep import SweepArguments
+from abscot_trl.loop.warmup import WarmupArguments
 from abscot_trl.phases import PHASES, parse
-from abscot_trl.plan import PlanArguments
+from abscot_trl.report.report import ReportArguments
 from abscot_trl.scripts.demo import DemoArguments
-from abscot_trl.sweep import SweepArguments
 from abscot_trl.training.adapters import lora_config
-from abscot_trl.warmup import WarmupArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
@@ -75,7 +76,7 @@ def test_accelerate_configurations():
     for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
         assert cli.accelerate_config_path(path.stem) == str(path)
         assert {"distributed_type", "num_processes", "mixed_precision"} <= yaml.safe_load(path.read_text()).keys()
-    with pytest.raises(FileNotFoundError, match="'zero4' is neither a file nor one of cpu, ddp"):
+    with pytest.raises(Refused, match="'zero4' is neither a file nor one of cpu, ddp"):
         cli.accelerate_config_path("zero4")
     done = abscot("bottleneck", "--accelerate_config", "zero4", "--config", "x.yaml")
     assert done.returncode == 1 and "zero4" in done.stderr

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score
 
-from abscot_trl.evaluation.codebook import analyse, design_effect, fit_zipf, mutual_information
-from abscot_trl.evaluation.runs import over_training
+from abscot_trl.report.codebook import analyse, design_effect, fit_zipf, mutual_information
+from abscot_trl.report.runs import over_training
 from abscot_trl.traces.files import summarise_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 

@@ -19,6 +19,7 @@ from abscot_trl.data.problems import last_boxed, load_problems, problem_to_examp
 from abscot_trl.data.rows import cut_cot
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.data.toy import CHAT_TEMPLATE, toy_tokenizer
+from abscot_trl.errors import Refused
 from abscot_trl.examples import cot_ids
 from abscot_trl.traces.initial import step_ends
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -242,12 +243,12 @@ def test_a_truncated_parquet_file_is_named_before_any_row(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere/x.jsonl", "./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_missing_paths(name):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+    with pytest.raises(Refused, match="no such file or folder"):
         iter_rows(name)
 
 
 def test_a_folder_must_say_which_files_it_means(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \.parquet or \.jsonl file"):
+    with pytest.raises(Refused, match=r"no \.parquet or \.jsonl file"):
         iter_rows(str(tmp_path))
     write_jsonl(tmp_path / "a.jsonl", [{"i": 1}])
     pa.parquet.write_table(pa.Table.from_pylist([{"i": 1}]), tmp_path / "a.parquet")
@@ -391,7 +392,7 @@ def test_splits_file_refuses_other_settings(tmp_path):
     with pytest.raises(ValueError, match="not a file of staged splits"):
         load_splits(path, n_rows=40)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"splits\.json.*run `abscot warmup`.* leave `splits` and `part` out"):
+    with pytest.raises(Refused, match=r"splits\.json.*run `abscot warmup`.* leave `splits` and `part` out"):
         load_splits(path, n_rows=40)
 
 
@@ -573,7 +574,7 @@ def test_output_is_never_overwritten_nor_half_written(tmp_path, tokenizer_folder
     args = arguments(tmp_path, tokenizer_folder)
     prepare(args)
     before = (tmp_path / "out" / "counts.json").read_text()
-    with pytest.raises(FileExistsError, match="out exists already"):
+    with pytest.raises(Refused, match="out exists already"):
         prepare(args)
     assert (tmp_path / "out" / "counts.json").read_text() == before
     broken = DataArguments(str(tmp_path / "broken.jsonl"), tokenizer_folder, str(tmp_path / "other"))
@@ -710,9 +711,9 @@ def test_bad_arguments(tmp_path, tokenizer_folder):
     for name in ("shuffle_buffer", "seed"):
         with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
             DataArguments("a.jsonl", "t", "o", **{name: -1})
-    with pytest.raises(FileNotFoundError, match="run `abscot init` first"):
+    with pytest.raises(Refused, match="run `abscot init` first"):
         prepare(arguments(tmp_path, str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match="is not prepared data .*run `abscot data` first"):
+    with pytest.raises(Refused, match="is not prepared data .*run `abscot data` first"):
         load_prepared(tmp_path)
     (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(
         ["--data", "a.jsonl", "b.jsonl", "--tokenizer", "t", "--output_dir", "o", "--limit", "5", "--sources", "s"]

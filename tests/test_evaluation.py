@@ -10,15 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.answering import Answerer, verbal_reasoning_tokens
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.evaluation.report import ReportArguments, report
 from abscot_trl.evaluation.results import read_results
 from abscot_trl.evaluation.statistics import mean_interval, wilson_interval
 from abscot_trl.evaluation.swaps import swap_traces
-from abscot_trl.evaluation.tables import results_table
+from abscot_trl.report.report import ReportArguments, report
+from abscot_trl.report.tables import results_table
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler
@@ -174,13 +175,13 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
     with pytest.raises(ValueError, match="twice.jsonl: id 'a' stands twice; give each problem its own"):
         evaluate(EvaluateArguments(**fields | {"problems": str(twice)}, modes=["direct"], swaps=["own"]))
     assert not list(tmp_path.glob("x*"))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(Refused):
         evaluate(EvaluateArguments(**{**fields, "output_dir": arguments.output_dir}, instruction=False))
     plain = tmp_path / "plain"
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(plain)
-    with pytest.raises(FileNotFoundError, match="abstract_vocabulary.json"):
+    with pytest.raises(Refused, match="abstract_vocabulary.json"):
         evaluate(EvaluateArguments(**{**fields, "model": str(plain)}))
-    with pytest.raises(FileNotFoundError, match="no results"):
+    with pytest.raises(Refused, match="no results"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="no list of results"):

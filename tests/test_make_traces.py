@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.phases import run_phase
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.batching import cut
@@ -130,7 +131,7 @@ def test_a_run_begun_with_other_settings_is_refused(arguments, checkpoint):
     with pytest.raises(ValueError, match=r"begun with other settings \(temperature: 1.0 -> 0.5\)"):
         make_traces(replace(arguments, temperature=0.5))
     make_traces(replace(arguments, batch_tokens=2000))  # less memory: no other traces
-    with pytest.raises(FileExistsError, match="choose another output_dir"):
+    with pytest.raises(Refused, match="choose another output_dir"):
         make_traces(arguments)
 
 

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.memory import GIB, shape_of, stage_disk, steps_of, trained_parameters, training_memory
+from abscot_trl.errors import Refused
+from abscot_trl.loop.memory import GIB, shape_of, stage_disk, trained_parameters, training_memory
+from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
+from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
-from abscot_trl.plan import PlanArguments, describe_plan, plan
 from abscot_trl.scripts.demo import write_problems
-from abscot_trl.warmup import WarmupArguments, warmup
+from abscot_trl.training.steps import steps_of
 
 # Peak GiB of a step of BottleneckSFTTrainer on one H200: flex attention, Liger, bf16, AdamW, micro-batches of one row.
 SIZES = {  # d, layers, heads, d_ff, tied
@@ -81,7 +83,7 @@ def test_parameters_are_counted_right(checkpoint, tmp_path):
     recipe = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "down_proj"]}
     really = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert trained_parameters(shape, recipe, 8) == really
-    with pytest.raises(FileNotFoundError, match="config.json is not there; run `abscot init` first"):
+    with pytest.raises(Refused, match="config.json is not there; run `abscot init` first"):
         shape_of(str(tmp_path / "nothing"))
 
 
@@ -164,7 +166,7 @@ def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811
         "warmup_steps 1000 is not under", "200 rows are needed",
     ):  # fmt: skip
         assert expected in words
-    with pytest.raises(FileNotFoundError, match="give model_config"):
+    with pytest.raises(Refused, match="give model_config"):
         plan(PlanArguments(**fields | {"model": str(tmp_path / "none")}))
     for name, value in {"gpus": 0, "cot_tokens": -9}.items():
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):

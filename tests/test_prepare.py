@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from abscot_trl.data import prepare as module
 from abscot_trl.data.dolci import iter_rows
 from abscot_trl.data.prepare import DataArguments, load_prepared, prepare
+from abscot_trl.errors import Refused
 from abscot_trl.traces.files import write_traces
 from abscot_trl.training.phase import TrainArguments, training_rows
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -207,7 +208,7 @@ def test_a_finished_output_that_was_removed_is_made_anew(fields, tmp_path, small
 def test_two_at_once_are_refused(fields, tmp_path, script):
     pid = script.start(fields, tmp_path, sleep=0.2)
     wait_for(lambda: logged(tmp_path / "log"))
-    with pytest.raises(RuntimeError, match="another preparation is at work here"):
+    with pytest.raises(Refused, match="another preparation is at work here"):
         prepare(DataArguments(**fields, output_dir=str(tmp_path / "out")))
     os.kill(pid, signal.SIGKILL)
     assert script.ended() == -signal.SIGKILL

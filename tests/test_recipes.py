@@ -23,23 +23,24 @@ from transformers import (
 from trl import ModelConfig
 
 from abscot_trl.attention import check_supported
-from abscot_trl.baselines import BaselinesArguments, baseline_stages
 from abscot_trl.checkpoint import extend_model, save_checkpoint
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.alpaca import AlpacaArguments
-from abscot_trl.evaluation.report import ReportArguments
+from abscot_trl.loop.baselines import BaselinesArguments, baseline_stages
+from abscot_trl.loop.plan import PlanArguments
+from abscot_trl.loop.sweep import SweepArguments
+from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
-from abscot_trl.plan import PlanArguments
+from abscot_trl.report.report import ReportArguments
 from abscot_trl.scripts.demo import DemoArguments
-from abscot_trl.sweep import SweepArguments
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BASELINES
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
-from abscot_trl.warmup import WarmupArguments, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
@@ -232,7 +233,7 @@ def test_the_benchmarks():
 def test_every_stage_of_a_warm_up_has_its_recipe(path, tuning, tmp_path):
     (args,) = parse((WarmupArguments,), ["--config", str(path), "--tuning", tuning])
     if "production" in path.parts and tuning == "full":
-        with pytest.raises(FileNotFoundError, match="bottleneck.full.yaml: no such recipe"):
+        with pytest.raises(Refused, match="bottleneck.full.yaml: no such recipe"):
             list(stages(args))
         return
     found = list(stages(args))

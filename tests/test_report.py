@@ -16,14 +16,14 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.evaluation.page import as_json, browser
-from abscot_trl.evaluation.report import ReportArguments, report
-from abscot_trl.evaluation.runs import TEXT_LIMIT, read_answers
 from abscot_trl.evaluation.swaps import swap_traces
-from abscot_trl.evaluation.verdict import difference, verdicts
-from abscot_trl.files import write_whole
-from abscot_trl.record import COLUMNS
+from abscot_trl.loop.record import COLUMNS
+from abscot_trl.report.page import as_json, browser
+from abscot_trl.report.report import ReportArguments, report
+from abscot_trl.report.runs import TEXT_LIMIT, read_answers
+from abscot_trl.report.verdict import difference, verdicts
 from abscot_trl.scripts.report import with_runs
+from abscot_trl.storage import write_whole
 from abscot_trl.traces.files import summarise_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 

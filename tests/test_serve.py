@@ -22,9 +22,10 @@ from openai import APIError, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.examples import prompt_ids
-from abscot_trl.serve import ServeArguments, bind, engine_flags, load_chat, serve
 from abscot_trl.serving.chat import Chat, chat_app
+from abscot_trl.serving.server import ServeArguments, bind, engine_flags, load_chat, serve
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.vllm import ServerTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -550,7 +551,7 @@ def test_it_stops_with_words_when_vllm_dies(checkpoint, tmp_path, monkeypatch, s
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     try:
-        with pytest.raises(RuntimeError, match=words):
+        with pytest.raises(Refused, match=words):
             serve(ServeArguments(str(checkpoint), port=port))
     finally:
         for number, handler in handlers.items():

@@ -11,17 +11,18 @@ import pytest
 import yaml
 from test_warmup import LORA, recipes, toy  # noqa: F401
 
-from abscot_trl import driver
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.files import MANIFEST
+from abscot_trl.loop import driver
+from abscot_trl.loop.sweep import SweepArguments, sweep
+from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
 from abscot_trl.scripts.demo import write_problems
-from abscot_trl.sweep import SweepArguments, sweep
+from abscot_trl.storage import MANIFEST
 from abscot_trl.traces.parts import Parts
-from abscot_trl.warmup import WarmupArguments, warmup
 
 # Forks an evaluation, kills it by SIGKILL after three more finished parts, four times, then lets it end. Each answer
 # that is graded and each part that is finished is noted in a file that a kill leaves whole.
@@ -216,7 +217,7 @@ def test_each_evaluation_has_a_process_of_its_own(run, monkeypatch, tmp_path):
 
 def test_a_folder_without_models_is_refused(tmp_path):
     (tmp_path / "evaluate.yaml").write_text("task: x\n")
-    with pytest.raises(FileNotFoundError, match="no model of a warm-up is done there"):
+    with pytest.raises(Refused, match="no model of a warm-up is done there"):
         sweep(SweepArguments(str(tmp_path), str(tmp_path / "evaluate.yaml")))
     (tmp_path / "evaluate.yaml").write_text("tsk: x\n")
     with pytest.raises(ValueError, match="unknown key 'tsk'; did you mean 'task'"):

@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.examples import cot_ids, prompt_ids
 from abscot_trl.traces.batching import batches
 from abscot_trl.traces.files import describe_traces, read_traces, summarise_traces, write_traces
@@ -223,7 +224,7 @@ def test_trace_files(tmp_path):
         file.write('{"row": 1, "tra')
     with pytest.raises(ValueError, match="line 3 is no trace record"):
         read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
-    with pytest.raises(FileNotFoundError, match="abscot traces"):
+    with pytest.raises(Refused, match="abscot traces"):
         read_traces(tmp_path / "none", [], AbstractVocabulary(8))
 
 

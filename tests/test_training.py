@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.examples import answer_ids, cot_ids, prompt_ids
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
@@ -226,7 +227,7 @@ def test_lora_saves_little_merges_tied_and_reloads_equal(checkpoint, tmp_path):
     assert AbstractVocabulary.load(tmp_path / "merged") == AbstractVocabulary.load(checkpoint)
     with pytest.raises(ValueError, match="is an adapter; run `abscot merge"):  # its token rows would not be loaded
         AbstractVocabulary.load(tmp_path / "adapter")
-    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+    with pytest.raises(Refused, match="adapter_config.json"):
         merge_adapter(MergeArguments(str(checkpoint), str(tmp_path / "other")))
 
 
@@ -250,7 +251,7 @@ def test_bad_input_is_refused_before_training(checkpoint, tmp_path):
         )
     plain = tmp_path / "plain"
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(plain)
-    with pytest.raises(FileNotFoundError, match="abstract_vocabulary.json is missing"):
+    with pytest.raises(Refused, match="abstract_vocabulary.json is missing"):
         BottleneckSFTTrainer(str(plain), BottleneckConfig(**settings(tmp_path)), rows(checkpoint))
 
 
@@ -304,7 +305,7 @@ def test_a_resumed_phase_ends_like_an_uninterrupted_one(checkpoint, tmp_path):
     assert [path.name for path in sealed_checkpoints(output)] == ["checkpoint-6"]
     (output / "checkpoint-8").mkdir()  # what a kill leaves
     (output / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint true"):
+    with pytest.raises(Refused, match="--resume_from_checkpoint true"):
         prepare_output(output, resume=False)
     prepare_output(output, resume=True)
     assert [path.name for path in output.iterdir()] == ["checkpoint-6"]

@@ -15,16 +15,17 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from abscot_trl import driver
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.statistics import wilson_interval
-from abscot_trl.files import MANIFEST, input_digests, path_digest
+from abscot_trl.loop import driver
+from abscot_trl.loop.warmup import WarmupArguments, collect_results, lost_rounds, stages, warmup
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.scripts.demo import write_problems
+from abscot_trl.storage import MANIFEST, input_digests, path_digest
 from abscot_trl.vocabulary import AbstractVocabulary
-from abscot_trl.warmup import WarmupArguments, collect_results, lost_rounds, stages, warmup
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRAINING = {
@@ -220,7 +221,7 @@ def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path):
     mine = run / "round1" / "bottleneck-traces" / "notes.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(FileExistsError, match="not made by this run; move it away"):
+    with pytest.raises(Refused, match="not made by this run; move it away"):
         warmup(WarmupArguments(**fields))
     assert mine.read_text() == "mine"
     holder = (  # what a killed driver may leave: a process that holds the run's lock
@@ -229,7 +230,7 @@ def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", holder, str(run / ".lock")], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        with pytest.raises(RuntimeError, match="still at work here"):
+        with pytest.raises(Refused, match="still at work here"):
             warmup(WarmupArguments(**fields))
         process.kill()
 
@@ -239,7 +240,7 @@ def test_a_trained_model_is_not_overwritten(toy, tmp_path):
     warmup(WarmupArguments(**fields))
     stage = Path(fields["run_dir"]) / "round1" / "distill"
     before = (stage / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="holds a trained model"):
+    with pytest.raises(Refused, match="holds a trained model"):
         run_phase("distill", ["--config", str(stage.with_name("distill.yaml"))])
     assert (stage / "model.safetensors").read_bytes() == before
 
@@ -280,7 +281,7 @@ def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):
     with pytest.raises(ValueError, match="must hold a YAML mapping"):
         warmup(WarmupArguments(**fields))
     (tmp_path / "bottleneck.yaml").unlink()
-    with pytest.raises(FileNotFoundError, match="bottleneck.yaml: no such recipe"):
+    with pytest.raises(Refused, match="bottleneck.yaml: no such recipe"):
         warmup(WarmupArguments(**fields))
     fields |= recipes(tmp_path, str(tmp_path / "test.jsonl"))
     for key, value, words in [
@@ -297,7 +298,7 @@ def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):
         parse((WarmupArguments,), ["--config", str(tmp_path / "warmup.yaml")])
     with pytest.raises(ValueError, match="--config needs a file"):
         parse((WarmupArguments,), ["--config"])
-    with pytest.raises(FileNotFoundError, match="'sinlge' is neither a file"):
+    with pytest.raises(Refused, match="'sinlge' is neither a file"):
         warmup(WarmupArguments(**fields, accelerate_config="sinlge"))
     wrong = fields | recipes(tmp_path, str(tmp_path / "none.jsonl"))
     with pytest.raises((FileNotFoundError, ValueError), match="none.jsonl"):
@@ -315,7 +316,7 @@ def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):
         (damaged / name).write_text(text)
         with pytest.raises(ValueError, match=f"{damaged}.* is damaged .*prepare the data again"):
             warmup(WarmupArguments(**fields | {"data": str(damaged)}))
-    with pytest.raises(FileNotFoundError, match="not prepared data"):
+    with pytest.raises(Refused, match="not prepared data"):
         warmup(WarmupArguments(**fields | {"data": str(tmp_path / "nothing")}))
     assert not list(Path(fields["run_dir"]).glob("round*"))
     (tmp_path / "warmup.yaml").write_text("rouns: 2\n")
@@ -332,7 +333,7 @@ def test_a_process_a_phase(toy, tmp_path):
     for name in ("bottleneck-traces", "distill-traces"):
         assert traces(tmp_path / "run" / "round1" / name) == traces(tmp_path / "launched" / "round1" / name)
     (tmp_path / "bottleneck.yaml").write_text(yaml.safe_dump(TRAINING | {"max_length": 16}))
-    with pytest.raises(RuntimeError, match="stage round1/bottleneck failed with exit code 1"):
+    with pytest.raises(Refused, match="stage round1/bottleneck failed with exit code 1"):
         warmup(WarmupArguments(**fields | launched | {"run_dir": str(tmp_path / "fails")}))
     assert collect_results(WarmupArguments(**fields | launched)) == inline  # what was written is still there
 

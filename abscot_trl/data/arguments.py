@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from abscot_trl.data.dolci import SHUFFLE_BUFFER
+from abscot_trl.errors import Refused
 
 Format = Literal["dolci", "problems"]
 Overlong = Literal["drop", "cut_cot_head", "cut_cot_middle", "cut_cot_tail"]
@@ -55,9 +56,9 @@ class DataArguments:
             self.sources = [self.sources]
         for name, choices in (("data_format", get_args(Format)), ("overlong", get_args(Overlong))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise Refused(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         lengths = [name for name in vars(self) if name.endswith("_tokens")]
         for name in ("limit", "num_proc", *lengths, "shuffle_buffer", "seed"):
             value, least = getattr(self, name), 0 if name in ("shuffle_buffer", "seed") else 1
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise Refused(f"{name} must be at least {least}, got {value}")

@@ -14,6 +14,7 @@ import pyarrow.parquet
 from datasets import IterableDataset, load_dataset
 from pyarrow import ArrowException
 
+from abscot_trl.errors import Refused
 from abscot_trl.examples import Example
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -40,7 +41,7 @@ class RowRejected(ValueError):
 
     def __init__(self, reason: str, detail: str = ""):
         if reason not in self.REASONS:
-            raise ValueError(f"unknown reason {reason!r}; one of {', '.join(self.REASONS)}")
+            raise Refused(f"unknown reason {reason!r}; one of {', '.join(self.REASONS)}")
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
 
@@ -141,7 +142,7 @@ def iter_rows(
         shuffle_buffer (`int`): rows held in memory to draw from; 0 keeps the order of the files.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or a file that cannot be read; the message names it. A damaged
+        Refused: nothing there, or a file that cannot be read; the message names it. A damaged
             parquet footer is found before the first row, a damaged page or a bad JSON line when it is reached.
     """
     return map(unpack, iter_packed(data, split, config, seed, shuffle_buffer))
@@ -198,7 +199,7 @@ def _hub_rows(name: str, split: str, config: str | None) -> IterableDataset:
     try:
         return load_dataset(name, config, split=split, streaming=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise Refused(
             f"{name!r} is no file or folder here, and reading split {split!r} (config {config!r}) of the hub dataset "
             f"of that name failed: {error}"
         ) from error
@@ -209,23 +210,23 @@ def local_files(name: str) -> list[str]:
     The .parquet or .jsonl files at `name`: itself, or all below a folder, sorted.
 
     Raises:
-        FileNotFoundError: nothing there, or a folder without such files.
-        ValueError: another kind of file, or a folder with both kinds.
+        Refused: nothing there, or a folder without such files;
+            another kind of file, or a folder with both kinds.
     """
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"{name}: cannot read {path.suffix or 'a file without suffix'}; convert it to .jsonl")
+            raise Refused(f"{name}: cannot read {path.suffix or 'a file without suffix'}; convert it to .jsonl")
         return [str(path)]
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise Refused(
             f"{name}: no such file or folder; give a .parquet or .jsonl file, a folder of them, or one hub id"
         )
     found = {suffix: sorted(str(file) for file in path.rglob(f"*{suffix}") if file.is_file()) for suffix in SUFFIXES}
     if all(found.values()):
-        raise ValueError(f"{name}: holds both .parquet and .jsonl files; name the files you mean")
+        raise Refused(f"{name}: holds both .parquet and .jsonl files; name the files you mean")
     if not any(found.values()):
-        raise FileNotFoundError(f"{name}: no .parquet or .jsonl file in this folder")
+        raise Refused(f"{name}: no .parquet or .jsonl file in this folder")
     return found[".parquet"] or found[".jsonl"]
 
 
@@ -238,7 +239,7 @@ def _open_parquet(file: str) -> pyarrow.parquet.ParquetFile:
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable parquet file ({error}): copy it again") from error
+        raise Refused(f"{file}: not a readable parquet file ({error}): copy it again") from error
 
 
 def _parquet_rows(file: str) -> Iterator[dict[str, Any]]:
@@ -248,7 +249,7 @@ def _parquet_rows(file: str) -> Iterator[dict[str, Any]]:
             try:
                 batch = next(batches, None)
             except (ArrowException, OSError) as error:
-                raise ValueError(f"{file}: damaged parquet data ({error}): copy it again") from error
+                raise Refused(f"{file}: damaged parquet data ({error}): copy it again") from error
             if batch is None:
                 return
             yield from batch.to_pylist()
@@ -262,9 +263,9 @@ def _jsonl_rows(file: str) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(
+                raise Refused(
                     f"{file}, line {number}: not JSON ({error}): mend the line or copy the file again"
                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: a {type(row).__name__}, not an object with columns")
+                raise Refused(f"{file}, line {number}: a {type(row).__name__}, not an object with columns")
             yield row

@@ -21,7 +21,8 @@ from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.dolci import data_files, iter_packed
 from abscot_trl.data.rows import KEPT
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
-from abscot_trl.files import files_digest, read_json
+from abscot_trl.errors import Refused
+from abscot_trl.storage import files_digest, read_json
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COUNTS_FILE = "counts.json"
@@ -45,13 +46,13 @@ def prepare(args: DataArguments) -> dict[str, Any]:
         `tokenizer` (see `tokenizer_digest`), and `settings`.
 
     Raises:
-        FileExistsError: the output is there already.
-        ValueError: no row is kept (with the counts), a file cannot be read, or shards are there of other settings.
-        RuntimeError: a process died, or another preparation works on the same output.
+        Refused: the output is there already;
+            no row is kept (with the counts), a file cannot be read, or shards are there of other settings;
+            a process died, or another preparation works on the same output.
     """
     output = Path(args.output_dir)
     if output.exists():
-        raise FileExistsError(f"{output} exists already; remove it or choose another output_dir")
+        raise Refused(f"{output} exists already; remove it or choose another output_dir")
     vocabulary = AbstractVocabulary.load(args.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     vocabulary.ids(tokenizer)  # says what to do when the tokenizer was not extended
@@ -72,7 +73,7 @@ def prepare(args: DataArguments) -> dict[str, Any]:
         counts = _fates(shards.outcomes())
         if counts["rows_kept"] == 0:
             shards.remove()
-            raise ValueError(f"no row of {', '.join(args.data)} is kept: {json.dumps(counts)}")
+            raise Refused(f"no row of {', '.join(args.data)} is kept: {json.dumps(counts)}")
         counts |= _description(shards.join(), trace_tokens) | {"tokenizer": digest, "settings": settings}
         (shards.rows / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
         shards.finish()
@@ -144,21 +145,21 @@ def load_prepared(
     The dataset and the counts that `prepare` wrote.
 
     Raises:
-        FileNotFoundError: no such folder, or not one of `prepare`'s.
-        ValueError: damaged files, or rows that hold the ids of another tokenizer than `tokenizer`.
+        Refused: no such folder, or not one of `prepare`'s;
+            damaged files, or rows that hold the ids of another tokenizer than `tokenizer`.
     """
     path = Path(path)
     missing = [name for name in (COUNTS_FILE, "state.json") if not (path / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{path} is not prepared data ({missing[0]} is missing); run `abscot data` first")
+        raise Refused(f"{path} is not prepared data ({missing[0]} is missing); run `abscot data` first")
     remedy = "prepare the data again (`abscot data`)"
     counts = read_json(path / COUNTS_FILE, remedy, "rows_kept", "lengths")
     if tokenizer is not None and counts.get("tokenizer") != tokenizer_digest(tokenizer):
-        raise ValueError(
+        raise Refused(
             f"{path} was not prepared with the tokenizer of {tokenizer.name_or_path!r} (another vocabulary or chat "
             "template): prepare the data again with this checkpoint's tokenizer"
         )
     try:
         return datasets.load_from_disk(path), counts
     except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's own are ValueErrors and OSErrors
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+        raise Refused(f"{path} is damaged ({error}); {remedy}") from error

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from abscot_trl.data.dolci import RowRejected, iter_rows
+from abscot_trl.errors import Refused
 from abscot_trl.examples import Example
 
 HOTPOTQA, GPQA, ALPACAEVAL, MATHS = "hotpotqa", "gpqa", "alpacaeval", "maths"
@@ -168,7 +169,7 @@ def _rows(data: str | list[str], split: str, config: str | None) -> Iterator[dic
             yield from csv.DictReader(file) if path.suffix == ".csv" else json.load(file)
         except (ValueError, TypeError) as error:
             kind = "CSV" if path.suffix == ".csv" else "JSON list"
-            raise ValueError(f"{path} is no {kind} of problems ({error})") from error
+            raise Refused(f"{path} is no {kind} of problems ({error})") from error
 
 
 def load_problems(
@@ -179,7 +180,7 @@ def load_problems(
     at most. One without an id gets its row's number.
 
     Raises:
-        ValueError: a row that is no problem; leaving it out would change the score. The message says which. A hub
+        Refused: a row that is no problem; leaving it out would change the score. The message says which. A hub
             dataset that is not handed out.
     """
     examples = []
@@ -189,12 +190,12 @@ def load_problems(
                 example = problem_to_example(row)
                 json.dumps(asdict(example), ensure_ascii=False).encode()  # no half of a surrogate pair
             except (RowRejected, UnicodeEncodeError) as rejection:
-                raise ValueError(f"{data}: row {number} is no problem to evaluate ({rejection})") from rejection
+                raise Refused(f"{data}: row {number} is no problem to evaluate ({rejection})") from rejection
             examples.append(example if example.id else replace(example, id=str(number)))
     except ValueError as error:
         if "gated" not in str(error):
             raise
-        raise ValueError(
+        raise Refused(
             f"{error}. The hub hands {data} only to who accepted its terms: do so on its page and log in with "
             "`hf auth login`, or give a local .csv, .jsonl or .parquet file of its rows as `problems`"
         ) from error
@@ -211,12 +212,12 @@ def with_instruction(example: Example, mode: str) -> list[dict[str, str]]:
         mode (`str`): `verbal` asks for steps, `direct` and `abstract` only for the answer.
 
     Raises:
-        ValueError: another mode, or a prompt whose last message is not the user's.
+        Refused: another mode, or a prompt whose last message is not the user's.
     """
     if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        raise Refused(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not example.prompt or example.prompt[-1]["role"] != "user":
-        raise ValueError(f"the prompt of {example.id!r} does not end with a user message; nothing to instruct")
+        raise Refused(f"the prompt of {example.id!r} does not end with a user message; nothing to instruct")
     kind = kind_of(example.source)
     if kind == ALPACAEVAL:
         return example.prompt

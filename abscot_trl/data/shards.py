@@ -28,7 +28,8 @@ from transformers import AutoTokenizer
 
 from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.rows import FEATURES, KEPT, RowMaker
-from abscot_trl.files import begin_parts, read_json, write_whole
+from abscot_trl.errors import Refused
+from abscot_trl.storage import begin_parts, read_json, write_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHARD = 8192  # rows read for one file: what a kill can cost
@@ -42,7 +43,7 @@ def made(chunks: Iterator[list], args: DataArguments) -> Iterator[Made]:
     What `RowMaker` makes of each chunk, in their order; `args.num_proc` processes, two chunks each under way.
 
     Raises:
-        RuntimeError: a process died.
+        Refused: a process died.
     """
     global _maker
     _maker = RowMaker(args, AutoTokenizer.from_pretrained(args.tokenizer), AbstractVocabulary.load(args.tokenizer))
@@ -59,7 +60,7 @@ def made(chunks: Iterator[list], args: DataArguments) -> Iterator[Made]:
                 under_way.extend(pool.submit(_work, chunk) for chunk in islice(chunks, 1))
                 yield result
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise Refused(
                 f"one of {args.num_proc} processes died, of too little memory perhaps: the same command goes on after "
                 "the last finished shard; a lower num_proc takes less memory"
             ) from error
@@ -93,8 +94,8 @@ class Shards:
         settings (`dict`): everything that it depends on.
 
     Raises:
-        ValueError: shards are there that were made with other settings or from other rows.
-        RuntimeError: another process is at work on them.
+        Refused: shards are there that were made with other settings or from other rows;
+            another process is at work on them.
     """
 
     def __init__(self, output: Path, settings: dict):
@@ -117,7 +118,7 @@ class Shards:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forks
         except OSError:
             self.lock.close()
-            raise RuntimeError(f"{self.folder}: another preparation is at work here") from None
+            raise Refused(f"{self.folder}: another preparation is at work here") from None
         return self
 
     def __exit__(self, error_type, *_) -> None:

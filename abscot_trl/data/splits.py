@@ -5,6 +5,8 @@ import os
 import random
 from pathlib import Path
 
+from abscot_trl.errors import Refused
+
 PHASES = ("bottleneck", "distill")
 
 
@@ -22,13 +24,13 @@ def staged_splits(n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> d
         `dict` with keys `1.bottleneck`, `1.distill`, .., `T.distill`, each a list of N indices into D.
 
     Raises:
-        ValueError: fewer than 2 T N rows, or `rounds` or `rows_per_phase` under 1.
+        Refused: fewer than 2 T N rows, or `rounds` or `rows_per_phase` under 1.
     """
     if rounds < 1 or rows_per_phase < 1:
-        raise ValueError(f"rounds and rows_per_phase must be at least 1, got {rounds} and {rows_per_phase}")
+        raise Refused(f"rounds and rows_per_phase must be at least 1, got {rounds} and {rows_per_phase}")
     needed = len(PHASES) * rounds * rows_per_phase
     if n_rows < needed:
-        raise ValueError(
+        raise Refused(
             f"{rounds} rounds of {len(PHASES)} phases with {rows_per_phase} rows each need {needed} rows, "
             f"the data has {n_rows}: set rows_per_phase to at most {n_rows // (len(PHASES) * rounds)}, "
             "lower rounds, or prepare more rows"
@@ -57,11 +59,11 @@ def load_splits(
     Read splits written by `save_splits`; settings left `None` are not compared.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, or drawn with other settings than asked for; the message shows the difference.
+        Refused: no such file;
+            not such a file, or drawn with other settings than asked for; the message shows the difference.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
+        raise Refused(
             f"{path} is not there; run `abscot warmup`, which draws the splits, or leave `splits` and `part` out to "
             "use all rows"
         )
@@ -69,7 +71,7 @@ def load_splits(
         content = json.loads(Path(path).read_text())
         kept, splits = content["settings"], content["splits"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of staged splits ({error!r}); remove it to draw them anew") from error
+        raise Refused(f"{path} is not a file of staged splits ({error!r}); remove it to draw them anew") from error
     asked = {"n_rows": n_rows, "rounds": rounds, "rows_per_phase": rows_per_phase, "seed": seed}
     different = [
         f"{name} {kept.get(name)} there, {value} asked for"
@@ -77,10 +79,27 @@ def load_splits(
         if value is not None and kept.get(name) != value
     ]
     if different:
-        raise ValueError(
+        raise Refused(
             f"{path} was drawn for something else: {'; '.join(different)}. Ask for what it holds, or start a new run"
         )
     return splits
+
+
+def part_rows(splits: str | None, part: str | None, n_rows: int) -> list[int]:
+    """
+    Row numbers of one part of the staged splits, of all its parts (`part` is `None`), or of all the data.
+
+    Raises:
+        Refused: the splits have no such part.
+    """
+    if splits is None:
+        return list(range(n_rows))
+    parts = load_splits(splits, n_rows=n_rows)
+    if part is None:
+        return [row for rows in parts.values() for row in rows]
+    if part not in parts:
+        raise Refused(f"{splits} has no part {part!r}; it has {', '.join(parts)}")
+    return parts[part]
 
 
 def run_splits(path: str | Path, n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from abscot_trl.errors import Refused
 from abscot_trl.examples import Example
 
 CHAT_TEMPLATE = (
@@ -23,9 +24,7 @@ def chain_arithmetic(n: int, steps: int, modulus: int, seed: int) -> list[Exampl
     """`n` distinct problems of `steps` operations mod `modulus`, uniform over starts, operations and operands."""
     limit = modulus * (2 * modulus) ** steps
     if n > limit // 2:
-        raise ValueError(
-            f"{n} distinct problems of {steps} steps mod {modulus} asked for, {limit} exist; ask for fewer"
-        )
+        raise Refused(f"{n} distinct problems of {steps} steps mod {modulus} asked for, {limit} exist; ask for fewer")
     rng = np.random.default_rng(seed)
     problems: dict[str, Example] = {}
     while len(problems) < n:

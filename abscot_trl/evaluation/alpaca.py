@@ -19,9 +19,10 @@ from pathlib import Path
 import yaml
 
 from abscot_trl.checkpoint import written_whole
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.evaluate import OUTPUT_FILE, UNGRADED_FILE
 from abscot_trl.evaluation.results import write_results
-from abscot_trl.files import read_json
+from abscot_trl.storage import read_json
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 WHERE = "import alpaca_eval, pathlib; print(pathlib.Path(alpaca_eval.__file__).parent)"
@@ -55,38 +56,38 @@ class AlpacaArguments:
 
     def __post_init__(self):
         if self.requests < 1:
-            raise ValueError(f"requests must be at least 1, got {self.requests}")
+            raise Refused(f"requests must be at least 1, got {self.requests}")
         if not self.judge.startswith(("http://", "https://")):
-            raise ValueError(f"judge: {self.judge!r} is no http://host:port")
+            raise Refused(f"judge: {self.judge!r} is no http://host:port")
 
 
 def _read(path: Path, remedy: str) -> list[dict]:
     """Outputs in AlpacaEval's format."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {remedy}")
+        raise Refused(f"{path} is missing; {remedy}")
     try:
         outputs = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); {remedy}") from error
+        raise Refused(f"{path} is no JSON ({error}); {remedy}") from error
     keys = ("instruction", "output")
     if not outputs or not isinstance(outputs, list):
-        raise ValueError(f"{path} holds no list of outputs; {remedy}")
+        raise Refused(f"{path} holds no list of outputs; {remedy}")
     for number, entry in enumerate(outputs, 1):
         if not (isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in keys)):
-            raise ValueError(f"{path}: entry {number} has no text as instruction or as output; {remedy}")
+            raise Refused(f"{path}: entry {number} has no text as instruction or as output; {remedy}")
     return outputs
 
 
 def check_outputs(outputs: list[dict], reference: list[dict], path: str) -> None:
     """
     Raises:
-        ValueError: the two sides do not answer the same instructions in the same order.
+        Refused: the two sides do not answer the same instructions in the same order.
     """
     if len(outputs) != len(reference):
-        raise ValueError(f"{path} holds {len(reference)} outputs, the evaluation {len(outputs)}; evaluate all of them")
+        raise Refused(f"{path} holds {len(reference)} outputs, the evaluation {len(outputs)}; evaluate all of them")
     for number, (mine, other) in enumerate(zip(outputs, reference, strict=True), 1):
         if mine["instruction"] != other["instruction"].strip():
-            raise ValueError(f"{path}: entry {number} has another instruction; the sides must be parallel")
+            raise Refused(f"{path}: entry {number} has another instruction; the sides must be parallel")
 
 
 def annotator(package: Path, args: AlpacaArguments) -> dict:
@@ -104,12 +105,12 @@ def run_alpaca_eval(args: AlpacaArguments, name: str) -> Path:
         `Path`: the folder with the package's `leaderboard.csv` and `annotations.json`.
 
     Raises:
-        RuntimeError: the package is not there, or failed.
+        Refused: the package is not there, or failed.
     """
     there = shutil.which(args.python)
     found = there and subprocess.run([args.python, "-c", WHERE], capture_output=True, text=True)
     if not found or found.returncode:
-        raise RuntimeError(
+        raise Refused(
             f"{args.python} has no alpaca_eval; run `pip install alpaca_eval`, here or in an environment of its own "
             "whose interpreter `python` names"
         )
@@ -118,7 +119,7 @@ def run_alpaca_eval(args: AlpacaArguments, name: str) -> Path:
     config = yaml.safe_dump(annotator(Path(found.stdout.strip()), args))
     settings = work / "judge" / "configs.yaml"  # the package keeps the verdicts beside it
     if settings.is_file() and settings.read_text() != config:
-        raise ValueError(f"{work} was begun with another judge; go back to it or remove the folder")
+        raise Refused(f"{work} was begun with another judge; go back to it or remove the folder")
     settings.write_text(config)
     fields = {
         "model_outputs": Path(args.outputs, OUTPUT_FILE).absolute(),
@@ -141,7 +142,7 @@ def run_alpaca_eval(args: AlpacaArguments, name: str) -> Path:
         command, env=endpoint | os.environ | {"OPENAI_API_BASE": endpoint["OPENAI_API_BASE"]}
     ).returncode
     if code:
-        raise RuntimeError(f"alpaca_eval failed with exit code {code}, see above; the same command goes on from here")
+        raise Refused(f"alpaca_eval failed with exit code {code}, see above; the same command goes on from here")
     return work
 
 
@@ -155,12 +156,12 @@ def alpaca(args: AlpacaArguments) -> list[dict]:
     `abscot alpaca`: ask the judge, write `results.json`; `accuracy` there is the length-controlled win rate.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: files that are missing or not parallel, or a judge that failed.
+        Refused: files that are missing or not parallel, or a judge that failed.
     """
     remedy, ungraded = "evaluate AlpacaEval's prompts first", Path(args.outputs, UNGRADED_FILE)
     outputs = _read(Path(args.outputs, OUTPUT_FILE), remedy)
     if not ungraded.is_file():
-        raise FileNotFoundError(f"{ungraded} is missing; {remedy}")
+        raise Refused(f"{ungraded} is missing; {remedy}")
     row = read_json(ungraded, remedy, "model", "task", "mode", "swap", "decoding")
     remedy = "give reference outputs in AlpacaEval's format"
     check_outputs(outputs, _read(Path(args.reference_outputs), remedy), args.reference_outputs)

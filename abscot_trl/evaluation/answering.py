@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.data.problems import ALPACAEVAL, kind_of, with_instruction
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.grading import extract_answer, score
 from abscot_trl.evaluation.swaps import answer_start, swap_steps, swap_traces, verbal_prefix
@@ -60,7 +61,7 @@ class Answerer:
         own (`Callable`): gives of a mode the records of all problems without a swap; asked for only by swaps.
 
     Raises:
-        ValueError: a prompt that leaves no room for its answer.
+        Refused: a prompt that leaves no room for its answer.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Answerer:
             self.prompts[mode] = [prompt_ids(message, tokenizer) for message in messages]
             longest = max(map(len, self.prompts[mode]))
             if longest + self.most[mode] + args.max_new_tokens > sampler.positions:
-                raise ValueError(
+                raise Refused(
                     f"{mode} mode: a prompt of {longest} tokens, {self.most[mode]} for a trace or a forced answer and "
                     f"max_new_tokens {args.max_new_tokens} exceed the model's {sampler.positions} positions; lower "
                     "max_new_tokens"

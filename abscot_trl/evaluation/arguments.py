@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from abscot_trl.data.problems import MODES
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.swaps import applies, check_swap
 from abscot_trl.traces.backends import SamplerArguments
 
@@ -71,43 +72,41 @@ class EvaluateArguments(SamplerArguments):
     def __post_init__(self):
         super().__post_init__()
         if (self.engine or {}).get("data_parallel_size", 1) > 1:
-            raise ValueError("engine: data_parallel_size is for `abscot traces`; evaluate with backend: server")
+            raise Refused("engine: data_parallel_size is for `abscot traces`; evaluate with backend: server")
         lowest = {"limit": 1, "max_new_tokens": 1, "seed": 0, "samples": 1, "top_k": 0, "part_answers": 1}
         for name, low in (lowest | {"pause_tokens": 1}).items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+                raise Refused(f"{name} must be at least {low}, got {value}")
         if not all(0 <= value < math.inf for value in (self.trace_temperature, self.temperature)):
-            raise ValueError(
+            raise Refused(
                 f"temperatures must be finite and not negative, got {self.trace_temperature} and {self.temperature}"
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in 0 < top_p <= 1, got {self.top_p}")
+            raise Refused(f"top_p must lie in 0 < top_p <= 1, got {self.top_p}")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"samples: {self.samples} answers at temperature 0 are one and the same; raise temperature"
-            )
+            raise Refused(f"samples: {self.samples} answers at temperature 0 are one and the same; raise temperature")
         self._check_modes()
 
     def _check_modes(self) -> None:
         if not self.modes or self.swaps == []:
-            raise ValueError("modes and swaps must name at least one each")
+            raise Refused("modes and swaps must name at least one each")
         for mode in self.modes:
             if mode not in MODES:
-                raise ValueError(f"modes: {mode!r} is not one of {', '.join(MODES)}")
+                raise Refused(f"modes: {mode!r} is not one of {', '.join(MODES)}")
         for name, values in (("modes", self.modes), ("swaps", self.swaps or [])):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}: {values} names one of them twice")
+                raise Refused(f"{name}: {values} names one of them twice")
         for swap in self.swaps or []:
             check_swap(swap)
             if not any(applies(swap, mode) for mode in self.modes):
-                raise ValueError(
+                raise Refused(
                     f"swaps: none of the modes {', '.join(self.modes)} has a {swap!r}; add abstract, or name others"
                 )
         if self.swaps and "own" not in self.swaps:
-            raise ValueError(f"swaps: the others are compared with 'own'; name it beside {', '.join(self.swaps)}")
+            raise Refused(f"swaps: the others are compared with 'own'; name it beside {', '.join(self.swaps)}")
         if self.pause_tokens and ("abstract" not in self.modes or self.swaps_of("abstract") != ["own"]):
-            raise ValueError("pause_tokens takes the place of the trace: modes must hold abstract, and swaps only own")
+            raise Refused("pause_tokens takes the place of the trace: modes must hold abstract, and swaps only own")
 
     def swaps_of(self, mode: str) -> list[str]:
         """What to answer after in `mode`: own first, the others compare with it."""

@@ -18,13 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared
 from abscot_trl.data.problems import last_boxed
+from abscot_trl.data.splits import part_rows
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.answering import verbal_reasoning_tokens
 from abscot_trl.evaluation.grading import is_correct
 from abscot_trl.examples import prompt_ids
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.constraint import Continuation
-from abscot_trl.traces.make import part_rows
 from abscot_trl.traces.parts import Parts
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -63,14 +64,14 @@ class ConciseArguments(SamplerArguments):
     def __post_init__(self):
         super().__post_init__()
         if (self.engine or {}).get("data_parallel_size", 1) > 1:
-            raise ValueError("engine: data_parallel_size is for `abscot traces`; use backend: server")
+            raise Refused("engine: data_parallel_size is for `abscot traces`; use backend: server")
         for name in ("samples", "max_new_tokens", "part_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
+            raise Refused(f"temperature must be finite and not negative, got {self.temperature}")
         if self.temperature == 0 and self.samples > 1:
-            raise ValueError(f"{self.samples} samples at temperature {self.temperature} would all be the same one")
+            raise Refused(f"{self.samples} samples at temperature {self.temperature} would all be the same one")
 
 
 def shortest_right(
@@ -144,7 +145,7 @@ def make_concise(args: ConciseArguments) -> dict:
         `dict`: `rows_read`, `rows_kept`, `dropped` by reason, mean `tokens` of the responses kept.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: inputs that are missing or do not belong together, or no row
+        Refused: inputs that are missing or do not belong together, or no row
             has a right response.
     """
     vocabulary, tokenizer = AbstractVocabulary.load(args.model), AutoTokenizer.from_pretrained(args.model)
@@ -180,9 +181,7 @@ def _join(args: ConciseArguments, parts: Parts, sizes: list[int]) -> dict:
                 row = {key: record[key] for key in ("prompt", "cot", "answer", "gold", "id")}
                 file.write(json.dumps(row) + "\n")
         if not kept:
-            raise ValueError(
-                f"{args.model} answered none of {n_rows} rows right ({dict(dropped)}): no row to train on"
-            )
+            raise Refused(f"{args.model} answered none of {n_rows} rows right ({dict(dropped)}): no row to train on")
         counts = {"rows_read": n_rows, "rows_kept": kept, "dropped": dict(dropped), "tokens": tokens / kept}
         (folder / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
     return counts

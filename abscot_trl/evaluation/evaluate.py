@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.problems import ALPACAEVAL, HOTPOTQA, kind_of, load_problems
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.answering import Answerer
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import write_results
@@ -34,24 +35,24 @@ def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
         `str`: the problems' source.
 
     Raises:
-        ValueError: none, one without gold, an id twice, kinds that are scored by different measures, too few for a
+        Refused: none, one without gold, an id twice, kinds that are scored by different measures, too few for a
             swap, or AlpacaEval's with several answers a prompt.
     """
     kinds = {kind_of(problem.source) for problem in problems}
     if not problems:
-        raise ValueError(f"{args.problems} holds no problem")
+        raise Refused(f"{args.problems} holds no problem")
     if len(kinds) > 1 and kinds & {ALPACAEVAL, HOTPOTQA}:
-        raise ValueError(f"{args.problems} mixes {', '.join(sorted(kinds))} problems, which have no common measure")
+        raise Refused(f"{args.problems} mixes {', '.join(sorted(kinds))} problems, which have no common measure")
     if kinds != {ALPACAEVAL} and any(problem.gold is None for problem in problems):
-        raise ValueError(f"{args.problems}: each problem needs a gold answer to be graded")
+        raise Refused(f"{args.problems}: each problem needs a gold answer to be graded")
     twice = [id for id, n in Counter(problem.id for problem in problems).items() if n > 1]
     if twice:
-        raise ValueError(f"{args.problems}: id {twice[0]!r} stands twice; give each problem its own, or leave ids out")
+        raise Refused(f"{args.problems}: id {twice[0]!r} stands twice; give each problem its own, or leave ids out")
     runs = [(mode, swap) for mode in args.modes for swap in args.swaps_of(mode)]
     if ("abstract", "other") in runs and len(problems) < 2:
-        raise ValueError(f"{args.problems}: swap 'other' needs at least two problems")
+        raise Refused(f"{args.problems}: swap 'other' needs at least two problems")
     if kinds == {ALPACAEVAL} and (len(runs) > 1 or args.samples > 1):
-        raise ValueError(
+        raise Refused(
             f"{args.problems}: AlpacaEval's judge compares one answer a prompt; choose one mode, swaps: [own] and "
             "samples: 1"
         )
@@ -77,9 +78,9 @@ class Evaluation:
         self.args, self.problems, self.source = args, problems, check_problems(problems, args)
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         if "abstract" in args.modes and vocabulary is None:
-            raise ValueError(f"{args.model}: abstract mode needs an extended checkpoint; run `abscot init` first")
+            raise Refused(f"{args.model}: abstract mode needs an extended checkpoint; run `abscot init` first")
         if args.pause_tokens and args.pause_tokens > vocabulary.m_max:
-            raise ValueError(f"pause_tokens {args.pause_tokens} exceeds m_max {vocabulary.m_max} of {args.model}")
+            raise Refused(f"pause_tokens {args.pause_tokens} exceeds m_max {vocabulary.m_max} of {args.model}")
         step = max(1, args.part_answers // args.samples)
         spans = [range(i, min(i + step, len(problems))) for i in range(0, len(problems), step)]
         self.units = [(mode, swap, span) for mode in args.modes for swap in args.swaps_of(mode) for span in spans]
@@ -162,8 +163,8 @@ def evaluate(args: EvaluateArguments) -> list[dict]:
         The results; none of AlpacaEval's prompts, whose `outputs.json` waits for `abscot alpaca`.
 
     Raises:
-        FileExistsError: `output_dir` is there already.
-        ValueError: problems or settings that do not fit, or parts that were begun with other settings.
+        Refused: `output_dir` is there already;
+            problems or settings that do not fit, or parts that were begun with other settings.
     """
     vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
     problems = load_problems(args.problems, args.problems_split, args.problems_config, args.limit)

@@ -8,6 +8,7 @@ from collections import Counter
 from math_verify import parse, verify
 
 from abscot_trl.data.problems import GPQA, HOTPOTQA, kind_of, last_boxed
+from abscot_trl.errors import Refused
 
 TIMEOUT = 3  # seconds for one parse or one comparison
 LENGTH = 500  # characters of an answer; longer ones are wrong unread (the longest gold in MATH has 81)
@@ -67,11 +68,11 @@ def is_correct(response: str, gold: str) -> bool:
     written in different bases.
 
     Raises:
-        ValueError: `gold` is empty.
+        Refused: `gold` is empty.
         RuntimeError: called off the main thread, where math-verify has no timeout and scores 0.
     """
     if not gold.strip():
-        raise ValueError("gold is empty: nothing to grade against; drop the row")
+        raise Refused("gold is empty: nothing to grade against; drop the row")
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "is_correct needs the main thread (math-verify's timeouts are signals); use processes instead"

@@ -4,7 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from abscot_trl.files import write_whole
+from abscot_trl.errors import Refused
+from abscot_trl.storage import write_whole
 
 ROW = (
     "model",
@@ -33,7 +34,7 @@ def check_row(row: dict) -> None:
     Every figure stands beside what it was measured on.
 
     Raises:
-        ValueError: a row without its n, decoding, seed or the interval of one of its figures.
+        Refused: a row without its n, decoding, seed or the interval of one of its figures.
     """
     name = " ".join(str(row.get(key)) for key in ("model", "task", "mode", "swap"))
     needed = [*ROW, *(interval for figure, interval in FIGURES.items() if figure in row)]
@@ -41,10 +42,10 @@ def check_row(row: dict) -> None:
     missing = [key for key in needed if row.get(key) is None]
     missing += [f"decoding.{key}" for key in DECODING if (row.get("decoding") or {}).get(key) is None]
     if missing:
-        raise ValueError(f"results row {name!r} lacks {', '.join(missing)}; a figure without them is not written")
+        raise Refused(f"results row {name!r} lacks {', '.join(missing)}; a figure without them is not written")
     for figure, interval in FIGURES.items():
         if figure in row and not (len(row[interval]) == 2 and row[interval][0] <= row[interval][1]):
-            raise ValueError(f"results row {name!r}: {interval} {row[interval]} is no interval")
+            raise Refused(f"results row {name!r}: {interval} {row[interval]} is no interval")
 
 
 def write_results(path: str | Path, results: list[dict]) -> None:
@@ -52,7 +53,7 @@ def write_results(path: str | Path, results: list[dict]) -> None:
     Write `results.json` whole or not at all.
 
     Raises:
-        ValueError: a row that lacks something (see [`check_row`]).
+        Refused: a row that lacks something (see [`check_row`]).
     """
     for row in results:
         check_row(row)
@@ -62,22 +63,22 @@ def write_results(path: str | Path, results: list[dict]) -> None:
 def read_results(path: str | Path) -> list[dict]:
     """
     Raises:
-        FileNotFoundError, ValueError: no such file, or not a list of results.
+        Refused: no such file, or not a list of results.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "results.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no results; run `abscot evaluate` first")
+        raise Refused(f"{path}: no results; run `abscot evaluate` first")
     try:
         rows = json.loads(path.read_text())
         if not isinstance(rows, list) or not rows:
-            raise ValueError(f"a {type(rows).__name__}, empty or no list")
+            raise Refused(f"a {type(rows).__name__}, empty or no list")
         for number, row in enumerate(rows, 1):
             if wrong := _unreadable(row):
-                raise ValueError(f"row {number}: {', '.join(wrong)} missing or damaged")
+                raise Refused(f"row {number}: {', '.join(wrong)} missing or damaged")
     except ValueError as error:
-        raise ValueError(f"{path} is no list of results ({error}); evaluate again") from error
+        raise Refused(f"{path} is no list of results ({error}); evaluate again") from error
     return rows
 
 

@@ -12,6 +12,7 @@ from statistics import fmean
 import numpy as np
 
 from abscot_trl.data.problems import HOTPOTQA, kind_of
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.grading import hotpot_scores, normal_form
 
 RESAMPLES = 5000  # of a bootstrap
@@ -22,10 +23,10 @@ def wilson_interval(correct: float, n: float) -> tuple[float, float]:
     Wilson's 95 % interval of the accuracy `correct / n`, in points 0..100.
 
     Raises:
-        ValueError: `n` under 1, or `correct` outside 0..n.
+        Refused: `n` under 1, or `correct` outside 0..n.
     """
     if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"an interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}")
+        raise Refused(f"an interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}")
     z = 1.959963984540054  # the normal's 97.5 % quantile
     p = correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -56,10 +57,10 @@ def paired_difference(scores: list[float], reference: list[float], seed: int = 0
     doi:10.1002/sim.1781): two or three problems that agree, or none that differ, would else seem to be certain.
 
     Raises:
-        ValueError: not as many scores on both sides.
+        Refused: not as many scores on both sides.
     """
     if len(scores) != len(reference):
-        raise ValueError(f"paired scores of {len(scores)} and {len(reference)} problems: they must be the same ones")
+        raise Refused(f"paired scores of {len(scores)} and {len(reference)} problems: they must be the same ones")
     differences = 100 * (np.asarray(scores, float) - np.asarray(reference, float))
     changed = differences[differences != 0]
     typical = np.sqrt(np.mean(changed**2)) if len(changed) else 100.0
@@ -101,7 +102,7 @@ def own_scores(path: Path) -> dict[str, float]:
     Each problem's mean score after its own trace, from an `answers.jsonl`; none where a judge is to grade.
 
     Raises:
-        ValueError: a line that is no answer; names the file.
+        Refused: a line that is no answer; names the file.
     """
     scores: dict[str, list[float]] = {}
     try:
@@ -109,7 +110,7 @@ def own_scores(path: Path) -> dict[str, float]:
             if (record["mode"], record["swap"]) == ("abstract", "own") and record["score"] is not None:
                 scores.setdefault(record["id"], []).append(record["score"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove {path.parent} and evaluate again") from error
+        raise Refused(f"{path} is damaged ({error!r}); remove {path.parent} and evaluate again") from error
     return {problem: fmean(values) for problem, values in scores.items()}
 
 

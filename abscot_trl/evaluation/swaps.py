@@ -21,6 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.data.problems import HOTPOTQA, kind_of
+from abscot_trl.errors import Refused
 
 SWAPS = {
     "verbal": ("own", "shuffled", "cut:<k>"),
@@ -34,10 +35,10 @@ _ANSWER_LINE = re.compile(r"^\W*Answer:", re.MULTILINE)
 def check_swap(name: str) -> None:
     """
     Raises:
-        ValueError: `name` is no swap.
+        Refused: `name` is no swap.
     """
     if not applies(name, "abstract"):
-        raise ValueError(f"swap {name!r} is not one of {', '.join(SWAPS['abstract'])}")
+        raise Refused(f"swap {name!r} is not one of {', '.join(SWAPS['abstract'])}")
 
 
 def applies(swap: str, mode: str) -> bool:
@@ -50,7 +51,7 @@ def swap_traces(traces: list[list[int]], swap: str, vocabulary_size: int, seed: 
     The traces to answer after.
 
     Raises:
-        ValueError: an unknown swap, or `other` with a single row.
+        Refused: an unknown swap, or `other` with a single row.
     """
     check_swap(swap)
     rng = np.random.default_rng(seed)
@@ -64,7 +65,7 @@ def swap_traces(traces: list[list[int]], swap: str, vocabulary_size: int, seed: 
         return [rng.permutation(trace).tolist() for trace in traces]
     if swap == "other":
         if len(traces) < 2:
-            raise ValueError("swap 'other' needs at least two problems")
+            raise Refused("swap 'other' needs at least two problems")
         order = rng.permutation(len(traces))
         return [list(traces[order[(position + 1) % len(order)]]) for position in np.argsort(order)]
     return [list(trace[: int(swap[4:])]) for trace in traces]

@@ -7,8 +7,8 @@ Have a judge compare an evaluation's outputs on AlpacaEval's prompts with refere
 """
 
 from abscot_trl.evaluation.alpaca import AlpacaArguments, alpaca
-from abscot_trl.evaluation.tables import results_table
 from abscot_trl.phases import exit_with_words, parse
+from abscot_trl.report.tables import results_table
 
 if __name__ == "__main__":
     with exit_with_words("alpaca"):

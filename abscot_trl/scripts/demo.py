@@ -11,13 +11,13 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from abscot_trl.baselines import BaselinesArguments, baselines
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.evaluation.report import ReportArguments, report
 from abscot_trl.evaluation.results import write_results
+from abscot_trl.loop.baselines import BaselinesArguments, baselines
+from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import exit_with_words, parse, read_yaml, run_phase
+from abscot_trl.report.report import ReportArguments, report
 from abscot_trl.training.configs import BASELINES
-from abscot_trl.warmup import WarmupArguments, warmup
 
 WARMUPS = ("paper", "informed")
 

@@ -6,15 +6,16 @@ Table, figures, codebook and answers of one or more runs, side by side: report.m
 
 import sys
 
-from abscot_trl.evaluation.report import ReportArguments, report
+from abscot_trl.errors import Refused
 from abscot_trl.phases import exit_with_words, parse
+from abscot_trl.report.report import ReportArguments, report
 
 
 def with_runs(arguments: list[str]) -> list[str]:
     """`RUN ..` before the first field stands for `--runs RUN ..`; refuses both, of which argparse takes the last."""
     arguments = ["--runs", *arguments] if arguments and not arguments[0].startswith("-") else arguments
     if arguments.count("--runs") > 1:
-        raise ValueError("runs are named in two places; name all of them in one")
+        raise Refused("runs are named in two places; name all of them in one")
     return arguments
 
 

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.examples import prompt_ids
-from abscot_trl.serving.request import ChatRequest, Refused, parse_request
+from abscot_trl.serving.request import ApiError, ChatRequest, parse_request
 from abscot_trl.traces.vllm import row_seed, sampling_parameters, trace_parameters
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -73,16 +73,16 @@ class Chat:
         """Ids of the messages with `<beginabstract>`, and how many tokens may follow."""
         if request.model not in (None, self.model):
             words = f"model: {request.model!r} is not served here; ask for {self.model!r}"
-            raise Refused(words, "model", 404, "model_not_found")
+            raise ApiError(words, "model", 404, "model_not_found")
         try:
             messages = [{"role": m.role, "content": m.content} for m in request.messages]
             prompt = [*prompt_ids(messages, self.tokenizer), self.begin]
         except jinja2.TemplateError as error:
-            raise Refused(f"messages: the chat template refuses them ({error}); mend them", "messages") from error
+            raise ApiError(f"messages: the chat template refuses them ({error}); mend them", "messages") from error
         room, needed = self.positions - len(prompt), request.limit or self.vocabulary.m_max + 2
         if room < needed:
             kind = "max_tokens" if request.limit else "a trace, its end and an answer, together"
-            raise Refused(
+            raise ApiError(
                 f"a prompt of {len(prompt)} tokens and {kind} {needed} exceed the model's {self.positions} positions; "
                 f"shorten the messages{' or lower max_tokens' if request.limit else ''}",
                 "messages",
@@ -160,8 +160,8 @@ class Chat:
                 else:
                     tokens = completion["usage"]["completion_tokens"]
             _check_finish(finish)
-        except (Refused, httpx.HTTPError) as error:
-            yield _event((error if isinstance(error, Refused) else Refused.unreachable(error)).body())
+        except (ApiError, httpx.HTTPError) as error:
+            yield _event((error if isinstance(error, ApiError) else ApiError.unreachable(error)).body())
             return
         yield event({}, finish)
         if request.stream_options.include_usage:
@@ -181,7 +181,7 @@ class Chat:
                     return
                 if line.startswith("data: "):
                     yield _checked(response, line.removeprefix("data: "))
-        raise Refused("the vLLM server behind this one ended its answer too early; try again", status=502)
+        raise ApiError("the vLLM server behind this one ended its answer too early; try again", status=502)
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
@@ -207,13 +207,15 @@ def _checked(response: httpx.Response, text: str) -> dict:
     except (ValueError, TypeError, KeyError):
         words = text[:300]
     if response.status_code == 400:
-        raise Refused(words)
-    raise Refused(f"the vLLM server behind this one failed ({response.status_code}: {words}); see its log", status=502)
+        raise ApiError(words)
+    raise ApiError(
+        f"the vLLM server behind this one failed ({response.status_code}: {words}); see its log", status=502
+    )
 
 
 def _check_finish(reason: str | None) -> None:
     if reason not in ("stop", "length"):
-        raise Refused(f"the vLLM server behind this one broke off ({reason}); try again", status=502)
+        raise ApiError(f"the vLLM server behind this one broke off ({reason}); try again", status=502)
 
 
 async def while_connected(request: Request, work: Awaitable[dict]) -> dict | None:
@@ -237,13 +239,13 @@ def chat_app(chat: Chat) -> FastAPI:
     """The endpoints: chat completions, and those of vLLM that are passed on as they are."""
     app = FastAPI(openapi_url=None)
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> Response:
         return JSONResponse(error.body(), error.status)
 
     @app.exception_handler(httpx.HTTPError)
     async def unreachable(_: Request, error: httpx.HTTPError) -> Response:
-        return await refused(_, Refused.unreachable(error))
+        return await refused(_, ApiError.unreachable(error))
 
     @app.post("/v1/chat/completions")
     async def completions(http: Request) -> Response:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from abscot_trl.errors import Refused
+
 # Fields of the chat API that would change what an answer means, and the values at which they do not.
 NEUTRAL = {
     "n": (1,),
@@ -21,7 +23,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """An answer in OpenAI's error JSON: a bad request (4xx), or an upstream that failed (502)."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
@@ -33,7 +35,7 @@ class Refused(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @classmethod
-    def unreachable(cls, error: httpx.HTTPError) -> "Refused":
+    def unreachable(cls, error: httpx.HTTPError) -> "ApiError":
         return cls(f"the vLLM server behind this one failed ({type(error).__name__}: {error}); try again", status=502)
 
 
@@ -62,7 +64,7 @@ class Message(_Strict):
         if not all(
             isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
         ):
-            raise ValueError("only parts of type 'text' are supported; send text")
+            raise Refused("only parts of type 'text' are supported; send text")
         return "".join(part["text"] for part in content)
 
 
@@ -99,37 +101,37 @@ class ChatRequest(_Strict):
         return self.max_completion_tokens or self.max_tokens
 
 
-def _words(error: dict) -> Refused:
+def _words(error: dict) -> ApiError:
     """A validation error in one sentence: field, value, remedy."""
     name = ".".join(map(str, error["loc"]))
     value = f"{error['input']!r:.100}"
     if error["type"] == "missing":
-        return Refused(f"{name} is missing; give it", name)
+        return ApiError(f"{name} is missing; give it", name)
     if error["type"] == "extra_forbidden":
-        return Refused(f"{name}: {value} is not supported here; leave it out", name)
-    return Refused(f"{name}: {value}: {error['msg'].removeprefix('Value error, ')}", name)
+        return ApiError(f"{name}: {value} is not supported here; leave it out", name)
+    return ApiError(f"{name}: {value}: {error['msg'].removeprefix('Value error, ')}", name)
 
 
 def parse_request(body: bytes) -> ChatRequest:
     """
     Raises:
-        Refused: not JSON, an unknown field, a value of another type or range, or one that asks for what is not there.
+        ApiError: not JSON, an unknown field, a value of another type or range, or one that asks for what is not there.
     """
     try:
         fields = json.loads(body)
         json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and no text
     except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not valid JSON ({error}); send a JSON object") from error
+        raise ApiError(f"the body is not valid JSON ({error}); send a JSON object") from error
     if not isinstance(fields, dict):
-        raise Refused(f"the body is a JSON {type(fields).__name__}; send a JSON object")
+        raise ApiError(f"the body is a JSON {type(fields).__name__}; send a JSON object")
     for name in NEUTRAL.keys() & fields.keys():
         if fields[name] is not None and fields[name] not in NEUTRAL[name]:
-            raise Refused(f"{name}: {fields[name]!r:.100} is not supported by this server; leave it out", name)
+            raise ApiError(f"{name}: {fields[name]!r:.100} is not supported by this server; leave it out", name)
     try:
         request = ChatRequest.model_validate({k: v for k, v in fields.items() if k not in NEUTRAL})
     except ValidationError as error:
         raise _words(error.errors()[0]) from error
     if request.max_tokens and request.max_completion_tokens not in (None, request.max_tokens):
         values = f"{request.max_tokens} and {request.max_completion_tokens}"
-        raise Refused(f"max_tokens and max_completion_tokens differ, {values}; give one of them", "max_tokens")
+        raise ApiError(f"max_tokens and max_completion_tokens differ, {values}; give one of them", "max_tokens")
     return request

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from abscot_trl.errors import Refused
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.vllm import ServerTraceSampler, VLLMTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -16,17 +17,17 @@ def engine_arguments(engine: dict | str | None) -> dict:
     A field `engine` as a mapping: a recipe gives one, a command line its JSON.
 
     Raises:
-        ValueError: neither, or it asks for remote code.
+        Refused: neither, or it asks for remote code.
     """
     if isinstance(engine, str):
         try:
             engine = json.loads(engine)
         except json.JSONDecodeError as error:
-            raise ValueError(f"engine: {engine!r} is no JSON object ({error})") from error
+            raise Refused(f"engine: {engine!r} is no JSON object ({error})") from error
     if not isinstance(engine, dict | None):
-        raise ValueError(f"engine: {engine!r} is no mapping of vLLM's arguments")
+        raise Refused(f"engine: {engine!r} is no mapping of vLLM's arguments")
     if "trust_remote_code" in (engine or {}):
-        raise ValueError("engine: trust_remote_code is never set here; leave it out")
+        raise Refused("engine: trust_remote_code is never set here; leave it out")
     return engine or {}
 
 
@@ -56,11 +57,11 @@ class SamplerArguments:
     def __post_init__(self):
         self.engine = engine_arguments(self.engine) or None
         if self.engine and self.backend != "vllm":
-            raise ValueError(f"engine is for backend: vllm, not {self.backend}; leave it out")
+            raise Refused(f"engine is for backend: vllm, not {self.backend}; leave it out")
         if (self.server is not None) != (self.backend == "server"):
-            raise ValueError(f"server and backend: server go together, got {self.server!r} and {self.backend!r}")
+            raise Refused(f"server and backend: server go together, got {self.server!r} and {self.backend!r}")
         if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+            raise Refused(f"batch_tokens must be at least 1, got {self.batch_tokens}")
 
 
 def load_sampler(
@@ -70,10 +71,10 @@ def load_sampler(
     The sampler of `args.backend` for a checkpoint; without a vocabulary it answers, but writes no traces.
 
     Raises:
-        ValueError: an adapter that was not merged (its token rows would be left out).
+        Refused: an adapter that was not merged (its token rows would be left out).
     """
     if (Path(model) / "adapter_config.json").is_file():
-        raise ValueError(f"{model} is an adapter; run `abscot merge --adapter {model} --output_dir ..` first")
+        raise Refused(f"{model} is an adapter; run `abscot merge --adapter {model} --output_dir ..` first")
     if args.backend == "server":
         return ServerTraceSampler(args.server, model, vocabulary)
     if args.backend == "vllm":

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from abscot_trl.errors import Refused
+
 
 @dataclass
 class Trace:
@@ -68,18 +70,16 @@ def check_answer_request(
     What every sampler refuses of an answer.
 
     Raises:
-        ValueError: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
+        Refused: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
             `max_new_tokens`.
     """
     if not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"0 < top_p <= 1 and top_k >= 0 (0: all tokens) are needed, got {top_p} and {top_k}")
+        raise Refused(f"0 < top_p <= 1 and top_k >= 0 (0: all tokens) are needed, got {top_p} and {top_k}")
     if temperature < 0 or max_new_tokens < 1:
-        raise ValueError(
-            f"temperature >= 0 and max_new_tokens >= 1 are needed, got {temperature} and {max_new_tokens}"
-        )
+        raise Refused(f"temperature >= 0 and max_new_tokens >= 1 are needed, got {temperature} and {max_new_tokens}")
     longest = max(map(len, prefixes), default=0)
     if longest + max_new_tokens > positions:
-        raise ValueError(
+        raise Refused(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's {positions} "
             "positions; lower max_new_tokens"
         )
@@ -90,16 +90,16 @@ def check_request(prefixes: list[list[int]], m_max: int, m_min: int, temperature
     What every sampler refuses; `positions` is the model's (or the engine's) longest sequence.
 
     Raises:
-        ValueError: limits that no trace can meet, a negative temperature, or a prefix without room for `m_max` tokens
+        Refused: limits that no trace can meet, a negative temperature, or a prefix without room for `m_max` tokens
             and both delimiters.
     """
     if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}; 0 decodes greedily")
+        raise Refused(f"temperature must not be negative, got {temperature}; 0 decodes greedily")
     if m_max < 1 or not 0 <= m_min <= m_max:
-        raise ValueError(f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={m_min}, m_max={m_max}")
+        raise Refused(f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={m_min}, m_max={m_max}")
     longest = max(map(len, prefixes), default=0)
     if longest > positions - m_max - 2:
-        raise ValueError(
+        raise Refused(
             f"a prefix of {longest} tokens leaves no room for a trace of {m_max} in {positions} positions; "
             "drop the row (max_total_tokens of the data phase)"
         )

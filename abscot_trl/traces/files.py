@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from abscot_trl.errors import Refused
 from abscot_trl.vocabulary import AbstractVocabulary
 
 TRACE_FILE = "traces.jsonl"
@@ -32,13 +33,13 @@ def read_traces(folder: str | Path, ids: list[str], vocabulary: AbstractVocabula
     Read a trace file and check it against the prepared data and the codebook it is to be used with.
 
     Raises:
-        FileNotFoundError: no trace file in `folder`.
-        ValueError: a line that is no record, a row of other data or twice, or a trace that the codebook or m_max
+        Refused: no trace file in `folder`;
+            a line that is no record, a row of other data or twice, or a trace that the codebook or m_max
             does not allow.
     """
     path = Path(folder) / TRACE_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run `abscot traces` first")
+        raise Refused(f"{path} is missing; run `abscot traces` first")
     records, seen = [], set()
     with open(path) as file:
         for number, line in enumerate(file, 1):
@@ -48,23 +49,21 @@ def read_traces(folder: str | Path, ids: list[str], vocabulary: AbstractVocabula
                 if type(row) is not int or not all(type(index) is int for index in trace):
                     raise TypeError("row and trace must be integers")
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path} line {number} is no trace record ({error}); make the traces again"
-                ) from error
+                raise Refused(f"{path} line {number} is no trace record ({error}); make the traces again") from error
             if not 0 <= row < len(ids) or ids[row] != id:
-                raise ValueError(
+                raise Refused(
                     f"{path} line {number}: row {row} is {id!r} here and "
                     f"{ids[row] if 0 <= row < len(ids) else 'missing'!r} in the data; the traces belong to other data"
                 )
             if not all(0 <= index < vocabulary.size for index in trace):
-                raise ValueError(f"{path} line {number}: {trace} leaves the codebook of {vocabulary.size} tokens")
+                raise Refused(f"{path} line {number}: {trace} leaves the codebook of {vocabulary.size} tokens")
             if len(trace) > vocabulary.m_max or row in seen:
                 wrong = "stands twice" if row in seen else f"has {len(trace)} tokens, m_max is {vocabulary.m_max}"
-                raise ValueError(f"{path} line {number}: row {row} {wrong}; make the traces again")
+                raise Refused(f"{path} line {number}: row {row} {wrong}; make the traces again")
             seen.add(row)
             records.append(record)
     if not records:
-        raise ValueError(f"{path} is empty; make the traces again")
+        raise Refused(f"{path} is empty; make the traces again")
     return records
 
 
@@ -84,10 +83,10 @@ def summarise_traces(traces: list[list[int]], vocabulary: AbstractVocabulary) ->
         `token_entropy_uniform`) and at each position, among the traces that reach it (`entropy_by_position`).
 
     Raises:
-        ValueError: no traces.
+        Refused: no traces.
     """
     if not traces:
-        raise ValueError("no traces to summarise")
+        raise Refused("no traces to summarise")
     lengths = np.array([len(trace) for trace in traces])
     counts = np.zeros((max(lengths.max(), 1), vocabulary.size), int)  # (position, token)
     for trace in traces:

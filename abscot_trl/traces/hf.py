@@ -141,7 +141,7 @@ class HFTraceSampler:
             bar (`tqdm`, *optional*): moved on by one a row.
 
         Raises:
-            ValueError: limits that cannot be met, or a prefix that leaves the model no room for `m_max` tokens.
+            Refused: limits that cannot be met, or a prefix that leaves the model no room for `m_max` tokens.
         """
         check_request(prefixes, m_max, m_min, temperature, self.positions)
         rows = range(len(prefixes)) if rows is None else rows
@@ -203,7 +203,7 @@ class HFTraceSampler:
             top_k (`int`): draw among so many of the likeliest tokens; 0 takes all. Applied before `top_p`.
 
         Raises:
-            ValueError: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
+            Refused: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
                 `max_new_tokens`.
         """
         check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)

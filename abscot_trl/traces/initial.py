@@ -16,6 +16,7 @@ from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from abscot_trl.errors import Refused
 from abscot_trl.traces.batching import batches
 
 CLUSTER_FILE = "clusters.safetensors"
@@ -109,7 +110,7 @@ def _states(
             for hidden, i, row in zip(output.last_hidden_state, indices, batch, strict=True):
                 ends = step_ends(row["cot"], tokenizer)
                 if not ends or ends[-1] >= len(row["cot_ids"]):
-                    raise ValueError(
+                    raise Refused(
                         f"row {row.get('id', among[i])!r}: {len(row['cot_ids'])} CoT tokens do not match its "
                         f"{len(ends)} steps; prepare the data again with this checkpoint's tokenizer"
                     )
@@ -141,7 +142,7 @@ def cluster_traces(
         fit_rows (`int`): rows the clusters are fitted on; all rows are then assigned.
 
     Raises:
-        ValueError: fewer step states than clusters, or rows tokenised by another tokenizer.
+        Refused: fewer step states than clusters, or rows tokenised by another tokenizer.
     """
     training = model.training
     model.eval()
@@ -149,7 +150,7 @@ def cluster_traces(
     options = {"m_max": m_max, "batch_tokens": batch_tokens, "progress": progress}
     sample = np.concatenate([s for _, s in _states(model, tokenizer, rows, chosen, **options)])
     if len(sample) < vocabulary_size:
-        raise ValueError(
+        raise Refused(
             f"{len(sample)} CoT steps in {len(chosen)} rows cannot form {vocabulary_size} clusters; give more rows "
             "or a smaller codebook"
         )

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.splits import load_splits
+from abscot_trl.data.splits import part_rows
+from abscot_trl.errors import Refused
 from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
@@ -70,32 +71,15 @@ class TracesArguments(SamplerArguments):
     def __post_init__(self):
         super().__post_init__()
         if (self.splits is None) != (self.part is None):
-            raise ValueError(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
+            raise Refused(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
         if self.part_tokens < 1:
-            raise ValueError(f"part_tokens must be at least 1, got {self.part_tokens}")
+            raise Refused(f"part_tokens must be at least 1, got {self.part_tokens}")
         parse_shard(self.shard)
         if self.method != "policy" and (self.shard or self.backend != "hf"):
-            raise ValueError(
+            raise Refused(
                 f"method {self.method} samples no policy: shard {self.shard!r} and backend {self.backend!r} are for "
                 "method: policy"
             )
-
-
-def part_rows(splits: str | None, part: str | None, n_rows: int) -> list[int]:
-    """
-    Row numbers of one part of the staged splits, of all its parts (`part` is `None`), or of all the data.
-
-    Raises:
-        ValueError: the splits have no such part.
-    """
-    if splits is None:
-        return list(range(n_rows))
-    parts = load_splits(splits, n_rows=n_rows)
-    if part is None:
-        return [row for rows in parts.values() for row in rows]
-    if part not in parts:
-        raise ValueError(f"{splits} has no part {part!r}; it has {', '.join(parts)}")
-    return parts[part]
 
 
 def make_traces(args: TracesArguments) -> dict:
@@ -107,7 +91,7 @@ def make_traces(args: TracesArguments) -> dict:
         whose prefix leaves no room in the model are dropped and counted (`dropped_too_long`).
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: inputs that are missing or do not belong together.
+        Refused: inputs that are missing or do not belong together.
     """
     if (args.engine or {}).get("data_parallel_size", 1) > 1:
         return _by_processes(args)
@@ -144,7 +128,7 @@ def _write(
 ) -> dict:
     traces = write_traces(folder, records)
     if not traces:
-        raise ValueError(f"{args.data}: none of {n_rows} rows left the model room for a trace; use shorter rows")
+        raise Refused(f"{args.data}: none of {n_rows} rows left the model room for a trace; use shorter rows")
     summary = summarise_traces(traces, vocabulary)
     summary |= {"dropped_too_long": n_rows - len(traces), "method": args.method, "given": args.given}
     summary |= {"temperature": args.temperature, "seed": args.seed, "backend": args.backend}
@@ -231,17 +215,17 @@ def _by_processes(args: TracesArguments) -> dict:
     Data parallel: `data_parallel_size` shards, each in a process with the GPUs that its engine needs.
 
     Raises:
-        ValueError: more GPUs asked for than there are.
-        RuntimeError: a process failed; the parts that are finished are kept.
+        Refused: more GPUs asked for than there are;
+            a process failed; the parts that are finished are kept.
     """
     engine = dict(args.engine)
     shares, width = engine.pop("data_parallel_size"), engine.get("tensor_parallel_size", 1)
     if args.shard:
-        raise ValueError(f"shard {args.shard} and data_parallel_size {shares} are two ways to one end; use one")
+        raise Refused(f"shard {args.shard} and data_parallel_size {shares} are two ways to one end; use one")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     devices = [device for device in devices.split(",") if device]
     if devices and len(devices) < shares * width:
-        raise ValueError(
+        raise Refused(
             f"data_parallel_size {shares} with tensor_parallel_size {width} needs {shares * width} GPUs, "
             f"{len(devices)} are visible"
         )
@@ -260,7 +244,5 @@ def _by_processes(args: TracesArguments) -> dict:
             process.terminate()
             config.unlink(missing_ok=True)
     if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {shares} processes failed, see above; the same command goes on from here"
-        )
+        raise Refused(f"{len(failed)} of {shares} processes failed, see above; the same command goes on from here")
     return json.loads((Path(args.output_dir) / "summary.json").read_text())

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from abscot_trl.files import WHERE, begin_parts, input_digests, write_whole
+from abscot_trl.errors import Refused
+from abscot_trl.storage import WHERE, begin_parts, input_digests, write_whole
 
 
 def parse_shard(shard: str | None) -> tuple[int, int]:
@@ -21,13 +22,13 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     `2/8` as (2, 8); `None` as (1, 1).
 
     Raises:
-        ValueError: anything else.
+        Refused: anything else.
     """
     if shard is None:
         return 1, 1
     index, _, count = shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"shard {shard!r} is not of the form 2/8 (the second of eight)")
+        raise Refused(f"shard {shard!r} is not of the form 2/8 (the second of eight)")
     return int(index), int(count)
 
 
@@ -40,13 +41,13 @@ class Parts:
         more: what else they depend on.
 
     Raises:
-        FileExistsError: `output_dir` is there already.
-        ValueError: parts are there that were made with other settings or inputs.
+        Refused: `output_dir` is there already;
+            parts are there that were made with other settings or inputs.
     """
 
     def __init__(self, args, **more):
         if Path(args.output_dir).exists():
-            raise FileExistsError(f"{args.output_dir} is there already; choose another output_dir or remove it")
+            raise Refused(f"{args.output_dir} is there already; choose another output_dir or remove it")
         elsewhere = ("output_dir", "shard", *WHERE)
         settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
         self.folder = begin_parts(args.output_dir, settings | {"inputs": input_digests(settings), **more})
@@ -66,15 +67,15 @@ class Parts:
         The records of the parts `numbers`, in order.
 
         Raises:
-            ValueError: a damaged part, or one that does not hold `sizes[number]` records.
+            Refused: a damaged part, or one that does not hold `sizes[number]` records.
         """
         for path in map(self._path, numbers):
             try:
                 records = [json.loads(line) for line in path.read_text().splitlines()]
                 if sizes is not None and len(records) != sizes[int(path.stem)]:
-                    raise ValueError(f"{len(records)} records, {sizes[int(path.stem)]} were written")
+                    raise Refused(f"{len(records)} records, {sizes[int(path.stem)]} were written")
             except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again") from error
+                raise Refused(f"{path} is damaged ({error}); remove it and run the same command again") from error
             yield from records
 
     @contextmanager

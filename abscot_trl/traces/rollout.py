@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
+from abscot_trl.errors import Refused
 from abscot_trl.traces.vllm import (
     Completions,
     EngineTraceSampler,
@@ -83,10 +84,10 @@ class AbstractVLLMGeneration(VLLMGeneration):
             fixes a rollout, however many processes there are and whichever mode.
 
     Raises:
-        ValueError: settings that change the sampled distribution, which the trainer's log-probabilities could not
+        Refused: settings that change the sampled distribution, which the trainer's log-probabilities could not
             mirror, a `max_completion_length` without room for an answer, a `tensor_parallel_size` that does not divide
-            the heads; or a server as in [`ServerTraceSampler`].
-        FileNotFoundError: the model's checkpoint holds no vocabulary.
+            the heads; or a server as in [`ServerTraceSampler`];
+            the model's checkpoint holds no vocabulary.
     """
 
     def __init__(
@@ -128,12 +129,12 @@ class AbstractVLLMGeneration(VLLMGeneration):
         for name, neutral in NEUTRAL.items():
             value = getattr(self, name)
             if value not in neutral:
-                raise ValueError(
+                raise Refused(
                     f"{name}: {value!r} changes what is sampled or returned, and the trainer's log-probabilities "
                     "know the trace constraint and the temperature only; leave it out"
                 )
         if self.max_completion_length < self.m_max + 2:
-            raise ValueError(
+            raise Refused(
                 f"max_completion_length {self.max_completion_length} leaves no room for an answer after a trace of "
                 f"m_max {self.m_max} and its end delimiter; use {self.m_max + 2} at least"
             )
@@ -156,13 +157,13 @@ class AbstractVLLMGeneration(VLLMGeneration):
             z and its end delimiter, 0 where forced; pi on y) and again their ids, the last two of shape (B, L, 1).
 
         Raises:
-            ValueError: images, a prompt without the begin delimiter or without room for trace and answer.
+            Refused: images, a prompt without the begin delimiter or without room for trace and answer.
         """
         if any(images or []):
-            raise ValueError("abstract traces are sampled from text prompts; remove the images from the dataset")
+            raise Refused("abstract traces are sampled from text prompts; remove the images from the dataset")
         for prompt in prompts:
             if prompt[-1:] != [self.begin]:
-                raise ValueError(
+                raise Refused(
                     f"a prompt ends in token {prompt[-1:]} and not in {self.vocabulary.begin} [{self.begin}]; "
                     "the chat template's generation prompt must end in it"
                 )

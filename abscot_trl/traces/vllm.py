@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from abscot_trl.errors import Refused
 from abscot_trl.traces.constraint import Continuation, Trace, check_answer_request, check_request, stop_ids
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
@@ -66,12 +67,12 @@ def to_trace(ids: list[int], logps: list[float], end: int, m_max: int) -> Trace:
 def check_tensor_parallel(model_path: str, size: int) -> None:
     """
     Raises:
-        ValueError: `size` does not divide the attention heads; the message names the sizes that do.
+        Refused: `size` does not divide the attention heads; the message names the sizes that do.
     """
     heads = AutoConfig.from_pretrained(model_path).num_attention_heads
     if size < 1 or heads % size:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise ValueError(
+        raise Refused(
             f"tensor_parallel_size {size} does not divide the {heads} heads of {model_path}; use one of {fitting}"
         )
 
@@ -173,9 +174,7 @@ class EngineTraceSampler:
         The draws differ from transformers' for the same seed; the distribution does not.
         """
         if not self.codebook:
-            raise ValueError(
-                f"{self.model_path} is no extended checkpoint and writes no traces; run `abscot init` first"
-            )
+            raise Refused(f"{self.model_path} is no extended checkpoint and writes no traces; run `abscot init` first")
         check_request(prefixes, m_max, m_min, temperature, self.positions)
         rows = range(len(prefixes)) if rows is None else rows
         parameters = [
@@ -268,7 +267,7 @@ class ServerTraceSampler(EngineTraceSampler):
 
     Raises:
         ConnectionError: nothing answers at `url`.
-        ValueError: it serves a model with other abstract tokens, or gives log-probabilities that are not renormalised.
+        Refused: it serves a model with other abstract tokens, or gives log-probabilities that are not renormalised.
     """
 
     def __init__(self, url: str, model_path: str, vocabulary: AbstractVocabulary | None = None):
@@ -292,24 +291,24 @@ def check_server(client, end: int, end_text: str) -> None:
     they are taken after the constraint.
 
     Raises:
-        ValueError: as in [`ServerTraceSampler`].
+        Refused: as in [`ServerTraceSampler`].
     """
     forced = {"allowed_token_ids": [end], "max_tokens": 1, "logprobs": 0, "skip_special_tokens": False}
     body = {"model": client.model, "prompt": [end], **forced}
     response = client.session.post(f"{client.base_url}/v1/completions", json=body)
     if not response.ok:
-        raise ValueError(
+        raise Refused(
             f"{client.base_url} serves {client.model}, which does not take token {end} ({response.text}): "
             "serve the checkpoint that `model` names"
         )
     choice = response.json()["choices"][0]
     if choice["text"] != end_text:
-        raise ValueError(
+        raise Refused(
             f"{client.base_url} serves {client.model}, whose token {end} is {choice['text']!r} and not {end_text!r}: "
             "serve the checkpoint that `model` names"
         )
     if choice["logprobs"]["token_logprobs"][0] != 0.0:
-        raise ValueError(
+        raise Refused(
             f"{client.base_url} gives raw log-probabilities; start it with `--logprobs-mode processed_logprobs` "
             "(`abscot serve` does)"
         )

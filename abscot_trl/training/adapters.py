@@ -9,6 +9,8 @@ from transformers import AutoConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config
 
+from abscot_trl.errors import Refused
+
 
 def lora_config(model_args: ModelConfig, token_ids: list[int]) -> LoraConfig | None:
     """
@@ -17,25 +19,25 @@ def lora_config(model_args: ModelConfig, token_ids: list[int]) -> LoraConfig | N
     A tied head follows the embedding by itself (peft); an untied one gets rows of its own.
 
     Raises:
-        ValueError: under ZeRO-3 or FSDP, which cannot train single embedding rows; or `lora_modules_to_save` names an
+        Refused: under ZeRO-3 or FSDP, which cannot train single embedding rows; or `lora_modules_to_save` names an
             embedding matrix, which would train all 152k rows and silently untie the head.
     """
     config = get_peft_config(model_args)
     if config is None:
         return None
     if is_deepspeed_zero3_enabled():
-        raise ValueError(
+        raise Refused(
             "LoRA with trained token rows does not work under DeepSpeed ZeRO-3. Use the single, ddp or zero2 "
             "configuration with LoRA, or zero3 with full fine-tuning (use_peft: false)"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError(
+        raise Refused(
             "LoRA with trained token rows is not supported under FSDP. Use the single, ddp or zero2 configuration "
             "with LoRA, or fsdp2 with full fine-tuning (use_peft: false)"
         )
     whole = {"embed_tokens", "lm_head"} & set(config.modules_to_save or [])
     if whole:
-        raise ValueError(
+        raise Refused(
             f"lora_modules_to_save: {sorted(whole)} would train and save whole matrices and untie the head; "
             "leave it out, the abstract tokens' rows are trained anyway"
         )

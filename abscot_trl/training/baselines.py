@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from abscot_trl.examples import IGNORE, Segment, join
-from abscot_trl.memory import steps_of
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer, TrainingRows
 from abscot_trl.training.configs import BaselineConfig
+from abscot_trl.training.steps import steps_of
 
 
 def removed_tokens(step: int, steps: int, longest: int, removed_after: float, stages: int | None) -> int:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from abscot_trl.attention import use_bottleneck_mask
+from abscot_trl.errors import Refused
 from abscot_trl.examples import Collator, Encoder, Segment, best_fit, join
 from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.configs import BottleneckConfig
@@ -82,7 +83,7 @@ class BottleneckSFTTrainer(SFTTrainer):
     `sequences_per_step` and `supervised_tokens_per_step` count documents and labelled tokens over all processes.
 
     Raises:
-        ValueError: rows that do not fit `max_length`; a model or attention implementation that cannot carry the mask.
+        Refused: rows that do not fit `max_length`; a model or attention implementation that cannot carry the mask.
     """
 
     _tag_names = ["trl", "sft", "abstract-cot"]
@@ -152,7 +153,7 @@ class BottleneckSFTTrainer(SFTTrainer):
         fitting = [n for n, size in enumerate(sizes) if size <= args.max_length]
         overlong = len(sizes) - len(fitting)
         if overlong and (args.overlong == "error" or not fitting):
-            raise ValueError(
+            raise Refused(
                 f"max_length {args.max_length} is shorter than {overlong} of {len(sizes)} rows (longest "
                 f"{max(sizes)} tokens); raise it, prepare the data with max_total_tokens, or set overlong: drop"
             )

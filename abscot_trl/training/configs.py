@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from abscot_trl.errors import Refused
+
 # The baselines by the mode in which each answers.
 BASELINES = {
     "sft": "direct",
@@ -63,22 +65,20 @@ class BottleneckConfig(SFTConfig):
 
     def __post_init__(self):
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise ValueError("global_batch_size sets gradient_accumulation_steps; leave one of the two out")
+            raise Refused("global_batch_size sets gradient_accumulation_steps; leave one of the two out")
         super().__post_init__()
         if self.global_batch_size is not None:
             at_once = self.per_device_train_batch_size * self.world_size
             if self.global_batch_size < 1 or self.global_batch_size % at_once:
-                raise ValueError(
+                raise Refused(
                     f"global_batch_size {self.global_batch_size} is no multiple of per_device_train_batch_size "
                     f"{self.per_device_train_batch_size} x {self.world_size} processes = {at_once}"
                 )
             self.gradient_accumulation_steps = self.global_batch_size // at_once
         if self.max_length is None or not self.pad_to_multiple_of:
-            raise ValueError(
-                "max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)"
-            )
+            raise Refused("max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)")
         if self.loss_type != "nll" or self.label_smoothing_factor or self.eval_strategy != "no":
-            raise ValueError("loss_type, label_smoothing_factor and eval_strategy have no effect here; leave them out")
+            raise Refused("loss_type, label_smoothing_factor and eval_strategy have no effect here; leave them out")
 
 
 @dataclass
@@ -99,7 +99,7 @@ class DistillationConfig(BottleneckConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.rehearsal < 0:
-            raise ValueError(f"rehearsal is a loss weight and cannot be negative, got {self.rehearsal}")
+            raise Refused(f"rehearsal is a loss weight and cannot be negative, got {self.rehearsal}")
 
 
 @dataclass
@@ -130,15 +130,15 @@ class BaselineConfig(BottleneckConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.baseline not in BASELINES:
-            raise ValueError(f"baseline: {self.baseline!r} is not one of {', '.join(BASELINES)}")
+            raise Refused(f"baseline: {self.baseline!r} is not one of {', '.join(BASELINES)}")
         if self.baseline == "icot" and self.packing:
-            raise ValueError("baseline: icot removes tokens step by step, packed rows are fixed; set packing: false")
+            raise Refused("baseline: icot removes tokens step by step, packed rows are fixed; set packing: false")
         if not 0 < self.removed_after <= 1 or self.removal_smoothing <= 0:
-            raise ValueError(
+            raise Refused(
                 f"removed_after {self.removed_after} must be a share over 0, removal_smoothing "
                 f"{self.removal_smoothing} over 0"
             )
         for name in ("pause_tokens", "removal_stages"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise Refused(f"{name} must be at least 1, got {value}")

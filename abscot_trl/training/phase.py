@@ -11,8 +11,8 @@ from trl import ModelConfig
 
 from abscot_trl.checkpoint import verify_checkpoint, write_model_card
 from abscot_trl.data.prepare import load_prepared
+from abscot_trl.data.splits import part_rows
 from abscot_trl.traces.files import read_traces
-from abscot_trl.traces.make import part_rows
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
@@ -73,8 +73,8 @@ def train(
         `dict`: the trainer's final metrics.
 
     Raises:
-        FileExistsError: the folder holds a trained model already, or checkpoints of a phase that did not end.
-        ValueError: rows that do not fit, data of another tokenizer, settings that cannot work together.
+        Refused: the folder holds a trained model already, or checkpoints of a phase that did not end;
+            rows that do not fit, data of another tokenizer, settings that cannot work together.
     """
     path, output = model_args.model_name_or_path, Path(training_args.output_dir)
     if PartialState().is_main_process:

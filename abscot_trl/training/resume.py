@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from abscot_trl.files import write_whole
+from abscot_trl.errors import Refused
+from abscot_trl.storage import write_whole
 
 SEAL = "sealed.json"
 LOG_FILE = "training_log.json"  # the last file to be moved into place: with it a phase has ended
@@ -36,14 +37,14 @@ class SealCheckpoints(TrainerCallback):
     A resumed phase repeats the log of an uninterrupted one, which needs checkpoints at logged steps.
 
     Raises:
-        ValueError: `save_steps` is no multiple of `logging_steps`.
+        Refused: `save_steps` is no multiple of `logging_steps`.
     """
 
     def __init__(self, args, trainer):
         self.keep, args.save_total_limit = args.save_total_limit, None  # transformers' own would run before the seal
         self.trainer = trainer
         if args.save_strategy == "steps" and args.save_steps % args.logging_steps:
-            raise ValueError(
+            raise Refused(
                 f"save_steps {args.save_steps} must be a multiple of logging_steps {args.logging_steps}: the losses "
                 "between would be missing from a resumed run's log"
             )
@@ -67,15 +68,15 @@ def prepare_output(output_dir: str | Path, resume: bool) -> None:
     Clear what a killed phase left half written; its sealed checkpoints stay.
 
     Raises:
-        FileExistsError: a trained model is there, or checkpoints without `resume`.
+        Refused: a trained model is there, or checkpoints without `resume`.
     """
     output = Path(output_dir)
     written = [name for name in (LOG_FILE, "config.json", "adapter_config.json") if (output / name).is_file()]
     sealed = sealed_checkpoints(output)
     if LOG_FILE in written or (written and not (resume and sealed)):
-        raise FileExistsError(f"{output} holds a trained model ({written[0]}); choose another output_dir or remove it")
+        raise Refused(f"{output} holds a trained model ({written[0]}); choose another output_dir or remove it")
     if sealed and not resume:
-        raise FileExistsError(
+        raise Refused(
             f"{output} holds {sealed[-1].name} of a phase that did not end; go on from it with "
             "--resume_from_checkpoint true, or remove the folder"
         )

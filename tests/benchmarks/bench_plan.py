@@ -23,10 +23,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import ModelConfig
 
-from abscot_trl.memory import shape_of, steps_of, trained_parameters, training_memory
+from abscot_trl.loop.memory import shape_of, trained_parameters, training_memory
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig
+from abscot_trl.training.steps import steps_of
 
 BOUND = 0.1
 STEPS = 3

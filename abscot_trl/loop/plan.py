@@ -16,20 +16,20 @@ from abscot_trl.cli import TRAINING
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared, row_lengths
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import staged_splits
-from abscot_trl.driver import Stage, launcher_of
+from abscot_trl.errors import Refused
 from abscot_trl.examples import best_fit
-from abscot_trl.memory import (
+from abscot_trl.loop.driver import Stage, launcher_of
+from abscot_trl.loop.memory import (
     GIB,
     Shape,
-    accumulation_of,
     shape_of,
-    steps_of,
     trained_parameters,
     training_disk,
     training_memory,
 )
+from abscot_trl.loop.warmup import WarmupArguments, stages
+from abscot_trl.training.steps import accumulation_of, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
-from abscot_trl.warmup import WarmupArguments, stages
 
 GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}  # bf16 peak of the data sheets, GB
 # Share of the peak reached in training, by LoRA: 36 and 43 % were measured for Qwen3-4B on an H200, less when smaller.
@@ -61,7 +61,7 @@ class PlanArguments(WarmupArguments):
         super().__post_init__()
         for name in ("gpus", "prompt_tokens", "cot_tokens", "answer_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:

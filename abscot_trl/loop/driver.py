@@ -20,7 +20,11 @@ from pathlib import Path
 import yaml
 
 from abscot_trl.cli import TRAINING, accelerate_config_path
-from abscot_trl.files import (
+from abscot_trl.errors import Refused
+from abscot_trl.loop.memory import GIB, stage_disk
+from abscot_trl.loop.record import environment, write_record
+from abscot_trl.phases import read_yaml, run_phase
+from abscot_trl.storage import (
     INPUTS,
     MANIFEST,
     PRUNED,
@@ -31,9 +35,6 @@ from abscot_trl.files import (
     read_manifest,
     write_whole,
 )
-from abscot_trl.memory import GIB, stage_disk
-from abscot_trl.phases import read_yaml, run_phase
-from abscot_trl.record import environment, write_record
 from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
 
 
@@ -59,7 +60,7 @@ def launcher_of(args) -> dict:
     The accelerate configuration; empty without one.
 
     Raises:
-        FileNotFoundError, ValueError: no such file or name, or no such configuration.
+        Refused: no such file or name, or no such configuration.
     """
     if args.accelerate_config is None:
         return {}
@@ -67,9 +68,9 @@ def launcher_of(args) -> dict:
     config = read_yaml(path)
     processes = config.get("num_processes", 1)
     if type(processes) is not int or processes < 1:
-        raise ValueError(f"{path}: num_processes: {processes!r} is no number of processes")
+        raise Refused(f"{path}: num_processes: {processes!r} is no number of processes")
     if not isinstance(config.get("deepspeed_config", {}), dict):
-        raise ValueError(f"{path}: deepspeed_config: {config['deepspeed_config']!r} is no mapping")
+        raise Refused(f"{path}: deepspeed_config: {config['deepspeed_config']!r} is no mapping")
     return config
 
 
@@ -78,7 +79,7 @@ def launch(stage: Stage, config: Path, args, held: tuple[int, ...] = ()) -> None
     Run a stage from its configuration file.
 
     Raises:
-        RuntimeError: the stage's process failed.
+        Refused: the stage's process failed.
     """
     if args.launch == "inline":
         run_phase(stage.phase, ["--config", str(config)])
@@ -92,7 +93,7 @@ def launch(stage: Stage, config: Path, args, held: tuple[int, ...] = ()) -> None
         command = [sys.executable, "-m", "accelerate.commands.launch", *module]
     code = subprocess.run(command, pass_fds=held).returncode  # an orphan of a killed driver keeps the run's lock
     if code:
-        raise RuntimeError(
+        raise Refused(
             f"stage {stage.name} failed with exit code {code} (its settings: {config}); mend its recipe and run the "
             "same command again to continue from it"
         )
@@ -119,8 +120,8 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
         `int`: which attempt this is, from 1.
 
     Raises:
-        FileExistsError: the folder is there but not of this run's making.
-        ValueError: checkpoints are there that were made with other settings or inputs.
+        Refused: the folder is there but not of this run's making;
+            checkpoints are there that were made with other settings or inputs.
     """
     output, attempt = stage.output, 1
     if running.exists():
@@ -129,7 +130,7 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
         attempt = then["attempt"] + 1
         different = _differences(then, record)
         if sealed_checkpoints(output) and different:
-            raise ValueError(
+            raise Refused(
                 f"{output} was begun with other settings ({different}); go back to them to continue from "
                 f"{sealed_checkpoints(output)[-1].name}, or remove the folder to begin this stage again"
             )
@@ -140,7 +141,7 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
         for left in output.parent.glob(f".{output.name}-*"):  # of `written_whole`; the run's lock is ours
             shutil.rmtree(left)
     elif output.exists():
-        raise FileExistsError(f"{output} is there but was not made by this run; move it away")
+        raise Refused(f"{output} is there but was not made by this run; move it away")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(running, json.dumps(record | {"attempt": attempt}, indent=2) + "\n")
     return attempt
@@ -149,12 +150,12 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
 def check_disk(stage: Stage) -> None:
     """
     Raises:
-        RuntimeError: the stage will write more than is free.
+        Refused: the stage will write more than is free.
     """
     folder = next(path for path in stage.output.absolute().parents if path.exists())
     needed, free = stage_disk(stage.phase, stage.settings), shutil.disk_usage(folder).free
     if needed > free:
-        raise RuntimeError(
+        raise Refused(
             f"{stage.name} will write about {needed / GIB:.1f} GiB, {free / GIB:.1f} are free at {folder}: make room "
             "(keep: last, a smaller save_total_limit) and run the same command again"
         )
@@ -165,9 +166,9 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
     Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
 
     Raises:
-        ValueError: the stage was done, or begun, with other settings or inputs; nothing is mixed or overwritten.
-        FileExistsError: its folder is there but not of this run's making.
-        RuntimeError: too little disk, or the stage's process failed.
+        Refused: the stage was done, or begun, with other settings or inputs; nothing is mixed or overwritten;
+            its folder is there but not of this run's making;
+            too little disk, or the stage's process failed.
     """
     output = stage.output
     running = output.with_name(output.name + ".running")
@@ -177,9 +178,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
     if not is_done(stage):
         pruned = [str(stage.settings[key]) for key in inputs if (Path(str(stage.settings[key])) / PRUNED).is_file()]
         if pruned:
-            raise ValueError(
-                f"{stage.name} needs {pruned[0]}, whose weights were pruned (`keep`); use another run_dir"
-            )
+            raise Refused(f"{stage.name} needs {pruned[0]}, whose weights were pruned (`keep`); use another run_dir")
         check_disk(stage)
         attempt = _begin(stage, record, running)
         config = output.with_name(output.name + ".yaml")
@@ -195,7 +194,7 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
     done = read_manifest(output, "settings", "inputs", "wall_s", "attempts")
     different = _differences(done, record)
     if different:
-        raise ValueError(f"{output} was made with other settings ({different}); use another run_dir")
+        raise Refused(f"{output} was made with other settings ({different}); use another run_dir")
     running.unlink(missing_ok=True)
     if not args.keep_checkpoints:
         for checkpoint in output.glob("checkpoint-*"):
@@ -233,13 +232,13 @@ def locked(run: Path) -> Iterator[int]:
     Hold the run's lock; yields its file descriptor.
 
     Raises:
-        RuntimeError: another warm-up, or a process that a killed one left behind, still works in this folder.
+        Refused: another warm-up, or a process that a killed one left behind, still works in this folder.
     """
     with open(run / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
+            raise Refused(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
         for left in run.rglob(".*.[0-9]*"):  # of `write_whole`, killed
             if left.is_file():
                 left.unlink()

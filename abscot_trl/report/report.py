@@ -4,13 +4,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from abscot_trl.evaluation import plots, sections
-from abscot_trl.evaluation.page import browser, write_page
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
-from abscot_trl.evaluation.runs import over_training, read_answers, warmups
-from abscot_trl.evaluation.tables import escaped, markdown_table, results_table
-from abscot_trl.evaluation.verdict import measured, verdicts
-from abscot_trl.files import write_whole
+from abscot_trl.report import plots, sections
+from abscot_trl.report.page import browser, write_page
+from abscot_trl.report.runs import over_training, read_answers, warmups
+from abscot_trl.report.tables import escaped, markdown_table, results_table
+from abscot_trl.report.verdict import measured, verdicts
+from abscot_trl.storage import write_whole
 
 
 def _markdown(title: str, command: str, found: list[dict], parts: list[dict]) -> str:
@@ -56,7 +57,7 @@ class ReportArguments:
 
     def __post_init__(self):
         if self.chance is not None and not 0 <= self.chance <= 100:
-            raise ValueError(f"chance must lie in 0..100 points, got {self.chance}")
+            raise Refused(f"chance must lie in 0..100 points, got {self.chance}")
 
 
 def report(args: ReportArguments, command: str | None = None) -> Path:
@@ -64,7 +65,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     paths = [Path(run) for run in args.runs]
     folders = [path if path.is_dir() else path.parent for path in paths]
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError(f"runs: {' '.join(args.runs)}: one stands twice; name each once")
+        raise Refused(f"runs: {' '.join(args.runs)}: one stands twice; name each once")
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(args.runs)
     several = len(paths) > 1

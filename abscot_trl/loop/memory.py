@@ -5,7 +5,6 @@ The terms are what torch holds at its peak; two constants were measured (tests/t
 """
 
 import json
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from abscot_trl.errors import Refused
+from abscot_trl.training.steps import accumulation_of
 from abscot_trl.vocabulary import AbstractVocabulary
 
 GIB = 2**30
@@ -41,18 +42,18 @@ def shape_of(path: str) -> Shape:
     The shape of the model at `path` (a folder with config.json, or such a file), built on the meta device.
 
     Raises:
-        FileNotFoundError, ValueError: no config.json there, or not one of a decoder.
+        Refused: no config.json there, or not one of a decoder.
     """
     file = Path(path) if Path(path).is_file() else Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; run `abscot init` first, or give model_config")
+        raise Refused(f"{file} is not there; run `abscot init` first, or give model_config")
     try:
         config = AutoConfig.from_pretrained(file.parent if file.name == "config.json" else file)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         return _shape(config, model)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no configuration of a decoder ({error}); give that of another model") from error
+        raise Refused(f"{file} is no configuration of a decoder ({error}); give that of another model") from error
 
 
 def _shape(config: PretrainedConfig, model: torch.nn.Module) -> Shape:
@@ -83,21 +84,6 @@ def trained_parameters(shape: Shape, recipe: dict, codebook_size: int) -> int:
     ]
     rows = (codebook_size + 2) * shape.width * (1 if shape.tied else 2)
     return recipe.get("lora_r", 16) * sum(map(sum, matrices)) + rows
-
-
-def accumulation_of(recipe: dict, processes: int) -> int:
-    """Micro-batches of an optimiser step on each process."""
-    whole = recipe.get("global_batch_size")
-    at_once = recipe.get("per_device_train_batch_size", 8) * processes
-    return max(whole // at_once, 1) if whole else recipe.get("gradient_accumulation_steps", 1)
-
-
-def steps_of(rows: int, recipe: dict, processes: int) -> int:
-    """Optimiser steps of `rows` training rows: transformers' Trainer, whole batches over all processes."""
-    if recipe.get("max_steps", -1) > 0:
-        return recipe["max_steps"]
-    batches = math.ceil(rows / (recipe.get("per_device_train_batch_size", 8) * processes))
-    return math.ceil(recipe.get("num_train_epochs", 3) * math.ceil(batches / accumulation_of(recipe, processes)))
 
 
 def layer_activations(shape: Shape, tokens: int) -> int:

@@ -13,10 +13,10 @@ from io import BytesIO
 from pathlib import Path
 
 from abscot_trl.evaluation.grading import normal_form
-from abscot_trl.evaluation.plots import save
-from abscot_trl.evaluation.runs import TEXT_LIMIT, Group
-from abscot_trl.evaluation.verdict import SWAPS, measured
-from abscot_trl.files import write_whole
+from abscot_trl.report.plots import save
+from abscot_trl.report.runs import TEXT_LIMIT, Group
+from abscot_trl.report.verdict import SWAPS, measured
+from abscot_trl.storage import write_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 TEMPLATE = Path(__file__).with_name("report.html")

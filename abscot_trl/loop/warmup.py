@@ -22,11 +22,12 @@ from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import run_splits, save_splits
-from abscot_trl.driver import Stage, is_done, launcher_of, locked, print_stages, print_times, run_stages
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
-from abscot_trl.evaluation.tables import results_table
+from abscot_trl.loop.driver import Stage, is_done, launcher_of, locked, print_stages, print_times, run_stages
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
+from abscot_trl.report.tables import results_table
 from abscot_trl.traces.backends import SamplerArguments
 
 
@@ -104,13 +105,13 @@ class WarmupArguments(SamplerArguments):
             path = getattr(self, phase)
             setattr(self, phase, path and path.replace("{tuning}", self.tuning))
         if self.backend == "vllm" and self.launch == "inline":
-            raise ValueError("backend vllm hangs in a process that trains; use launch: accelerate")
+            raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
         if not all(0 <= value < math.inf for value in (self.temperature, self.rehearsal)):
-            raise ValueError(
+            raise Refused(
                 f"temperature {self.temperature} and rehearsal {self.rehearsal} must be finite and not negative"
             )
         if self.rounds < 1 or self.rows_per_phase < 1:
-            raise ValueError(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")
+            raise Refused(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")
 
 
 def stages(args: WarmupArguments) -> Iterator[Stage]:
@@ -173,21 +174,19 @@ def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
     Training recipes were checked field by field in `stages`; building their `TrainingArguments` here would hold a GPU.
 
     Raises:
-        FileNotFoundError, ValueError: as the stage itself would, later.
+        Refused: as the stage itself would, later.
     """
     launcher_of(args)
     with tempfile.TemporaryDirectory() as folder:
         for stage in (stage for stage in todo if stage.phase not in TRAINING):
             if stage.settings.get("backend") == "vllm" and args.launch == "inline":
-                raise ValueError(
-                    f"{args.evaluate}: backend vllm hangs in a process that trains; use launch: accelerate"
-                )
+                raise Refused(f"{args.evaluate}: backend vllm hangs in a process that trains; use launch: accelerate")
             path = Path(folder) / f"{stage.phase}.yaml"
             path.write_text(yaml.safe_dump(stage.settings))
             try:
                 parse(PHASES[stage.phase][1], ["--config", str(path)])
             except ValueError as error:
-                raise ValueError(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
+                raise Refused(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
             if stage.phase == "evaluate":
                 settings = stage.settings
                 where = settings.get("problems_split", "test"), settings.get("problems_config")
@@ -199,19 +198,19 @@ def choose_stages(todo: list[Stage], args: WarmupArguments) -> list[Stage]:
     Those from `from_stage` to `until`.
 
     Raises:
-        ValueError: no stage of that name, none between the two, or one before them that is not done.
+        Refused: no stage of that name, none between the two, or one before them that is not done.
     """
     names = [stage.name for stage in todo]
     for name in (args.from_stage, args.until):
         if name is not None and name not in names:
-            raise ValueError(f"no stage {name!r}; the run has {', '.join(names)}")
+            raise Refused(f"no stage {name!r}; the run has {', '.join(names)}")
     first = names.index(args.from_stage or names[0])
     chosen = todo[first : names.index(args.until or names[-1]) + 1]
     if not chosen:
-        raise ValueError(f"from {args.from_stage} until {args.until} holds no stage: they are the other way round")
+        raise Refused(f"from {args.from_stage} until {args.until} holds no stage: they are the other way round")
     missing = [stage.name for stage in todo[:first] if not is_done(stage)]
     if missing:
-        raise ValueError(f"from {args.from_stage}: {missing[0]} is not done; leave `from` out to run it too")
+        raise Refused(f"from {args.from_stage}: {missing[0]} is not done; leave `from` out to run it too")
     return chosen
 
 
@@ -249,7 +248,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
         The rows of `results.json`.
 
     Raises:
-        ValueError: recipes with unknown keys, too few rows, or a run that was started with other settings.
+        Refused: recipes with unknown keys, too few rows, or a run that was started with other settings.
     """
     todo = list(stages(args))
     check_stages(todo, args)

@@ -2,11 +2,16 @@
 
 import re
 
-from abscot_trl.evaluation.plots import label
-
 FIGURES = {"em": "EM", "maj": "maj", "pass": "pass", "win_rate": "win rate"}  # each with its interval
 OPTIONAL = FIGURES | {"truncated": "truncated", "swapped": "swapped"}
 METRICS = {"f1": " F1", "lc_win_rate": " LC"}
+
+
+def label(row: dict) -> str:
+    """The model, with its stage or its round beyond the first, and its run where several are compared."""
+    about = row.get("stage") or (f"r{row['round']}" if row.get("round", 1) > 1 else "")
+    name = f"{row['model']} {about}" if about and about != row["model"] else row["model"]
+    return name + (f" ({row['run']})" if row.get("run", row["model"]) != row["model"] else "")
 
 
 def header_of(results: list[dict]) -> list[str]:

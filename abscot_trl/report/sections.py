@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from abscot_trl.evaluation import codebook, plots
-from abscot_trl.evaluation.runs import Group, read_losses, read_settings, read_wall_times
-from abscot_trl.evaluation.tables import cells, header_of
-from abscot_trl.evaluation.verdict import comparisons, measured
+from abscot_trl.report import codebook, plots
+from abscot_trl.report.runs import Group, read_losses, read_settings, read_wall_times
+from abscot_trl.report.tables import cells, header_of
+from abscot_trl.report.verdict import comparisons, measured
 
 PUBLISHED = Path(__file__).with_name("published.json")
 INTERVALS = (

@@ -2,7 +2,7 @@
 
 from math import hypot
 
-from abscot_trl.evaluation.plots import label
+from abscot_trl.report.tables import label
 
 WORDS = {
     "information": "its traces carry information about their problem",

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from abscot_trl.errors import Refused
+
 MANIFEST = "manifest.json"
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
 WHERE = ("engine", "server", "batch_tokens")  # on what a phase's work is done: not what it makes
@@ -28,16 +30,16 @@ def read_json(path: str | Path, remedy: str, *keys: str) -> dict:
     A JSON object that holds `keys`.
 
     Raises:
-        ValueError: it is damaged or lacks one; the message names the file and ends in `remedy`.
+        Refused: it is damaged or lacks one; the message names the file and ends in `remedy`.
     """
     try:
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+            raise Refused(f"it holds a {type(content).__name__}, not an object")
         if missing := [key for key in keys if key not in content]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
+            raise Refused(f"it lacks {', '.join(missing)}")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+        raise Refused(f"{path} is damaged ({error}); {remedy}") from error
     return content
 
 
@@ -51,20 +53,20 @@ def begin_parts(output_dir: str | Path, settings: dict) -> Path:
     `<output_dir>.parts`, where the finished parts of a long work are kept, with the `settings` it was begun with.
 
     Raises:
-        ValueError: it was begun with other settings, or nobody knows with which.
+        Refused: it was begun with other settings, or nobody knows with which.
     """
     folder = Path(f"{output_dir}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if not path.is_file():
         if any(part.name[0] != "." for part in folder.iterdir()):
-            raise ValueError(f"{folder} holds finished work, but not the settings of it ({path.name}); remove it")
+            raise Refused(f"{folder} holds finished work, but not the settings of it ({path.name}); remove it")
         write_whole(path, json.dumps(settings, indent=2) + "\n")
     begun, settings = read_json(path, f"remove {folder} to begin anew"), json.loads(json.dumps(settings))
     other = [key for key in sorted(begun | settings) if begun.get(key) != settings.get(key)]
     if other:
         differences = ", ".join(f"{key}: {begun.get(key)!r} -> {settings.get(key)!r}" for key in other)
-        raise ValueError(f"{folder} was begun with other settings ({differences}); go back to them or remove it")
+        raise Refused(f"{folder} was begun with other settings ({differences}); go back to them or remove it")
     return folder
 
 

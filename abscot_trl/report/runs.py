@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import is_number
-from abscot_trl.files import INPUTS, MANIFEST, read_json, read_manifest
+from abscot_trl.storage import INPUTS, MANIFEST, read_json, read_manifest
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
 TEXT_LIMIT = 20_000  # characters of a problem or a response that are kept; a report is no archive
@@ -57,21 +58,21 @@ def _clip(record: dict) -> dict:
 
 def _records(path: Path) -> Iterator[dict]:
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty; evaluate again")
+        raise Refused(f"{path} is empty; evaluate again")
     with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 if missing := ANSWER_FIELDS - record.keys():
-                    raise ValueError(f"lacks {', '.join(sorted(missing))}")
+                    raise Refused(f"lacks {', '.join(sorted(missing))}")
                 if not all(type(index) is int and index >= 0 for index in record["trace"]):
-                    raise ValueError("trace: no codebook indices")
+                    raise Refused("trace: no codebook indices")
                 if wrong := [name for name in ANSWER_TEXTS if not isinstance(record[name], str)]:
-                    raise ValueError(f"{', '.join(wrong)}: no text")
+                    raise Refused(f"{', '.join(wrong)}: no text")
                 if record["score"] is not None and not is_number(record["score"]):
-                    raise ValueError(f"score {record['score']!r} is no number")
+                    raise Refused(f"score {record['score']!r} is no number")
             except (ValueError, AttributeError, TypeError) as error:
-                raise ValueError(f"{path} line {number} is no answer ({error}); evaluate again") from error
+                raise Refused(f"{path} line {number} is no answer ({error}); evaluate again") from error
             yield _clip(record)
 
 
@@ -81,7 +82,7 @@ def read_answers(run: str | Path) -> list[Group]:
     and `sweep`, which makes a report of its own.
 
     Raises:
-        ValueError: a line that is no answer; names file and line.
+        Refused: a line that is no answer; names file and line.
     """
     groups: dict[tuple, Group] = {}
     for path in sorted(Path(run).rglob("answers.jsonl")):
@@ -130,7 +131,7 @@ def read_losses(warmup: Path) -> dict[str, list[dict]]:
     The logged steps by stage, from `losses.csv`; empty without one.
 
     Raises:
-        ValueError: a line that holds no step; names file and line.
+        Refused: a line that holds no step; names file and line.
     """
     path, logs = warmup / "losses.csv", {}
     if path.is_file():
@@ -140,7 +141,7 @@ def read_losses(warmup: Path) -> dict[str, list[dict]]:
                     stage, _ = row.pop("stage"), row["step"]
                     logs.setdefault(stage, []).append({key: float(value) for key, value in row.items() if value})
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path} line {number} is no logged step ({error}); {AGAIN}") from error
+                    raise Refused(f"{path} line {number} is no logged step ({error}); {AGAIN}") from error
     return logs
 
 
@@ -149,7 +150,7 @@ def read_wall_times(warmup: Path) -> tuple[list[str], list[list[str]]]:
     path = warmup / "record.md"
     lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
     if len(lines) < 2 or len({line.count("|") for line in lines}) > 1:
-        raise ValueError(f"{path} holds no table of wall times; {AGAIN}")
+        raise Refused(f"{path} holds no table of wall times; {AGAIN}")
     header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
     return header, rows
 

@@ -8,8 +8,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from abscot_trl.evaluation.plots import plot_losses
-from abscot_trl.files import MANIFEST, read_json, read_manifest, write_whole
+from abscot_trl.report.plots import plot_losses
+from abscot_trl.storage import MANIFEST, read_json, read_manifest, write_whole
 from abscot_trl.training.resume import LOG_FILE
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "vllm", "datasets", "math-verify")
@@ -28,7 +28,7 @@ def _output_of(*command: str) -> str | None:
 @cache
 def environment() -> dict:
     """Versions, GPUs and this package's git commit (`-dirty`: with changes); what is not there is `None`."""
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     versions = {}
     for package in PACKAGES:
         try:

@@ -11,17 +11,18 @@ from pathlib import Path
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import load_splits, run_splits, save_splits
-from abscot_trl.driver import Stage, launcher_of, locked, print_stages, print_times, run_stages
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.concise import ROWS_FILE
 from abscot_trl.evaluation.results import read_results, write_results
-from abscot_trl.evaluation.tables import results_table
-from abscot_trl.files import read_json
-from abscot_trl.memory import steps_of
+from abscot_trl.loop.driver import Stage, launcher_of, locked, print_stages, print_times, run_stages
+from abscot_trl.loop.warmup import WarmupArguments, check_stages, choose_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
+from abscot_trl.report.tables import results_table
+from abscot_trl.storage import read_json
 from abscot_trl.training.configs import BASELINES
 from abscot_trl.training.resume import LOG_FILE
+from abscot_trl.training.steps import steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
-from abscot_trl.warmup import WarmupArguments, check_stages, choose_stages
 
 NAMES = ("base", *BASELINES)
 
@@ -54,12 +55,12 @@ class BaselinesArguments(WarmupArguments):
         super().__post_init__()
         unknown = [name for name in self.names if name not in NAMES]
         if unknown or not self.names:
-            raise ValueError(f"names: {unknown or 'none'}; any of {', '.join(NAMES)} are wanted")
+            raise Refused(f"names: {unknown or 'none'}; any of {', '.join(NAMES)} are wanted")
         if "concise" in self.names and self.concise is None:
-            raise ValueError("names: concise needs the field concise, a recipe of `abscot concise`; or leave it out")
+            raise Refused("names: concise needs the field concise, a recipe of `abscot concise`; or leave it out")
         for name in ("steps", "verbal_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def warmup_steps(args: BaselinesArguments) -> int:
@@ -67,8 +68,8 @@ def warmup_steps(args: BaselinesArguments) -> int:
     Optimiser steps of the whole warm-up: given, summed over a finished one, or computed.
 
     Raises:
-        FileNotFoundError: the warm-up has not ended.
-        ValueError: its rows are packed and it was not run yet, so that nobody knows.
+        Refused: the warm-up has not ended;
+            its rows are packed and it was not run yet, so that nobody knows.
     """
     phases = [(t, phase) for t in range(1, args.rounds + 1) for phase in PARTS]
     if args.steps is not None:
@@ -77,14 +78,14 @@ def warmup_steps(args: BaselinesArguments) -> int:
         logs = [Path(args.warmup) / f"round{t}" / phase / LOG_FILE for t, phase in phases]
         missing = [str(log) for log in logs if not log.is_file()]
         if missing:
-            raise FileNotFoundError(f"{missing[0]} is not there: the warm-up has not ended; end it, or set steps")
+            raise Refused(f"{missing[0]} is not there: the warm-up has not ended; end it, or set steps")
         remedy = "run that stage of the warm-up again, or set steps"
         return sum(read_json(log, remedy, "steps")["steps"] for log in logs)
     total, processes = 0, launcher_of(args).get("num_processes", 1)
     for _, phase in phases:
         recipe = read_yaml(getattr(args, phase))
         if recipe.get("packing") and recipe.get("max_steps", -1) < 1:
-            raise ValueError(
+            raise Refused(
                 f"{getattr(args, phase)} packs rows, so its steps are known from a run alone; set warmup to the "
                 "folder of a finished one, or steps"
             )
@@ -98,10 +99,10 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
     The stages in order, those of `concise`'s rows before its training.
 
     Raises:
-        ValueError: no recipe of the evaluation, or a recipe with unknown keys.
+        Refused: no recipe of the evaluation, or a recipe with unknown keys.
     """
     if not args.evaluate:
-        raise ValueError("evaluate: a recipe is needed; baselines are there to be compared")
+        raise Refused("evaluate: a recipe is needed; baselines are there to be compared")
     recipes = {phase: read_yaml(getattr(args, phase)) for phase in ("bottleneck", "evaluate")}
     check_fields(recipes["bottleneck"], PHASES["baseline"][1], args.bottleneck)
     check_fields(recipes["evaluate"], PHASES["evaluate"][1], args.evaluate)
@@ -158,7 +159,7 @@ def baselines(args: BaselinesArguments) -> list[dict]:
         The rows of `results.json`.
 
     Raises:
-        ValueError: recipes with unknown keys, too few rows, rows that are not the warm-up's, or a run that was started
+        Refused: recipes with unknown keys, too few rows, rows that are not the warm-up's, or a run that was started
             with other settings.
     """
     todo = baseline_stages(args)

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from abscot_trl.report.tables import label
+
 SWAP_COLOURS = {
     "own": "#1b6ca8",
     "random": "#d95f02",
@@ -35,13 +37,6 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "abscot",
 }
-
-
-def label(row: dict) -> str:
-    """The model, with its stage or its round beyond the first, and its run where several are compared."""
-    about = row.get("stage") or (f"r{row['round']}" if row.get("round", 1) > 1 else "")
-    name = f"{row['model']} {about}" if about and about != row["model"] else row["model"]
-    return name + (f" ({row['run']})" if row.get("run", row["model"]) != row["model"] else "")
 
 
 def _short(text: str) -> str:
@@ -183,7 +178,7 @@ def over_stages(results: list[dict]) -> Figure:
 def codebook(analyses: dict[str, dict]) -> Figure:
     """
     Rank and frequency with the fitted power law; entropy by position; information on the gold answer by position;
-    lengths. A colour a model; `analyses` are `abscot_trl.evaluation.codebook.analyse`'s, by model.
+    lengths. A colour a model; `analyses` are `abscot_trl.report.codebook.analyse`'s, by model.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.0, 7.2), layout="constrained")

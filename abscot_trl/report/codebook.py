@@ -6,6 +6,7 @@ Pure functions of traces (codebook indices) and gold answers; entropies and info
 
 import numpy as np
 
+from abscot_trl.errors import Refused
 from abscot_trl.traces.files import entropy, summarise_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -91,10 +92,10 @@ def mutual_information(first: list, second: list, permutations: int = 100, seed:
     permutations (the data's own order counted in) with at least as much.
 
     Raises:
-        ValueError: no pairs, or lists of unequal length.
+        Refused: no pairs, or lists of unequal length.
     """
     if not first or len(first) != len(second):
-        raise ValueError(f"information needs pairs, got {len(first)} and {len(second)} values")
+        raise Refused(f"information needs pairs, got {len(first)} and {len(second)} values")
     a, b = _codes(first), _codes(second)
     size = int(b.max()) + 1
     apart = entropy(np.bincount(a)) + entropy(np.bincount(b))

@@ -8,13 +8,14 @@ from its parts when it was killed.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from abscot_trl.driver import Stage, is_done, locked, print_times, run_stage
+from abscot_trl.errors import Refused
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import read_results, write_results
-from abscot_trl.evaluation.runs import rounds
-from abscot_trl.evaluation.tables import results_table
-from abscot_trl.files import MANIFEST, PRUNED, read_manifest
+from abscot_trl.loop.driver import Stage, is_done, locked, print_times, run_stage
 from abscot_trl.phases import check_fields, read_yaml
+from abscot_trl.report.runs import rounds
+from abscot_trl.report.tables import results_table
+from abscot_trl.storage import MANIFEST, PRUNED, read_manifest
 
 
 @dataclass
@@ -45,7 +46,7 @@ def models(run: Path) -> list[tuple[str, Path]]:
     `base` and the models of the rounds by the stage that trained them (`round1/bottleneck`), merged where LoRA did.
 
     Raises:
-        FileNotFoundError: no stage of the run is done.
+        Refused: no stage of the run is done.
     """
     found: list[tuple[str, Path]] = []
     for folder in rounds(run):
@@ -60,7 +61,7 @@ def models(run: Path) -> list[tuple[str, Path]]:
             if (model / MANIFEST).is_file():
                 found.append((f"{folder.name}/{phase}", model))
     if not found:
-        raise FileNotFoundError(f"{run}: no model of a warm-up is done there; run `abscot warmup` first")
+        raise Refused(f"{run}: no model of a warm-up is done there; run `abscot warmup` first")
     return found
 
 
@@ -103,9 +104,9 @@ def sweep(args: SweepArguments) -> list[dict]:
     `abscot sweep`: run what is not done yet; returns the rows.
 
     Raises:
-        FileNotFoundError, ValueError: no models, a recipe with unknown keys, or an evaluation that was made or begun
-            with other settings or of another model.
-        RuntimeError: the run is at work, or an evaluation failed; the same command goes on from there.
+        Refused: no models, a recipe with unknown keys, or an evaluation that was made or begun
+            with other settings or of another model;
+            the run is at work, or an evaluation failed; the same command goes on from there.
     """
     todo, times = sweep_stages(args), []
     (Path(args.run) / "sweep").mkdir(exist_ok=True)

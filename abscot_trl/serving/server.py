@@ -23,6 +23,7 @@ import httpx
 import uvicorn
 from transformers import AutoTokenizer
 
+from abscot_trl.errors import Refused
 from abscot_trl.serving.chat import Chat, chat_app
 from abscot_trl.traces.backends import engine_arguments
 from abscot_trl.traces.vllm import ServerTraceSampler, check_tensor_parallel
@@ -63,11 +64,11 @@ class ServeArguments:
     def __post_init__(self):
         self.engine = engine_arguments(self.engine)
         if self.upstream is not None and (self.engine or self.served_model_name):
-            raise ValueError("engine and served_model_name are the upstream's own; give them to its `vllm serve`")
+            raise Refused("engine and served_model_name are the upstream's own; give them to its `vllm serve`")
         if self.upstream is not None and not self.upstream.startswith(("http://", "https://")):
-            raise ValueError(f"upstream: {self.upstream!r} is no address; write http://host:port")
+            raise Refused(f"upstream: {self.upstream!r} is no address; write http://host:port")
         if self.trace_temperature < 0:
-            raise ValueError(f"trace_temperature must not be negative, got {self.trace_temperature}; 0 is greedy")
+            raise Refused(f"trace_temperature must not be negative, got {self.trace_temperature}; 0 is greedy")
 
 
 def engine_flags(engine: dict[str, Any]) -> list[str]:
@@ -75,14 +76,14 @@ def engine_flags(engine: dict[str, Any]) -> list[str]:
     `{tensor_parallel_size: 2, enforce_eager: true}` as `--tensor-parallel-size=2 --enforce-eager`.
 
     Raises:
-        ValueError: an argument that is set here, or none.
+        Refused: an argument that is set here, or none.
     """
     flags = []
     for name, value in engine.items():
         flag = str(name).replace("_", "-")
         if flag.replace("-", "_") in OURS or value is None:
             why = "has no value" if value is None else "is not for vllm serve's command line here"
-            raise ValueError(f"engine: {name} {why}; leave it out")
+            raise Refused(f"engine: {name} {why}; leave it out")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
@@ -128,12 +129,12 @@ class VLLMServer:
     def check(self) -> None:
         """
         Raises:
-            RuntimeError: the child has ended; with the end of its log.
+            Refused: the child has ended; with the end of its log.
         """
         code = self.process.poll()
         if code is not None:
             self.log.join(timeout=1)
-            raise RuntimeError(f"vllm serve ended with exit code {code}; the end of its log: {''.join(self.tail)}")
+            raise Refused(f"vllm serve ended with exit code {code}; the end of its log: {''.join(self.tail)}")
 
     def wait_until_healthy(self) -> None:
         while True:
@@ -160,14 +161,14 @@ def bind(host: str, port: int) -> socket.socket:
     The listening address, taken before vLLM starts; connections are refused until the server is up.
 
     Raises:
-        OSError: it is in use, or not ours.
+        Refused: it is in use, or not ours.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another host or port") from error
+        raise Refused(f"cannot listen on {host}:{port} ({error.strerror}); choose another host or port") from error
     return listener
 
 
@@ -214,9 +215,9 @@ def serve(args: ServeArguments) -> None:
     `abscot serve`: returns by exit code 0 on SIGINT and SIGTERM.
 
     Raises:
-        FileNotFoundError, ValueError: not an extended checkpoint, or arguments that cannot be.
-        OSError: the address is in use, or nothing answers at `upstream`.
-        RuntimeError: vLLM died; with the end of its log.
+        Refused: not an extended checkpoint, or arguments that cannot be;
+            the address is in use, or nothing answers at `upstream`;
+            vLLM died; with the end of its log.
     """
     AbstractVocabulary.load(args.model)
     check_tensor_parallel(args.model, args.engine.get("tensor_parallel_size", 1))
