@@ -16,7 +16,7 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines test lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-sampling bench-plan bench-data clean
+.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-sampling bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -46,8 +46,11 @@ demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's 
 	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) --output_dir runs/demo-baselines \
 	    --models sft cot pause icot cut-cot concise paper informed $(ARGS)
 
-test: $(READY) ## the tests
+test: $(READY) ## all tests (a quarter of an hour on two cores)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(READY) ## the tests that take seconds, for the next edit
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
