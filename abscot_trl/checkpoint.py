@@ -5,10 +5,6 @@ Every phase reads a full checkpoint and writes one. Tokenizer, embedding rows, c
 of a checkpoint agree; that is verified by loading it again after writing.
 """
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Template
@@ -20,31 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from abscot_trl.attention import check_supported
 from abscot_trl.errors import Refused
+from abscot_trl.storage import written_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 INITIALISATIONS = ("mean+noise", "normal", "zeros")
-
-
-@contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """
-    A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        Refused: `path` is there already; nothing is overwritten.
-    """
-    path = Path(path)
-    if path.exists():
-        raise Refused(f"{path} is there already; choose another output_dir or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-        folder.rename(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 @dataclass

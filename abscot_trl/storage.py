@@ -1,28 +1,77 @@
-"""What phases read, told apart by content."""
+"""Files and folders that are whole or not there; what phases read, told apart by content; finished parts of work."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from abscot_trl.errors import Refused
 
 MANIFEST = "manifest.json"
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
-WHERE = ("engine", "server", "batch_tokens")  # on what a phase's work is done: not what it makes
+TEMPORARY = ".abscot-tmp"  # how a file ends that a kill left unfinished
 INPUTS = ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems")
+WITH_FOLDERS = ("data", "problems")  # read with all folders below; a model's hold its checkpoints, which come and go
+WHERE = ("server", "batch_tokens")  # on what a phase's work is done: not what it makes
+# The same of vLLM's arguments. All others are part of what is made: lengths, dtypes, quantisation, seeds, kernels.
+ENGINE_WHERE = (
+    "tensor_parallel_size",  # over how many devices
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+    "distributed_executor_backend",  # by what processes, and how they talk
+    "disable_custom_all_reduce",
+    "max_parallel_loading_workers",
+    "gpu_memory_utilization",  # in how much memory
+    "kv_cache_memory_bytes",
+    "swap_space",
+    "cpu_offload_gb",
+    "block_size",  # pages of the cache of keys and values; its `kv_cache_dtype` is not exempt
+    "enable_prefix_caching",  # the same keys and values, kept or made again
+    "max_num_seqs",  # how many rows and tokens at a time
+    "max_num_batched_tokens",
+    "enable_chunked_prefill",
+    "enforce_eager",  # with or without recorded graphs, which take memory
+)
 
 
 def write_whole(path: str | Path, text: str) -> None:
     """Write a file so that a kill or a power cut leaves the old one or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """
+    A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        Refused: `path` is there already; nothing is overwritten.
+    """
+    path = Path(path)
+    if path.exists():
+        raise Refused(f"{path} is there already; choose another output_dir or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def read_json(path: str | Path, remedy: str, *keys: str) -> dict:
@@ -48,46 +97,19 @@ def read_manifest(folder: str | Path, *keys: str) -> dict:
     return read_json(Path(folder) / MANIFEST, f"remove {folder} and run the stage again", *keys)
 
 
-def begin_parts(output_dir: str | Path, settings: dict) -> Path:
-    """
-    `<output_dir>.parts`, where the finished parts of a long work are kept, with the `settings` it was begun with.
-
-    Raises:
-        Refused: it was begun with other settings, or nobody knows with which.
-    """
-    folder = Path(f"{output_dir}.parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if not path.is_file():
-        if any(part.name[0] != "." for part in folder.iterdir()):
-            raise Refused(f"{folder} holds finished work, but not the settings of it ({path.name}); remove it")
-        write_whole(path, json.dumps(settings, indent=2) + "\n")
-    begun, settings = read_json(path, f"remove {folder} to begin anew"), json.loads(json.dumps(settings))
-    other = [key for key in sorted(begun | settings) if begun.get(key) != settings.get(key)]
-    if other:
-        differences = ", ".join(f"{key}: {begun.get(key)!r} -> {settings.get(key)!r}" for key in other)
-        raise Refused(f"{folder} was begun with other settings ({differences}); go back to them or remove it")
-    return folder
-
-
 def files_digest(files: Iterable[str | Path]) -> str:
-    """Of the files' names, sizes and contents; of one over 4 MiB 256 stretches, evenly spread, first and last too."""
+    """Of the files' names, sizes and contents."""
     digest = hashlib.sha256()
     for file in map(Path, files):
-        size, stretch = file.stat().st_size, 2**14
-        digest.update(f"{file.name} {size} ".encode())
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
         with open(file, "rb") as content:
-            if size <= 256 * stretch:
-                digest.update(content.read())
-                continue
-            for k in range(256):  # the head alone is the header and embedding rows that LoRA never trains
-                content.seek(k * (size - stretch) // 255)
-                digest.update(content.read(stretch))
+            while block := content.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 
-def path_digest(path: str | Path) -> str | None:
-    """Of a file its bytes, of a folder `files_digest`; `None` where neither is (a hub id)."""
+def path_digest(path: str | Path, with_folders: bool = False) -> str | None:
+    """Of a file its bytes; of a folder `files_digest`, `with_folders` of all files below; `None` where neither is."""
     path = Path(path)
     if (path / PRUNED).is_file():
         return read_json(path / PRUNED, "use another run_dir", "digest")["digest"]
@@ -95,12 +117,121 @@ def path_digest(path: str | Path) -> str | None:
         with open(path, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
     if path.is_dir():
-        return files_digest(sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST))
+        found = path.rglob("*") if with_folders else path.iterdir()
+        return files_digest(sorted(p for p in found if p.is_file() and p.name != MANIFEST))
     return None
 
 
 def input_digests(settings: dict) -> dict[str, str]:
-    """The digest of each path among `settings`, of a list of paths one after another."""
-    given = {key: settings.get(key) for key in INPUTS}
-    digests = {k: [path_digest(str(path)) for path in (v if isinstance(v, list) else [v])] for k, v in given.items()}
-    return {key: " ".join(found) for key, found in digests.items() if found and None not in found}
+    """The digest of each path among `settings`, of a list of paths one after another; a hub id has none."""
+    digests = {}
+    for key in INPUTS:
+        value = settings.get(key)
+        found = [
+            path_digest(str(path), key in WITH_FOLDERS) for path in (value if isinstance(value, list) else [value])
+        ]
+        if found and None not in found:
+            digests[key] = " ".join(found)
+    return digests
+
+
+def differences(then: dict, now: dict) -> dict[str, str]:
+    """The settings, by name, that make one work another, in words: all but those that only say where it is done."""
+    then, now = map(_what, (then, now))
+    keys = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    return {key: f"{key}: {then.get(key)!r} -> {now.get(key)!r}" for key in keys}
+
+
+def _what(settings: dict) -> dict:
+    engine = settings.get("engine")
+    if isinstance(engine, dict):
+        engine = {key: value for key, value in engine.items() if key not in ENGINE_WHERE}
+    return {key: value for key, value in settings.items() if key not in WHERE} | {"engine": engine or None}
+
+
+def phase_settings(args, **more) -> dict:
+    """All that a phase's work depends on: its fields, the digests of its inputs, and `more`."""
+    settings = {key: value for key, value in asdict(args).items() if key not in ("output_dir", "shard")}
+    return settings | {"inputs": input_digests(settings), **more}
+
+
+class Parts:
+    """
+    A long work in parts, each a JSON Lines file that is whole or not there: a killed one goes on where it was, and
+    shards work side by side.
+
+    They are kept in `<output_dir>.parts/` until they are joined, beside `settings.json`, which marks the folder as
+    ours and says what they were made with. Which records a part holds depends on that alone, so that what is joined
+    does not depend on who made which part, or on how often it was killed.
+
+    Args:
+        settings (`dict`): all that the records depend on.
+        name (`str`): of a part's file, by its number.
+
+    Raises:
+        Refused: `output_dir` is there already;
+            the folder is there but not ours, or holds parts that were made with other settings.
+    """
+
+    def __init__(self, output_dir: str | Path, settings: dict, name: str = "{:06}.jsonl"):
+        if Path(output_dir).exists():
+            raise Refused(f"{output_dir} is there already; choose another output_dir or remove it")
+        self.folder, self.name = Path(f"{output_dir}.parts"), name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker = self.folder / "settings.json"
+        if not marker.is_file():
+            # What a kill left of writing the marker is no work, and ours.
+            if any(not path.name.endswith(TEMPORARY) for path in self.folder.iterdir()):
+                raise Refused(
+                    f"{self.folder} holds finished work, but not the settings of it ({marker.name}), or is not of our "
+                    "making; move it away"
+                )
+            write_whole(marker, json.dumps(settings, indent=2) + "\n")
+        begun = read_json(marker, f"remove {self.folder} to begin anew")
+        if words := ", ".join(differences(begun, json.loads(json.dumps(settings))).values()):
+            raise Refused(f"{self.folder} was begun with other settings ({words}); go back to them or remove it")
+
+    def path(self, number: int) -> Path:
+        return self.folder / self.name.format(number)
+
+    def done(self, number: int) -> bool:
+        return self.path(number).is_file()
+
+    def write(self, number: int, records: list[dict]) -> None:
+        """Write one part, whole or not at all."""
+        write_whole(self.path(number), "".join(json.dumps(record) + "\n" for record in records))
+
+    def records(self, numbers: Iterable[int], sizes: Sequence[int] | None = None) -> Iterator[dict]:
+        """
+        The records of the parts `numbers`, in order.
+
+        Raises:
+            Refused: a damaged part, or one that does not hold `sizes[number]` records.
+        """
+        for number in numbers:
+            path = self.path(number)
+            try:
+                records = [json.loads(line) for line in path.read_text().splitlines()]
+                if not all(isinstance(record, dict) for record in records):
+                    raise Refused("a line is no object")
+                if sizes is not None and len(records) != sizes[number]:
+                    raise Refused(f"{len(records)} records, {sizes[number]} were written")
+            except ValueError as error:
+                raise Refused(f"{path} is damaged ({error}); remove it and run the same command again") from error
+            yield from records
+
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """One process at a time: two shards may end at the same moment. The folder is gone when another has joined."""
+        try:
+            lock = open(self.folder / ".lock", "w")
+        except FileNotFoundError:
+            yield
+            return
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def remove(self) -> None:
+        """After joining."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,11 +11,12 @@ import torch
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint, written_whole
+from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint
 from abscot_trl.data.prepare import tokenizer_digest
 from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.errors import Refused
 from abscot_trl.examples import prompt_ids
+from abscot_trl.storage import written_whole
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import IterableDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
 from abscot_trl.data import dolci
@@ -20,8 +20,7 @@ from abscot_trl.data.rows import cut_cot
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.data.toy import CHAT_TEMPLATE, toy_tokenizer
 from abscot_trl.errors import Refused
-from abscot_trl.examples import cot_ids
-from abscot_trl.traces.initial import step_ends
+from abscot_trl.examples import cot_columns, cot_ids
 from abscot_trl.vocabulary import AbstractVocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -525,7 +524,9 @@ def test_text_and_ids_of_a_cut_cot_agree(tmp_path, byte_level_folder, overlong):
         assert_adds_up(counts)
         for kept in data:
             assert kept["cot_ids"] == cot_ids(kept["cot"], tokenizer)
-            assert step_ends(kept["cot"], tokenizer)[-1] == len(kept["cot_ids"]) - 1
+            columns = cot_columns(kept["cot"], tokenizer)
+            assert {name: kept[name] for name in columns} == columns
+            assert kept["step_ends"][-1] == len(kept["cot_ids"]) - 1
             assert limit - 8 < len(kept["cot_ids"]) <= limit  # not cut by more than the fit asks for
             whole = LONG_COTS[int(kept["id"])]
             if overlong == "cut_cot_head":
@@ -682,6 +683,64 @@ def test_prepared_data_knows_its_tokenizer(tmp_path, tokenizer_folder):
         with pytest.raises(ValueError, match="prepare the data again with this checkpoint's tokenizer") as error:
             load_prepared(tmp_path / "out", other)
         assert str(tmp_path / "out") in str(error.value) and tokenizer_folder in str(error.value)
+
+
+def changed_normalizer(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def changed_pre_tokenizer(tokenizer):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+
+def changed_added_token(tokenizer):
+    tokenizer.backend_tokenizer.add_tokens([AddedToken("<TOKEN_A>", lstrip=True)])
+
+
+def changed_eos(tokenizer):
+    tokenizer.eos_token = "<unk>"
+
+
+@pytest.mark.parametrize(
+    "change", [changed_normalizer, changed_pre_tokenizer, changed_added_token, changed_eos], ids=lambda f: f.__name__
+)
+def test_whatever_changes_ids_is_another_tokenizer(tmp_path, tokenizer_folder, change):
+    prepare(arguments(tmp_path, tokenizer_folder))
+    other = AutoTokenizer.from_pretrained(tokenizer_folder)
+    change(other)
+    with pytest.raises(Refused, match="was not prepared with the tokenizer"):
+        load_prepared(tmp_path / "out", other)
+
+
+def test_what_changes_no_ids_is_the_same_tokenizer(tmp_path, tokenizer_folder, byte_level_folder):
+    """Padding and truncation are left in a tokenizer by who used it last; saved and loaded again it is the same."""
+    for folder in (tokenizer_folder, byte_level_folder):
+        used = AutoTokenizer.from_pretrained(folder)
+        digest = tokenizer_digest(used)
+        used.pad_token = used.eos_token
+        used(["1", "2 3"], padding=True, truncation=True, max_length=1, split_special_tokens=True)
+        used.save_pretrained(tmp_path / "again")
+        assert digest == tokenizer_digest(used) == tokenizer_digest(AutoTokenizer.from_pretrained(tmp_path / "again"))
+
+
+def test_data_of_an_earlier_version_is_refused(tmp_path, tokenizer_folder):
+    prepare(arguments(tmp_path, tokenizer_folder))
+    data, counts = load_prepared(tmp_path / "out")
+    data.remove_columns(["step_ends", "step_lengths"]).save_to_disk(tmp_path / "old")
+    (tmp_path / "old" / "counts.json").write_text(json.dumps(counts))
+    with pytest.raises(Refused, match="old lacks step_ends, step_lengths.*prepare the data again"):
+        load_prepared(tmp_path / "old")
+
+
+@pytest.mark.parametrize("files", [{".notes": "mine"}, {".git/config": "mine"}, {"settings.json": "{}", "a": "mine"}])
+def test_a_folder_named_as_the_parts_that_is_not_ours_stays(tmp_path, tokenizer_folder, files):
+    parts = tmp_path / "out.parts"
+    for name, text in files.items():
+        (parts / name).parent.mkdir(parents=True, exist_ok=True)
+        (parts / name).write_text(text)
+    with pytest.raises(Refused, match="out.parts"):
+        prepare(arguments(tmp_path, tokenizer_folder))
+    assert {str(p.relative_to(parts)): p.read_text() for p in parts.rglob("*") if p.is_file()} == files
 
 
 @real_data

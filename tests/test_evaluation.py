@@ -21,9 +21,9 @@ from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.report.report import ReportArguments, report
 from abscot_trl.report.tables import results_table
 from abscot_trl.scripts.demo import write_problems
+from abscot_trl.storage import Parts
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler
-from abscot_trl.traces.parts import Parts
 from abscot_trl.vocabulary import AbstractVocabulary
 
 

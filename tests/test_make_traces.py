@@ -18,10 +18,11 @@ from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.errors import Refused
 from abscot_trl.phases import run_phase
 from abscot_trl.scripts.demo import write_problems
+from abscot_trl.storage import TEMPORARY, Parts
+from abscot_trl.traces import make
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.hf import HFTraceSampler
-from abscot_trl.traces.make import TracesArguments, make_traces
-from abscot_trl.traces.parts import parse_shard
+from abscot_trl.traces.make import TracesArguments, make_traces, parse_shard
 from abscot_trl.vocabulary import AbstractVocabulary
 
 FILES = ("traces.jsonl", "summary.json")
@@ -97,8 +98,6 @@ def test_killed_and_started_again(arguments, whole, monkeypatch):
 
 def shutil_free(parts: Path, monkeypatch) -> dict[str, int]:
     """Notes when each part was written, just before they are removed."""
-    from abscot_trl.traces.parts import Parts
-
     times: dict[str, int] = {}
     remove = Parts.remove
 
@@ -133,6 +132,71 @@ def test_a_run_begun_with_other_settings_is_refused(arguments, checkpoint):
     make_traces(replace(arguments, batch_tokens=2000))  # less memory: no other traces
     with pytest.raises(Refused, match="choose another output_dir"):
         make_traces(arguments)
+
+
+def test_an_engine_that_computes_otherwise_is_another_setting(arguments, monkeypatch):
+    """Half the traces by one engine and half by another are no sample of either."""
+
+    def stopped(*_):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(make, "load_sampler", stopped)
+    short = {"max_model_len": 64, "tensor_parallel_size": 2}
+    for engine in (short, short | {"tensor_parallel_size": 1, "max_num_seqs": 8}):
+        with pytest.raises(RuntimeError, match="stopped"):
+            make_traces(replace(arguments, backend="vllm", engine=engine))
+    for engine in ({"max_model_len": 128}, short | {"dtype": "float16"}, None):
+        with pytest.raises(Refused, match="begun with other settings .engine: .*'max_model_len': 64"):
+            make_traces(replace(arguments, backend="vllm", engine=engine))
+
+
+FOREIGN = [{".notes": "mine"}, {".git/config": "mine"}, {"settings.json": '{"editor": 1}', "a.jsonl": "mine"}]
+
+
+@pytest.mark.parametrize("files", FOREIGN)
+def test_a_folder_of_that_name_that_is_not_ours_stays(arguments, files):
+    """Hidden files were taken for nobody's, and removed with the finished parts."""
+    parts = Path(arguments.output_dir + ".parts")
+    for name, text in files.items():
+        (parts / name).parent.mkdir(parents=True, exist_ok=True)
+        (parts / name).write_text(text)
+    with pytest.raises(Refused, match="traces.parts"):
+        make_traces(arguments)
+    assert {str(p.relative_to(parts)): p.read_text() for p in parts.rglob("*") if p.is_file()} == files
+
+
+def test_parts_that_were_hardly_begun_are_begun_again(arguments, whole):
+    """Killed before its settings were there whole."""
+    parts = Path(arguments.output_dir + ".parts")
+    parts.mkdir()
+    (parts / f".settings.json.123{TEMPORARY}").write_text("{")
+    make_traces(arguments)
+    assert content(arguments.output_dir) == content(whole) and not parts.exists()
+
+
+def test_two_shards_that_end_at_the_same_moment(arguments, whole, monkeypatch):
+    """The one that comes second finds the parts joined and gone."""
+    joining, first = Parts.joining, replace(arguments, shard="1/2")
+    make_traces(first)
+
+    def late(self):
+        monkeypatch.setattr(Parts, "joining", joining)
+        make_traces(first)  # joins
+        return joining(self)
+
+    monkeypatch.setattr(Parts, "joining", late)
+    summary = make_traces(replace(arguments, shard="2/2"))
+    assert summary["traces"] == 300 and content(arguments.output_dir) == content(whole)
+
+
+def test_settings_of_the_shares_overwrite_nothing(arguments, monkeypatch):
+    """`data_parallel_size` writes a configuration for each process."""
+    mine = Path(arguments.output_dir + ".shard1.yaml")
+    mine.write_text("mine")
+    monkeypatch.setattr(make.sys, "executable", "false")
+    with pytest.raises(Refused, match="2 of 2 processes failed"):
+        make_traces(replace(arguments, backend="vllm", engine={"data_parallel_size": 2}))
+    assert mine.read_text() == "mine" and [path.name for path in mine.parent.iterdir()] == [mine.name]
 
 
 def test_rows_that_do_not_fit_are_dropped_and_counted(arguments, prepared, monkeypatch, checkpoint):

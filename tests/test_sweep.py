@@ -21,8 +21,7 @@ from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
 from abscot_trl.scripts.demo import write_problems
-from abscot_trl.storage import MANIFEST
-from abscot_trl.traces.parts import Parts
+from abscot_trl.storage import MANIFEST, Parts
 
 # Forks an evaluation, kills it by SIGKILL after three more finished parts, four times, then lets it end. Each answer
 # that is graded and each part that is finished is noted in a file that a kill leaves whole.
@@ -33,7 +32,7 @@ import torch
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.traces.parts import Parts
+from abscot_trl.storage import Parts
 
 arguments = EvaluateArguments(**json.loads(sys.argv[1]))
 log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

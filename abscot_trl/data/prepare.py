@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.dolci import data_files, iter_packed
-from abscot_trl.data.rows import KEPT
+from abscot_trl.data.rows import FEATURES, KEPT
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
 from abscot_trl.errors import Refused
 from abscot_trl.storage import files_digest, read_json
@@ -35,9 +35,10 @@ def prepare(args: DataArguments) -> dict[str, Any]:
     Finished shards are kept in `<output_dir>.parts`; the same command goes on from them after a kill, and ends in the
     same files, whatever `num_proc`. Memory: the shuffle buffer (packed) and a few chunks a process.
 
-    Columns: `id, source, prompt` (messages as JSON), `cot, answer, gold` (null where unknown) and the token ids
-    `prompt_ids, cot_ids, answer_ids`. Where a CoT was cut, `cot` is the text of what is left, and `cot_ids` are its
-    ids. A row without an id gets its source (or `row`) and its number among the rows read.
+    Columns: `id, source, prompt` (messages as JSON), `cot, answer, gold` (null where unknown), the token ids
+    `prompt_ids, cot_ids, answer_ids`, and the CoT's `step_ends` and `step_lengths` (see `cot_columns`). Where a CoT
+    was cut, all of its columns are those of what is left. A row without an id gets its source (or `row`) and its
+    number among the rows read.
 
     Returns:
         `dict` with `rows_read` (= `rows_kept` + all `rejected` + all `filtered`; up to the last kept row under a
@@ -133,8 +134,20 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary and the chat template: what decides which ids a row gets."""
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    """
+    SHA-256 of what decides which ids a row gets: vocabulary, normalizer, pre-tokenizer, .., chat template and EOS.
+
+    Raises:
+        Refused: a slow tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise Refused(
+            f"{tokenizer.name_or_path!r} has a slow tokenizer ({type(tokenizer).__name__}), which does not say where "
+            "a step of the CoT ends; give it a tokenizer.json"
+        )
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    del settings["padding"], settings["truncation"]  # left behind by who used it last
+    content = json.dumps([settings, tokenizer.chat_template, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -154,12 +167,15 @@ def load_prepared(
         raise Refused(f"{path} is not prepared data ({missing[0]} is missing); run `abscot data` first")
     remedy = "prepare the data again (`abscot data`)"
     counts = read_json(path / COUNTS_FILE, remedy, "rows_kept", "lengths")
-    if tokenizer is not None and counts.get("tokenizer") != tokenizer_digest(tokenizer):
-        raise Refused(
-            f"{path} was not prepared with the tokenizer of {tokenizer.name_or_path!r} (another vocabulary or chat "
-            "template): prepare the data again with this checkpoint's tokenizer"
-        )
     try:
-        return datasets.load_from_disk(path), counts
+        data = datasets.load_from_disk(path)
     except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's own are ValueErrors and OSErrors
         raise Refused(f"{path} is damaged ({error}); {remedy}") from error
+    if missing := [name for name in FEATURES if name not in data.column_names]:
+        raise Refused(f"{path} lacks {', '.join(missing)}: an earlier version made it; {remedy}")
+    if tokenizer is not None and counts.get("tokenizer") != tokenizer_digest(tokenizer):
+        raise Refused(
+            f"{path} was not prepared with the tokenizer of {tokenizer.name_or_path!r} (another vocabulary, "
+            "normalizer, .. or chat template): prepare the data again with this checkpoint's tokenizer"
+        )
+    return data, counts

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from abscot_trl.data.arguments import DataArguments, Overlong
 from abscot_trl.data.dolci import RowRejected, parse_row, unpack
 from abscot_trl.data.problems import problem_to_example
-from abscot_trl.examples import Example, answer_ids, cot_ids, prompt_ids
+from abscot_trl.examples import Example, answer_ids, cot_columns, prompt_ids
 from abscot_trl.vocabulary import AbstractVocabulary
 
 FEATURES = Features(
     {name: Value("large_string") for name in ("id", "source", "prompt", "cot", "answer", "gold")}
-    | {name: List(Value("int32")) for name in ("prompt_ids", "cot_ids", "answer_ids")}
+    | {name: List(Value("int32")) for name in ("prompt_ids", "cot_ids", "answer_ids", "step_ends", "step_lengths")}
 )
 KEPT = ("kept", "cut")
 
@@ -83,8 +83,8 @@ class RowMaker:
         answer = answer_ids(example.answer, self.tokenizer)
         if len(answer) > (args.max_answer_tokens or len(answer)):
             return "answer_too_long"
-        text, cot = example.cot, cot_ids(example.cot, self.tokenizer)
-        length, shortest = len(cot), args.min_cot_tokens or 1
+        text, cot = example.cot, cot_columns(example.cot, self.tokenizer)
+        length, shortest = len(cot["cot_ids"]), args.min_cot_tokens or 1
         if length < shortest:
             return "cot_too_short"
         room = length
@@ -92,23 +92,24 @@ class RowMaker:
             room = args.max_total_tokens - len(prompt) - len(answer) - self.trace_tokens
         longest = args.max_cot_tokens or length
         if length > min(room, longest):
-            fitting = None if args.overlong == "drop" else self._cut(cot, shortest, min(room, longest))
+            fitting = None if args.overlong == "drop" else self._cut(cot["cot_ids"], shortest, min(room, longest))
             if fitting is None:
                 return "cot_too_long" if length > longest and room >= shortest else "total_too_long"
             text, cot = fitting
-        ids = {"prompt_ids": prompt, "cot_ids": cot, "answer_ids": answer}
+        ids = {"prompt_ids": prompt, **cot, "answer_ids": answer}
         return ids | {"cot": text, "cut": length > min(room, longest)}
 
-    def _cut(self, ids: list[int], shortest: int, longest: int) -> tuple[str, list[int]] | None:
-        """The cut CoT and the ids of just that text, `shortest` to `longest`; `None` where that cannot be."""
+    def _cut(self, ids: list[int], shortest: int, longest: int) -> tuple[str, dict[str, list[int]]] | None:
+        """The cut CoT and the columns of just that text, `shortest` to `longest` ids; `None` where that cannot be."""
         left = longest
         while left > 0:
             text = self.tokenizer.decode(cut_cot(ids, left, self.args.overlong), clean_up_tokenization_spaces=False)
             text = text.strip("\ufffd").strip()  # what a cut within a character leaves of it
-            new = cot_ids(text, self.tokenizer)
-            if len(new) <= longest:
-                return (text, new) if text and len(new) >= shortest else None
-            left -= len(new) - longest
+            new = cot_columns(text, self.tokenizer)
+            excess = len(new["cot_ids"]) - longest
+            if excess <= 0:
+                return (text, new) if text and len(new["cot_ids"]) >= shortest else None
+            left -= excess
         return None
 
 

@@ -9,13 +9,12 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import datasets
@@ -29,7 +28,7 @@ from transformers import AutoTokenizer
 from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.rows import FEATURES, KEPT, RowMaker
 from abscot_trl.errors import Refused
-from abscot_trl.storage import begin_parts, read_json, write_whole
+from abscot_trl.storage import Parts, write_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHARD = 8192  # rows read for one file: what a kill can cost
@@ -86,8 +85,8 @@ class Shards:
     """
     The shards of one preparation; a context manager that holds a lock.
 
-    `<output_dir>.parts/` holds `settings.json`, for each finished shard a file of counts, and `rows/`, which becomes
-    `output_dir` once it is whole: no row is written twice.
+    A shard is one of the [`Parts`] of `<output_dir>`: its file holds the counts, its rows are in `rows/` beside, which
+    becomes `output_dir` once it is whole: no row is written twice.
 
     Args:
         output (`Path`): where the prepared data will go.
@@ -99,18 +98,10 @@ class Shards:
     """
 
     def __init__(self, output: Path, settings: dict):
-        self.output, self.settings, self.folder = output, settings, begin_parts(output, settings)
+        self.output, self.settings, self.parts = output, settings, Parts(output, settings, "{:05}.json")
+        self.folder = self.parts.folder
         self.rows = self.folder / "rows"
-        if not self.rows.is_dir():  # not begun, or moved to an output that is gone
-            for counts in self.folder.glob("[0-9]*.json"):
-                counts.unlink()
-            self.rows.mkdir()
         self.done: list[dict[str, int]] = []  # outcomes of each finished shard
-        while self._counts(len(self.done)).is_file():
-            self.done.append(read_json(self._counts(len(self.done)), f"remove {self.folder} to begin anew"))
-
-    def _counts(self, number: int) -> Path:
-        return self.folder / f"{number:05}.json"
 
     def __enter__(self) -> "Shards":
         self.lock = open(self.folder / ".lock", "w")
@@ -119,6 +110,12 @@ class Shards:
         except OSError:
             self.lock.close()
             raise Refused(f"{self.folder}: another preparation is at work here") from None
+        if not self.rows.is_dir():  # not begun, or moved to an output that is gone
+            for counts in self.folder.glob("[0-9]*.json"):
+                counts.unlink()
+            self.rows.mkdir()
+        numbers = list(takewhile(self.parts.done, count()))
+        self.done = list(self.parts.records(numbers, [1] * len(numbers)))
         return self
 
     def __exit__(self, error_type, *_) -> None:
@@ -147,7 +144,7 @@ class Shards:
             with open(unfinished, "rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(self.rows / f"data-{len(self.done):05}.arrow")
-        write_whole(self._counts(len(self.done)), json.dumps(outcomes) + "\n")
+        self.parts.write(len(self.done), [outcomes])
         self.done.append(dict(outcomes))
 
     def join(self) -> Dataset:
@@ -170,4 +167,4 @@ class Shards:
         self.remove()
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.parts.remove()

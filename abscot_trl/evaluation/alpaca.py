@@ -18,11 +18,10 @@ from pathlib import Path
 
 import yaml
 
-from abscot_trl.checkpoint import written_whole
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.evaluate import OUTPUT_FILE, UNGRADED_FILE
 from abscot_trl.evaluation.results import write_results
-from abscot_trl.storage import read_json
+from abscot_trl.storage import read_json, written_whole
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 WHERE = "import alpaca_eval, pathlib; print(pathlib.Path(alpaca_eval.__file__).parent)"

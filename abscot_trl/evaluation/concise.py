@@ -15,7 +15,6 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared
 from abscot_trl.data.problems import last_boxed
 from abscot_trl.data.splits import part_rows
@@ -23,10 +22,10 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.answering import verbal_reasoning_tokens
 from abscot_trl.evaluation.grading import is_correct
 from abscot_trl.examples import prompt_ids
+from abscot_trl.storage import Parts, phase_settings, written_whole
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.constraint import Continuation
-from abscot_trl.traces.parts import Parts
 from abscot_trl.vocabulary import AbstractVocabulary
 
 ROWS_FILE = "rows.jsonl"
@@ -152,7 +151,7 @@ def make_concise(args: ConciseArguments) -> dict:
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, None, len(data))
     part = data.select(rows).select_columns(["id", "prompt", "prompt_ids", "answer", "gold"])
-    parts = Parts(args, rows=len(rows))
+    parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
     lengths = [args.samples * (len(ids) + args.max_new_tokens) for ids in part["prompt_ids"]]
     spans = cut(lengths, args.part_tokens)
     todo = [number for number in range(len(spans)) if not parts.done(number)]

@@ -14,7 +14,6 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.problems import ALPACAEVAL, HOTPOTQA, kind_of, load_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.answering import Answerer
@@ -22,8 +21,8 @@ from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import describe_answers, summarise
 from abscot_trl.examples import Example
+from abscot_trl.storage import Parts, phase_settings, written_whole
 from abscot_trl.traces.backends import load_sampler
-from abscot_trl.traces.parts import Parts
 from abscot_trl.vocabulary import AbstractVocabulary
 
 ANSWER_FILE, OUTPUT_FILE, UNGRADED_FILE = "answers.jsonl", "outputs.json", "ungraded.json"
@@ -86,7 +85,7 @@ class Evaluation:
         self.units = [(mode, swap, span) for mode in args.modes for swap in args.swaps_of(mode) for span in spans]
         self.sizes = [len(span) * args.samples for *_, span in self.units]
         text = json.dumps([[p.prompt, p.gold, p.id, p.source] for p in problems])
-        self.parts = Parts(args, prompts=hashlib.sha256(text.encode()).hexdigest())
+        self.parts = Parts(args.output_dir, phase_settings(args, prompts=hashlib.sha256(text.encode()).hexdigest()))
 
     def records(self, mode: str, swap: str) -> list[dict]:
         """The answers of one mode and swap, problem by problem."""

@@ -28,7 +28,7 @@ from abscot_trl.storage import (
     INPUTS,
     MANIFEST,
     PRUNED,
-    WHERE,
+    differences,
     input_digests,
     path_digest,
     read_json,
@@ -101,15 +101,13 @@ def launch(stage: Stage, config: Path, args, held: tuple[int, ...] = ()) -> None
 
 def _differences(then: dict, now: dict) -> str:
     """What tells two records of a stage apart, in words; empty when nothing does."""
-    old, new = then["settings"], now["settings"]
-    keys = [key for key in sorted(old.keys() | new.keys()) if key not in WHERE and old.get(key) != new.get(key)]
-    words = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
-    words += [
-        f"other files at {key} {new[key]}"
+    words = differences(then["settings"], now["settings"])
+    other = [
+        f"other files at {key} {now['settings'][key]}"
         for key, digest in now["inputs"].items()
-        if key not in keys and then["inputs"].get(key) != digest
+        if key not in words and then["inputs"].get(key) != digest
     ]
-    return ", ".join(words)
+    return ", ".join([*words.values(), *other])
 
 
 def _begin(stage: Stage, record: dict, running: Path) -> int:

@@ -20,6 +20,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.traces.batching import batches
 
 CLUSTER_FILE = "clusters.safetensors"
+RANDOM_METHODS = ("uniform", "cycle", "power_law")
 
 
 def cot_steps(cot: str) -> list[str]:
@@ -27,57 +28,33 @@ def cot_steps(cot: str) -> list[str]:
     return [line for line in cot.split("\n") if line.strip()]
 
 
-def _random_length(cot: str, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Sum over steps of rand(1, l/2) for a step of l tokens, cut at `m_max`."""
-    total = 0
-    for step in cot_steps(cot):
-        half = max(1, len(tokenizer(step, add_special_tokens=False)["input_ids"]) // 2)
-        total += 1 + int(rng.random() * half)
-    return min(total, m_max)
-
-
-def uniform_trace(
-    cot: str, vocabulary_size: int, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
+def random_trace(method: str, step_lengths: list[int], vocabulary_size: int, m_max: int, rng: Any) -> list[int]:
     """
-    Abstract tokens drawn uniformly, rand(1, l/2) for a step of l tokens, the whole cut at `m_max`.
+    As many abstract tokens as the sum of rand(1, l/2) over steps of l tokens, cut at `m_max`.
 
     Args:
+        method (`str`): `uniform`; `cycle`, through the codebook from its first token; or `power_law`, token k with
+            probability proportional to 1 / (k + 1).
         rng: anything with `random() -> float` in [0, 1): `random.Random` or `numpy.random.Generator`.
 
     Returns:
         `list[int]`: codebook indices 0..`vocabulary_size` - 1.
     """
-    length = _random_length(cot, m_max, rng, tokenizer)
-    return [int(rng.random() * vocabulary_size) for _ in range(length)]
-
-
-def cycle_trace(cot: str, vocabulary_size: int, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """As `uniform_trace`, but cycling through the codebook from its first token."""
-    return [i % vocabulary_size for i in range(_random_length(cot, m_max, rng, tokenizer))]
-
-
-def power_law_trace(
-    cot: str, vocabulary_size: int, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """As `uniform_trace`, but token k with probability proportional to 1 / (k + 1)."""
+    length = min(sum(1 + int(rng.random() * max(1, tokens // 2)) for tokens in step_lengths), m_max)
+    if method == "uniform":
+        return [int(rng.random() * vocabulary_size) for _ in range(length)]
+    if method == "cycle":
+        return [i % vocabulary_size for i in range(length)]
     cumulative = np.cumsum(1.0 / np.arange(1, vocabulary_size + 1))
-    length = _random_length(cot, m_max, rng, tokenizer)
     return [int(np.searchsorted(cumulative, rng.random() * cumulative[-1])) for _ in range(length)]
 
 
-def step_ends(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """For each step of the CoT, the index of its last token (its newline's) among `cot_ids(cot)`."""
-    text = cot.rstrip() + "\n"
-    options = {"add_special_tokens": False, "split_special_tokens": True}  # as `cot_ids`
-    offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
-    starts = [start for start, _ in offsets]
-    ends, position = [], 0
-    for line in text.split("\n")[:-1]:
-        position += len(line) + 1
-        if line.strip():
-            ends.append(int(np.searchsorted(starts, position)) - 1)
-    return ends
+def uniform_trace(
+    cot: str, vocabulary_size: int, m_max: int, rng: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """`random_trace` of a text, each of its steps tokenised alone; a prepared row has the lengths of its steps."""
+    lengths = [len(tokenizer(step, add_special_tokens=False)["input_ids"]) for step in cot_steps(cot)]
+    return random_trace("uniform", lengths, vocabulary_size, m_max, rng)
 
 
 def group_ends(n_steps: int, m_max: int) -> list[int]:
@@ -108,12 +85,7 @@ def _states(
             mask = torch.arange(longest)[None] < torch.tensor([lengths[i] for i in indices])[:, None]
             output = backbone(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device))
             for hidden, i, row in zip(output.last_hidden_state, indices, batch, strict=True):
-                ends = step_ends(row["cot"], tokenizer)
-                if not ends or ends[-1] >= len(row["cot_ids"]):
-                    raise Refused(
-                        f"row {row.get('id', among[i])!r}: {len(row['cot_ids'])} CoT tokens do not match its "
-                        f"{len(ends)} steps; prepare the data again with this checkpoint's tokenizer"
-                    )
+                ends = row["step_ends"]
                 at = [len(row["prompt_ids"]) + ends[step] for step in group_ends(len(ends), m_max)]
                 yield among[i], hidden[at].float().cpu().numpy()
             bar.update(len(indices))
@@ -137,12 +109,12 @@ def cluster_traces(
     Consecutive steps are grouped so that a trace fits `m_max`; the last state of a group stands for it.
 
     Args:
-        rows (`list[dict]` or [`~datasets.Dataset`]): prepared rows with `cot`, `prompt_ids` and `cot_ids`.
+        rows (`list[dict]` or [`~datasets.Dataset`]): prepared rows with `prompt_ids`, `cot_ids` and `step_ends`.
         folder (`str` or `Path`, *optional*): where the centroids (M, d) are kept, as `clusters.safetensors`.
         fit_rows (`int`): rows the clusters are fitted on; all rows are then assigned.
 
     Raises:
-        Refused: fewer step states than clusters, or rows tokenised by another tokenizer.
+        Refused: fewer step states than clusters.
     """
     training = model.training
     model.eval()

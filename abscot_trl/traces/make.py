@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,22 +16,15 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from abscot_trl.checkpoint import written_whole
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.errors import Refused
+from abscot_trl.storage import Parts, phase_settings, written_whole
 from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.files import summarise_traces, write_traces
-from abscot_trl.traces.parts import Parts, parse_shard
 from abscot_trl.vocabulary import AbstractVocabulary
-
-RANDOM_METHODS = {
-    "uniform": initial.uniform_trace,
-    "cycle": initial.cycle_trace,
-    "power_law": initial.power_law_trace,
-}
 
 
 @dataclass
@@ -55,7 +49,7 @@ class TracesArguments(SamplerArguments):
     output_dir: str = field(metadata={"help": "Where traces.jsonl and summary.json go."})
     method: str = field(
         default="policy",
-        metadata={"help": "How traces are made.", "choices": [*RANDOM_METHODS, "clusters", "policy"]},
+        metadata={"help": "How traces are made.", "choices": [*initial.RANDOM_METHODS, "clusters", "policy"]},
     )
     given: str = field(
         default="prompt",
@@ -80,6 +74,21 @@ class TracesArguments(SamplerArguments):
                 f"method {self.method} samples no policy: shard {self.shard!r} and backend {self.backend!r} are for "
                 "method: policy"
             )
+
+
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """
+    `2/8` as (2, 8); `None` as (1, 1).
+
+    Raises:
+        Refused: anything else.
+    """
+    if shard is None:
+        return 1, 1
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise Refused(f"shard {shard!r} is not of the form 2/8 (the second of eight)")
+    return int(index), int(count)
 
 
 def make_traces(args: TracesArguments) -> dict:
@@ -107,7 +116,7 @@ def make_traces(args: TracesArguments) -> dict:
             traces = initial.cluster_traces(
                 AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto"),
                 tokenizer,
-                part.select_columns(["id", "cot", "prompt_ids", "cot_ids"]),
+                part.select_columns(["prompt_ids", "cot_ids", "step_ends"]),
                 vocabulary.size,
                 vocabulary.m_max,
                 args.seed,
@@ -116,8 +125,8 @@ def make_traces(args: TracesArguments) -> dict:
                 progress=True,
             )
         else:
-            draw, rng = RANDOM_METHODS[args.method], np.random.default_rng(args.seed)
-            traces = [draw(cot, vocabulary.size, vocabulary.m_max, rng, tokenizer) for cot in part["cot"]]
+            rng, size, m_max = np.random.default_rng(args.seed), vocabulary.size, vocabulary.m_max
+            traces = [initial.random_trace(args.method, lengths, size, m_max, rng) for lengths in part["step_lengths"]]
         found = zip(rows, part["id"], traces, strict=True)
         records = ({"row": row, "id": id, "trace": trace} for row, id, trace in found)
         return _write(args, folder, vocabulary, records, len(rows))
@@ -136,6 +145,10 @@ def _write(
     return summary
 
 
+def _summary(args: TracesArguments) -> dict:
+    return json.loads((Path(args.output_dir) / "summary.json").read_text())
+
+
 def _prefixes(rows: dict[str, list], given: str) -> list[list[int]]:
     """Token ids of x, or of x and c."""
     if given == "prompt":
@@ -151,7 +164,7 @@ def _from_policy(
     rows: list[int],
 ) -> dict:
     """z ~ pi_abs(. | x) or pi_abs(. | x, c), part by part."""
-    parts = Parts(args, rows=len(rows))
+    parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
     columns = ["prompt_ids"] if args.given == "prompt" else ["prompt_ids", "cot_ids"]
     part = part.select_columns(["id", *columns])
     lengths = [
@@ -199,11 +212,11 @@ def _from_policy(
                     ],
                 )
     with parts.joining():
+        if Path(args.output_dir).exists():  # another shard has joined them in the meantime
+            return _summary(args)
         left = sum(not parts.done(number) for number in range(len(spans)))
         if left:
             return {"shard": args.shard, "parts_made": len(todo), "parts_left_to_others": left}
-        if Path(args.output_dir).exists():  # another shard has joined them in the meantime
-            return json.loads((Path(args.output_dir) / "summary.json").read_text())
         with written_whole(args.output_dir) as folder:
             summary = _write(args, folder, vocabulary, parts.records(range(len(spans))), len(rows))
     parts.remove()
@@ -229,20 +242,20 @@ def _by_processes(args: TracesArguments) -> dict:
             f"data_parallel_size {shares} with tensor_parallel_size {width} needs {shares * width} GPUs, "
             f"{len(devices)} are visible"
         )
-    Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
     processes = []
-    for share in range(shares):
-        config = Path(f"{args.output_dir}.shard{share + 1}.yaml")
-        config.write_text(yaml.safe_dump(asdict(replace(args, engine=engine, shard=f"{share + 1}/{shares}"))))
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices[share * width : (share + 1) * width])} if devices else {}
-        command = [sys.executable, "-m", "abscot_trl.scripts.traces", "--config", str(config)]
-        processes.append((subprocess.Popen(command, env=os.environ | visible, stdout=subprocess.DEVNULL), config))
-    try:
-        failed = [config for process, config in processes if process.wait()]
-    finally:
-        for process, config in processes:
-            process.terminate()
-            config.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for share in range(shares):
+                config = Path(folder) / f"shard{share + 1}.yaml"
+                config.write_text(yaml.safe_dump(asdict(replace(args, engine=engine, shard=f"{share + 1}/{shares}"))))
+                mine = ",".join(devices[share * width : (share + 1) * width])
+                visible = {"CUDA_VISIBLE_DEVICES": mine} if devices else {}
+                command = [sys.executable, "-m", "abscot_trl.scripts.traces", "--config", str(config)]
+                processes.append(subprocess.Popen(command, env=os.environ | visible, stdout=subprocess.DEVNULL))
+            failed = sum(process.wait() != 0 for process in processes)
+        finally:
+            for process in processes:
+                process.terminate()
     if failed:
-        raise Refused(f"{len(failed)} of {shares} processes failed, see above; the same command goes on from here")
-    return json.loads((Path(args.output_dir) / "summary.json").read_text())
+        raise Refused(f"{failed} of {shares} processes failed, see above; the same command goes on from here")
+    return _summary(args)
