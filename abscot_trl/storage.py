@@ -187,9 +187,11 @@ class Parts:
                     "making; move it away"
                 )
             write_whole(marker, json.dumps(settings, indent=2) + "\n")
-        begun = read_json(marker, f"remove {self.folder} to begin anew")
+        begun = read_json(marker, f"remove {self.folder} to begin anew, or move it away")
         if words := ", ".join(differences(begun, json.loads(json.dumps(settings))).values()):
-            raise Refused(f"{self.folder} was begun with other settings ({words}); go back to them or remove it")
+            raise Refused(
+                f"{self.folder} was begun with other settings ({words}); go back to them, or remove it, or move it away"
+            )
 
     def path(self, number: int) -> Path:
         return self.folder / self.name.format(number)

@@ -151,6 +151,15 @@ def test_random_lengths_and_tokens(policy):
     assert chisquare(power, power.sum() * weights / weights.sum()).pvalue > 1e-3
 
 
+def test_prepared_steps_give_the_traces_of_the_text(policy):
+    """A token of this tokenizer never spans a step's end, so that its steps are as long alone as in the CoT."""
+    _, tokenizer, _ = policy
+    for i, example in enumerate(chain_arithmetic(200, 6, 5, seed=0)):
+        lengths = cot_columns(example.cot, tokenizer)["step_lengths"]
+        found = random_trace("uniform", lengths, 8, 6, random.Random(i))
+        assert found == uniform_trace(example.cot, 8, 6, random.Random(i), tokenizer) and lengths == [5] * 6
+
+
 def test_step_ends_and_groups(policy):
     _, tokenizer, _ = policy
     cot = "1+2=3;\n\n4+1=0;\n7"

@@ -114,9 +114,11 @@ def run_alpaca_eval(args: AlpacaArguments, name: str) -> Path:
             "whose interpreter `python` names"
         )
     work = Path(f"{args.output_dir}.judge")
-    (work / "judge").mkdir(parents=True, exist_ok=True)
     config = yaml.safe_dump(annotator(Path(found.stdout.strip()), args))
     settings = work / "judge" / "configs.yaml"  # the package keeps the verdicts beside it
+    if not settings.is_file() and any(path.is_file() for path in work.rglob("*")):
+        raise Refused(f"{work} is there but not of our making ({settings} is missing); move it away")
+    settings.parent.mkdir(parents=True, exist_ok=True)
     if settings.is_file() and settings.read_text() != config:
         raise Refused(f"{work} was begun with another judge; go back to it or remove the folder")
     settings.write_text(config)
