@@ -14,6 +14,7 @@ from pathlib import Path
 from abscot_trl.errors import Refused
 
 MANIFEST = "manifest.json"
+SETTINGS = "settings.json"  # in a folder of parts: what they were begun with
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
 TEMPORARY = ".abscot-tmp"  # how a file ends that a kill left unfinished
 INPUTS = ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems")
@@ -160,7 +161,7 @@ class Parts:
     A long work in parts, each a JSON Lines file that is whole or not there: a killed one goes on where it was, and
     shards work side by side.
 
-    They are kept in `<output_dir>.parts/` until they are joined, beside `settings.json`, which marks the folder as
+    They are kept in `<output_dir>.parts/` until they are joined, beside `SETTINGS`, which marks the folder as
     ours and says what they were made with. Which records a part holds depends on that alone, so that what is joined
     does not depend on who made which part, or on how often it was killed.
 
@@ -178,20 +179,18 @@ class Parts:
             raise Refused(f"{output_dir} is there already; choose another output_dir or remove it")
         self.folder, self.name = Path(f"{output_dir}.parts"), name
         self.folder.mkdir(parents=True, exist_ok=True)
-        marker = self.folder / "settings.json"
+        marker = self.folder / SETTINGS
         if not marker.is_file():
             # What a kill left of writing the marker is no work, and ours.
             if any(not path.name.endswith(TEMPORARY) for path in self.folder.iterdir()):
                 raise Refused(
-                    f"{self.folder} holds finished work, but not the settings of it ({marker.name}), or is not of our "
+                    f"{self.folder} holds finished work, but not the settings of it ({SETTINGS}), or is not of our "
                     "making; move it away"
                 )
             write_whole(marker, json.dumps(settings, indent=2) + "\n")
         begun = read_json(marker, f"remove {self.folder} to begin anew, or move it away")
         if words := ", ".join(differences(begun, json.loads(json.dumps(settings))).values()):
-            raise Refused(
-                f"{self.folder} was begun with other settings ({words}); go back to them, or remove it, or move it away"
-            )
+            raise Refused(f"{self.folder} was begun with other settings ({words}); go back to them or move it away")
 
     def path(self, number: int) -> Path:
         return self.folder / self.name.format(number)

@@ -8,11 +8,13 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from abscot_trl.errors import Refused
+from abscot_trl.evaluation import alpaca as module
 from abscot_trl.evaluation.alpaca import AlpacaArguments, alpaca
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
@@ -128,6 +130,20 @@ def test_the_package_against_a_judge_on_loopback(sides, judge, offline_hub, tmp_
         other = fields | {"judge_model": "b-judge", "output_dir": str(tmp_path / "judged")}
         (tmp_path / "judged").rename(tmp_path / "again")
         alpaca(AlpacaArguments(**other, python=PYTHON))
+
+
+def test_a_judge_s_folder_that_is_not_ours_stays(sides, tmp_path, monkeypatch):
+    """The package would write its own leaderboard.csv there."""
+    folder, reference, _ = sides
+    mine = tmp_path / "judged.judge" / "leaderboard.csv"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    monkeypatch.setattr(module, "annotator", lambda *_: {})
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="package"))
+    fields = {"outputs": str(folder), "judge": "http://x", "judge_model": "m", "output_dir": str(tmp_path / "judged")}
+    with pytest.raises(Refused, match="judged.judge is there but not of our making"):
+        alpaca(AlpacaArguments(reference_outputs=str(reference), **fields, python=sys.executable))
+    assert [path.name for path in mine.parent.iterdir()] == [mine.name] and mine.read_text() == "mine"
 
 
 def test_sides_that_do_not_match_are_refused(sides, tmp_path):
