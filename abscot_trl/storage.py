@@ -181,13 +181,14 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         marker = self.folder / SETTINGS
         if not marker.is_file():
-            # What a kill left of writing the marker is no work, and ours.
-            if any(not path.name.endswith(TEMPORARY) for path in self.folder.iterdir()):
+            # Ours is only what a kill left of writing it, or what another shard writes at this moment.
+            if any(path.name != SETTINGS and path.suffix != TEMPORARY for path in self.folder.iterdir()):
                 raise Refused(
                     f"{self.folder} holds finished work, but not the settings of it ({SETTINGS}), or is not of our "
                     "making; move it away"
                 )
-            write_whole(marker, json.dumps(settings, indent=2) + "\n")
+            if not marker.is_file():
+                write_whole(marker, json.dumps(settings, indent=2) + "\n")
         begun = read_json(marker, f"remove {self.folder} to begin anew, or move it away")
         if words := ", ".join(differences(begun, json.loads(json.dumps(settings))).values()):
             raise Refused(f"{self.folder} was begun with other settings ({words}); go back to them or move it away")
