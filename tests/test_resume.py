@@ -152,7 +152,7 @@ def test_a_phase_killed_before_its_first_checkpoint_begins_again(checkpoint, inp
 ENDS = {  # 16 rows by 4
     "max_steps": {"max_steps": 7},
     "accumulated": {"max_steps": 7, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
-    "part of an epoch": {"max_steps": -1, "num_train_epochs": 1.6},
+    "part of an epoch": {"max_steps": -1, "num_train_epochs": 1.6, "lr_scheduler_type": "cosine", "warmup_steps": 2},
     "whole epochs": {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "logging_steps": 3},
     "odd saves": {"logging_steps": 2},
 }

@@ -12,6 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 from abscot_trl.errors import Refused
@@ -21,6 +22,11 @@ MARK = ".abscot"
 SEAL = "sealed.json"
 FINAL = ".final"  # where the trained model is written before it is moved into place
 LOG_FILE = "training_log.json"  # the last file to be moved into place: with it a phase has ended
+
+# Several processes on CPU load their optimiser to "cpu:0", a place that torch.load does not know.
+torch.serialization.register_package(
+    11, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
+)
 
 
 def sealed_checkpoints(output_dir: str | Path) -> list[Path]:
