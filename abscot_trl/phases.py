@@ -27,7 +27,13 @@ from abscot_trl.serving.server import ServeArguments, serve
 from abscot_trl.traces.files import describe_traces
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
-from abscot_trl.training.phase import TrainArguments, train_baseline, train_bottleneck, train_distill
+from abscot_trl.training.phase import (
+    BaselineArguments,
+    TrainArguments,
+    train_baseline,
+    train_bottleneck,
+    train_distill,
+)
 
 PHASES: dict[str, tuple[Callable, tuple[type, ...]]] = {
     "init": (init_checkpoint, (InitArguments,)),
@@ -35,7 +41,7 @@ PHASES: dict[str, tuple[Callable, tuple[type, ...]]] = {
     "traces": (make_traces, (TracesArguments,)),
     "bottleneck": (train_bottleneck, (TrainArguments, BottleneckConfig, ModelConfig)),
     "distill": (train_distill, (TrainArguments, DistillationConfig, ModelConfig)),
-    "baseline": (train_baseline, (TrainArguments, BaselineConfig, ModelConfig)),
+    "baseline": (train_baseline, (BaselineArguments, BaselineConfig, ModelConfig)),
     "concise": (make_concise, (ConciseArguments,)),
     "merge": (merge_adapter, (MergeArguments,)),
     "evaluate": (evaluate, (EvaluateArguments,)),

@@ -37,10 +37,8 @@ from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.training.baselines import BaselineTrainer, removed_tokens
-from abscot_trl.training.bottleneck import BottleneckSFTTrainer
-from abscot_trl.training.configs import BASELINES, BaselineConfig, BottleneckConfig, DistillationConfig
-from abscot_trl.training.distillation import SelfDistillationTrainer
-from abscot_trl.training.phase import TrainArguments, training_rows
+from abscot_trl.training.configs import BASELINES, BaselineConfig
+from abscot_trl.training.phase import BaselineArguments, training_rows
 from abscot_trl.vocabulary import AbstractVocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,17 +81,6 @@ def test_rows_and_loss_are_the_formula(checkpoint, tmp_path, kind):
     assert abs(log["loss"] - sum(nll) / len(nll)) < 1e-4
     assert log["supervised_tokens_per_step"] == len(nll) and "loss_trace" not in log
     assert "loss_end" not in log
-
-
-def test_sft_and_cot_are_the_phases_without_traces(checkpoint, tmp_path):
-    data = rows(checkpoint, trace=False)
-    for kind, trainer, config in [
-        ("sft", SelfDistillationTrainer, DistillationConfig),
-        ("cot", BottleneckSFTTrainer, BottleneckConfig),
-    ]:
-        other = trainer(str(checkpoint), config(**settings(tmp_path)), data)
-        mine = build(checkpoint, tmp_path, kind)
-        assert [mine.train_dataset[i] for i in range(16)] == [other.train_dataset[i] for i in range(16)]
 
 
 def test_a_cut_cot_never_exceeds_the_budget(checkpoint, tmp_path):
@@ -446,7 +433,7 @@ def test_same_rows_and_steps_as_the_warm_up(fields, tmp_path):
     ]
     vocabulary, tokenizer = AbstractVocabulary.load(fields["model"]), AutoTokenizer.from_pretrained(fields["model"])
     data, _ = load_prepared(fields["data"])
-    chosen = training_rows(TrainArguments(fields["data"], splits=str(run / "splits.json")), vocabulary, tokenizer)
+    chosen = training_rows(BaselineArguments(fields["data"], splits=str(run / "splits.json")), vocabulary, tokenizer)
     assert sorted(chosen["prompt_ids"]) == sorted(data[row]["prompt_ids"] for row in seen) and len(seen) == 16
     for name in BASELINES:
         log = json.loads((run / name / "train" / "training_log.json").read_text())

@@ -12,10 +12,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
+from test_resume import contents, foreign, inputs  # noqa: F401
 
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.phases import run_phase
 from abscot_trl.scripts.demo import write_problems
+from abscot_trl.training.resume import sealed_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, WARMUP, PEAK = 8, 2, 1.0e-3
@@ -62,6 +64,47 @@ def run_processes(launcher: list[str], checkpoint, folder: Path, lora: bool = Fa
     return json.loads((folder / "found.json").read_text()) | {"weights": load_file(weights)}
 
 
+TOGETHER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from test_resume import LAST, phase
+from test_training import rows, run, settings, weights
+from abscot_trl.errors import Refused
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.configs import BottleneckConfig
+
+checkpoint, folder, inputs = json.loads(sys.argv[1])
+folder = Path(folder)
+
+def refusal(call, *args, **fields):
+    try:
+        call(*args, **fields)
+    except Refused as error:
+        return str(error)
+
+def log(trainer):
+    return [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+
+found = {{"foreign": refusal(phase, checkpoint, inputs, folder / "foreign")}}
+fields = {{"per_device_train_batch_size": 2, "max_steps": 10, "learning_rate": 1.0e30}}
+found["loss"] = refusal(run, checkpoint, folder / "loss", **fields)
+fields |= {{"save_strategy": "steps", "save_steps": 1}}
+found["weights"] = refusal(phase, checkpoint, inputs, folder / "weights", **fields)
+fields = LAST | {{"per_device_train_batch_size": 2}}
+whole = run(checkpoint, folder / "whole", **fields)
+found["processes"], found["same"] = whole.accelerator.num_processes, []
+for step in (6, 7):
+    config = BottleneckConfig(**settings(folder / "whole", **fields))
+    again = BottleneckSFTTrainer(checkpoint, config, rows(checkpoint))
+    again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{{step}}"))
+    equal = all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again)))
+    found["same"].append(equal and log(again) == log(whole) and again.state.global_step == 7)
+(folder / f"found{{whole.args.process_index}}.json").write_text(json.dumps(found))
+"""
+
+
 def torchrun(processes: int) -> list[str]:
     return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
@@ -95,6 +138,23 @@ def test_two_processes_train_as_one(checkpoint, tmp_path, ddp):
     assert_same_training(ddp, one)
 
 
+@pytest.mark.slow
+def test_two_processes_refuse_stop_and_resume_together(checkpoint, inputs, tmp_path):  # noqa: F811
+    before = foreign(tmp_path / "foreign")
+    (tmp_path / "train.py").write_text(TOGETHER.format(tests=str(Path(__file__).parent)))
+    arguments = json.dumps([str(checkpoint), str(tmp_path), inputs])
+    command = [sys.executable, "-m", *torchrun(2), str(tmp_path / "train.py"), arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1] and found[0]["processes"] == 2
+    assert "no phase of ours wrote" in found[0]["foreign"] and contents(tmp_path / "foreign") == before
+    assert "the loss of step 3 is nan" in found[0]["loss"]
+    assert "after step 2 the weights are not finite" in found[0]["weights"]
+    assert [path.name for path in sealed_checkpoints(tmp_path / "weights")] == ["checkpoint-1"]
+    assert found[0]["same"] == [True, True]
+
+
 def test_the_cosine_ends_at_zero_and_never_rises_again(ddp):
     rates = [entry["learning_rate"] for entry in ddp["log"]]
     decay = [0.5 * (1 + math.cos(math.pi * i / (STEPS - WARMUP))) for i in range(STEPS - WARMUP)]
@@ -125,7 +185,7 @@ def test_lora_is_refused_in_words(checkpoint, tmp_path, name, words):
     fields = {"tokenizer": str(checkpoint), "output_dir": str(tmp_path / "data"), "data_format": "problems"}
     run_phase("data", [part for key, value in {"data": rows, **fields}.items() for part in (f"--{key}", value)])
     fields = {"model_name_or_path": checkpoint, "data": tmp_path / "data", "output_dir": tmp_path / "out"}
-    fields |= {"use_peft": "true", "use_cpu": "true", "bf16": "false"}
+    fields |= {"traces": "x", "use_peft": "true", "use_cpu": "true", "bf16": "false"}
     done = subprocess.run(
         [sys.executable, "-m", *accelerate(name, processes=1), "-m", "abscot_trl.scripts.bottleneck"]
         + [part for key, value in fields.items() for part in (f"--{key}", str(value))],

@@ -22,7 +22,7 @@ from abscot_trl.data.dolci import iter_rows
 from abscot_trl.data.prepare import DataArguments, load_prepared, prepare
 from abscot_trl.errors import Refused
 from abscot_trl.traces.files import write_traces
-from abscot_trl.training.phase import TrainArguments, training_rows
+from abscot_trl.training.phase import BaselineArguments, TrainArguments, training_rows
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHARD, CHUNK, ROWS = 40, 8, 600
@@ -238,5 +238,6 @@ def test_training_reads_the_prepared_files_themselves(fields, tmp_path, small):
     assert rows.cache_files == data.cache_files
     columns = ("prompt_ids", "cot_ids", "answer_ids")
     assert list(rows) == [{name: data[r["row"]][name] for name in columns} | {"trace": r["trace"]} for r in records]
-    plain = training_rows(TrainArguments(str(tmp_path / "out")), vocabulary, tokenizer)
-    assert plain["trace"][:] == [None] * len(data) and plain.cache_files == data.cache_files
+    plain = training_rows(BaselineArguments(str(tmp_path / "out")), vocabulary, tokenizer)
+    assert list(plain) == [{name: row[name] for name in columns} for row in data]
+    assert plain.cache_files == data.cache_files

@@ -124,19 +124,6 @@ def test_rehearsal_adds_the_masked_rows(checkpoint, tmp_path):
         DistillationConfig(**settings(tmp_path, rehearsal=-1.0))
 
 
-def test_rows_without_trace_are_plain_sft(checkpoint, tmp_path):
-    data = rows(checkpoint, trace=False)
-    trainer = run(checkpoint, tmp_path, SelfDistillationTrainer, data=data, per_device_train_batch_size=16)
-    model, nll = AutoModelForCausalLM.from_pretrained(checkpoint), []
-    for row in data:
-        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
-        labels = ids.clone()
-        labels[0, : len(row["prompt_ids"])] = -100
-        nll += [model(ids, labels=labels).loss.item()] * len(row["answer_ids"])
-    log = trainer.state.log_history[0]
-    assert abs(log["loss_answer"] - sum(nll) / len(nll)) < 1e-4 and "loss_trace" not in log
-
-
 def weights(trainer) -> list[torch.Tensor]:
     return [p.detach().clone() for p in trainer.model.parameters()]
 
@@ -280,40 +267,3 @@ def test_long_tailed_rows_waste_little(checkpoint, tmp_path):
         assert sum(entry["sequences_per_step"] for entry in log) == pytest.approx(400)
         supervised = sum(len(r["trace"]) + 1 + len(r["answer_ids"]) for r in data)
         assert sum(entry["supervised_tokens_per_step"] for entry in log) == pytest.approx(supervised)
-
-
-def test_a_resumed_phase_ends_like_an_uninterrupted_one(checkpoint, tmp_path):
-    """Stop after a checkpoint, half write the next, go on: same weights, same log; older checkpoints are pruned."""
-    from transformers import TrainerCallback
-
-    from abscot_trl.training.resume import prepare_output, sealed_checkpoints
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 7:
-                raise KeyboardInterrupt
-
-    fields = {
-        "max_steps": 10, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "warmup_steps": 2,
-        "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3,
-    }  # fmt: skip
-    whole = run(checkpoint, tmp_path / "whole", **fields)
-    config = BottleneckConfig(**settings(tmp_path / "cut", **fields))
-    with pytest.raises(KeyboardInterrupt):
-        BottleneckSFTTrainer(str(checkpoint), config, rows(checkpoint), callbacks=[Stop()]).train()
-    output = tmp_path / "cut"
-    assert [path.name for path in sealed_checkpoints(output)] == ["checkpoint-6"]
-    (output / "checkpoint-8").mkdir()  # what a kill leaves
-    (output / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(Refused, match="--resume_from_checkpoint true"):
-        prepare_output(output, resume=False)
-    prepare_output(output, resume=True)
-    assert [path.name for path in output.iterdir()] == ["checkpoint-6"]
-    resumed = BottleneckSFTTrainer(str(checkpoint), BottleneckConfig(**settings(output, **fields)), rows(checkpoint))
-    resumed.train(resume_from_checkpoint=str(output / "checkpoint-6"))
-    for a, b in zip(weights(whole), weights(resumed), strict=True):
-        assert torch.equal(a, b)
-    assert resumed.state.log_history[:10] == whole.state.log_history[:10]
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-10"]
-    with pytest.raises(ValueError, match="save_steps 3 must be a multiple of logging_steps 2"):
-        run(checkpoint, tmp_path / "odd", **fields | {"save_steps": 3, "logging_steps": 2})

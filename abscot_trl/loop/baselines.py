@@ -130,7 +130,7 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
                 settings |= {"max_total_tokens": recipes["bottleneck"].get("max_length", 8192), "shuffle_buffer": 0}
                 rows = {"data": add("concise/data", "data", folder / "data", settings)}
             settings = recipes["bottleneck"] | recipe | rows | {"model_name_or_path": model, "max_steps": steps}
-            settings |= {"resume_from_checkpoint": "true", "seed": args.seed}
+            settings |= {"resume_from_checkpoint": True, "seed": args.seed}
             model = add(f"{name}/train", "baseline", folder / "train", settings)
             if settings.get("use_peft"):
                 model = add(f"{name}/merge", "merge", folder / "merged", {"adapter": model})

@@ -150,7 +150,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
                 "data": args.data,
                 "traces": str(traces),
                 "output_dir": str(model),
-                "resume_from_checkpoint": "true",
+                "resume_from_checkpoint": True,
                 "seed": seed,
             }
             if phase == "distill":

@@ -98,14 +98,12 @@ class BaselineTrainer(BottleneckSFTTrainer):
       what is left of c and on y. There delta tokens more are removed an epoch, over as many epochs as that takes (80
       for MATH), at a constant learning rate; here all are gone after `removed_after` of the steps that there are.
 
-    Arguments as in [`BottleneckSFTTrainer`], with a [`BaselineConfig`]; the rows' `trace` is not read.
+    Arguments as in [`BottleneckSFTTrainer`], with a [`BaselineConfig`]; the rows need no `trace`.
     """
 
     _name = "Baseline"
 
     def __init__(self, model, args: BaselineConfig, train_dataset: Dataset, *arguments, **kwargs):
-        if args.baseline == "icot":
-            args.train_sampling_strategy = "sequential"  # the rows come in their order
         super().__init__(model, args, train_dataset, *arguments, **kwargs)
         if args.baseline == "icot":
             self.add_callback(ForgetMoments(self.train_dataset))
@@ -129,5 +127,6 @@ class BaselineTrainer(BottleneckSFTTrainer):
         rows = super()._rows(examples)
         if self.args.baseline != "icot":
             return rows
+        self.args.train_sampling_strategy = "sequential"  # the rows come in their order
         self.args.max_steps = steps_of(len(rows), vars(self.args), self.args.world_size)
         return InternalisationRows(rows, self.encoder, self.args)

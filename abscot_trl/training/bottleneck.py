@@ -6,9 +6,11 @@ Phase A, the bottlenecked SFT (eq. 3), as a trl SFTTrainer.
 on ONE sequence [x; c; z~; y]: the block mask keeps Y from attending to C, so y hears of c only through Z.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import datasets
 import torch
@@ -22,7 +24,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.examples import Collator, Encoder, Segment, best_fit, join
 from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.configs import BottleneckConfig
-from abscot_trl.training.resume import SealCheckpoints
+from abscot_trl.training.resume import SealCheckpoints, sealed_checkpoints
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COLUMNS = ["input_ids", "labels", "segment_ids", "document_ids", "position_ids", "loss_weights"]
@@ -38,6 +40,16 @@ def temporary_caches() -> Iterator[None]:
     finally:
         if enabled:
             datasets.enable_caching()
+
+
+def trace_of(row: dict) -> list[int]:
+    """
+    Raises:
+        Refused: the row has none.
+    """
+    if row.get("trace") is None:
+        raise Refused("a row has no trace: make traces with `abscot traces`, or train without by `abscot baseline`")
+    return row["trace"]
 
 
 class TrainingRows(torch.utils.data.Dataset):
@@ -71,7 +83,7 @@ class BottleneckSFTTrainer(SFTTrainer):
             trl's SFT fields and this package's.
         train_dataset ([`~datasets.Dataset`]):
             Columns `prompt_ids`, `cot_ids`, `answer_ids` (token ids, the answer with EOS) and `trace` (codebook
-            indices 0..M-1, or null for a row without one).
+            indices 0..M-1).
         vocabulary ([`AbstractVocabulary`], *optional*):
             Read from the checkpoint when left out.
         processing_class, peft_config, callbacks:
@@ -83,7 +95,8 @@ class BottleneckSFTTrainer(SFTTrainer):
     `sequences_per_step` and `supervised_tokens_per_step` count documents and labelled tokens over all processes.
 
     Raises:
-        Refused: rows that do not fit `max_length`; a model or attention implementation that cannot carry the mask.
+        Refused: rows that do not fit `max_length` or lack a trace; a model or attention implementation that cannot
+            carry the mask; while it trains, a loss or weights that are not finite.
     """
 
     _tag_names = ["trl", "sft", "abstract-cot"]
@@ -98,7 +111,7 @@ class BottleneckSFTTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ):
-        self.args = args  # encoding reads it before Trainer sets it
+        self.args = args = copy.copy(args)  # the caller's stays as it is; encoding reads ours before Trainer sets it
         path = model if isinstance(model, str) else model.config._name_or_path
         vocabulary = vocabulary or AbstractVocabulary.load(path)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(path)
@@ -109,6 +122,8 @@ class BottleneckSFTTrainer(SFTTrainer):
         rows = self._rows(train_dataset)
         args.packing = False  # packed above; trl's packing would drop the segments
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        keep, args.save_total_limit = args.save_total_limit, None  # transformers' own would run before the seal
+        args.logging_nan_inf_filter = False  # would hide a loss that is not finite, and synchronise at every step
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,
@@ -125,11 +140,12 @@ class BottleneckSFTTrainer(SFTTrainer):
         use_bottleneck_mask(self.model)
         self._sums: dict[str, Tensor] = {}
         self._logged_step = 0
-        self.add_callback(SealCheckpoints(args, self))
+        self._finite = True
+        self.add_callback(SealCheckpoints(self, keep))
 
     def encode(self, row: dict) -> list[dict[str, list]]:
         """The training rows of one example; here the one of eq. 3."""
-        return [self.encoder(row["prompt_ids"], row["cot_ids"], row["trace"], row["answer_ids"])]
+        return [self.encoder(row["prompt_ids"], row["cot_ids"], trace_of(row), row["answer_ids"])]
 
     def _rows(self, examples: Dataset) -> "TrainingRows":
         """What each training row is made of: the lengths of all rows, those that fit, and their packing."""
@@ -167,9 +183,39 @@ class BottleneckSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
 
+    def _run_epoch(self, **kwargs):
+        """Nothing is left to train after a checkpoint of the last step; transformers would take one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """
+        As in `Trainer`, on all processes.
+
+        Raises:
+            Refused: the weights are not finite; nothing was written.
+        """
+        super().save_model(output_dir, _internal_call)
+        finite = torch.tensor(float(self._finite), device=self.accelerator.device)  # only one process has looked
+        if self.accelerator.reduce(finite, reduction="sum").item() < self.accelerator.num_processes:
+            logged = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            what = f"after step {self.state.global_step} the weights are not finite"
+            self._diverged(what + (f" (last loss {logged[-1]:g})" if logged else ""))
+
     def _save(self, output_dir: str | None = None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        self.vocabulary.save(output_dir or self.args.output_dir)
+        trained = state_dict or {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._finite = all(bool(weight.isfinite().all()) for weight in trained.values())
+        if self._finite:
+            super()._save(output_dir, state_dict)
+            self.vocabulary.save(output_dir or self.args.output_dir)
+
+    def _diverged(self, what: str) -> NoReturn:
+        sealed = sealed_checkpoints(self.args.output_dir)
+        stays = f"; {sealed[-1]} stays" if sealed else ""
+        raise Refused(
+            f"{what}: training diverged at learning_rate {self.args.learning_rate:g}. Lower it or raise warmup_steps, "
+            f"and begin in another output_dir{stays}"
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted negative log-likelihood over the supervised positions, a mean over those of the whole step."""
@@ -219,17 +265,20 @@ class BottleneckSFTTrainer(SFTTrainer):
         return torch.ones_like(given_cot)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "" if self.model.training else "eval_"
+        if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes: they stop together
+            first, last = self._logged_step + 1, self.state.global_step
+            steps = f"step {last}" if first == last else f"steps {first} to {last}"
+            self._diverged(f"the loss of {steps} is {logs['loss']}")
         for name, pair in self._sums.items():
             total, count = self.accelerator.reduce(pair, reduction="sum").tolist()
             if name == "num_tokens":
-                self._total_train_tokens += int(total) if not mode else 0
+                self._total_train_tokens += int(total)
                 logs["num_tokens"] = self._total_train_tokens
             elif name.endswith("_per_step"):
-                logs[mode + name] = total / max(self.state.global_step - self._logged_step, 1)
+                logs[name] = total / max(self.state.global_step - self._logged_step, 1)
             elif count:
-                logs[mode + name] = total / count
-        if mode + "loss_trace" in logs:
-            logs[mode + "loss_trace_uniform"] = math.log(self.vocabulary.size)
+                logs[name] = total / count
+        if "loss_trace" in logs:
+            logs["loss_trace_uniform"] = math.log(self.vocabulary.size)
         self._sums, self._logged_step = {}, self.state.global_step
         super().log(logs, start_time)

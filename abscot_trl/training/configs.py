@@ -34,6 +34,8 @@ class BottleneckConfig(SFTConfig):
         global_batch_size (`int`, *optional*):
             Rows (packed rows with `packing`) of one optimiser step over all processes; sets
             `gradient_accumulation_steps`, so that one recipe takes the same steps on any number of GPUs.
+        resume_from_checkpoint (`bool`, *optional*, defaults to `False`):
+            Whether a killed phase goes on from the last sealed checkpoint in `output_dir`.
         overlong (`str`, *optional*, defaults to `"error"`):
             Rows longer than `max_length`: `"error"` refuses to start, `"drop"` leaves them out and counts them.
     """
@@ -58,6 +60,9 @@ class BottleneckConfig(SFTConfig):
     router_aux_loss_coef: float = field(
         default=0.0, metadata={"help": "Not added by this loss; 0 keeps trl from asking a dense Granite for it."}
     )
+    resume_from_checkpoint: bool = field(
+        default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir, if there is one."}
+    )
     overlong: str = field(
         default="error",
         metadata={"help": "Rows longer than max_length: refuse to start, or drop them.", "choices": ["error", "drop"]},
@@ -75,6 +80,11 @@ class BottleneckConfig(SFTConfig):
                     f"{self.per_device_train_batch_size} x {self.world_size} processes = {at_once}"
                 )
             self.gradient_accumulation_steps = self.global_batch_size // at_once
+        if not isinstance(self.resume_from_checkpoint, bool):
+            raise Refused(
+                f"resume_from_checkpoint: {self.resume_from_checkpoint!r} is neither true nor false; true finds the "
+                "last checkpoint in output_dir by itself"
+            )
         if self.max_length is None or not self.pad_to_multiple_of:
             raise Refused("max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)")
         if self.loss_type != "nll" or self.label_smoothing_factor or self.eval_strategy != "no":

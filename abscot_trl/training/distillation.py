@@ -9,27 +9,24 @@ the masked row of the same example with its own loss weight (METHOD: phase B alo
 
 from torch import Tensor
 
-from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer, trace_of
 
 
 class SelfDistillationTrainer(BottleneckSFTTrainer):
     """
     Supervised fine-tuning on [x; z~; y], and on [x; c; z~; y] with weight `args.rehearsal`.
 
-    Arguments as in [`BottleneckSFTTrainer`], with a [`DistillationConfig`]; rows with a null `trace` are trained as
-    [x; y] (SFT without CoT).
+    Arguments as in [`BottleneckSFTTrainer`], with a [`DistillationConfig`].
     """
 
     _name = "Self-distillation"
 
     def encode(self, row: dict) -> list[dict[str, list]]:
         """The row of eq. 4 and, with rehearsal, the one of eq. 3."""
-        rows = [self.encoder(row["prompt_ids"], None, row["trace"], row["answer_ids"])]
-        if self.args.rehearsal and row["trace"] is not None:
-            masked = self.encoder(
-                row["prompt_ids"], row["cot_ids"], row["trace"], row["answer_ids"], weight=self.args.rehearsal
-            )
-            rows.append(masked)
+        prompt, trace, answer = row["prompt_ids"], trace_of(row), row["answer_ids"]
+        rows = [self.encoder(prompt, None, trace, answer)]
+        if self.args.rehearsal:
+            rows.append(self.encoder(prompt, row["cot_ids"], trace, answer, weight=self.args.rehearsal))
         return rows
 
     def _own_rows(self, given_cot: Tensor) -> Tensor:

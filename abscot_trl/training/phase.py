@@ -1,10 +1,10 @@
 """`abscot bottleneck`, `distill` and `baseline`: load the inputs of a training phase, train, save."""
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import Dataset, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -18,48 +18,60 @@ from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
-from abscot_trl.training.resume import LOG_FILE, prepare_output, sealed_checkpoints
+from abscot_trl.training.resume import FINAL, LOG_FILE, begin_output, check_output, sealed_checkpoints
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
 @dataclass
 class TrainArguments:
     """
-    Inputs of a training phase.
+    Inputs of `abscot bottleneck` and `distill`.
 
     Args:
         data (`str`): prepared data (`abscot data`).
-        traces (`str`, *optional*): folder written by `abscot traces`; its rows are trained. Without it, rows of
-            `part` are trained without a trace: SFT with CoT by `abscot bottleneck`, without CoT by `abscot distill`.
-        splits, part (`str`, *optional*): staged splits and part, where no traces choose the rows; without `part`,
-            the rows of all parts.
+        traces (`str`): folder written by `abscot traces`; its rows are trained.
     """
 
     data: str = field(metadata={"help": "Prepared data (abscot data)."})
-    traces: str | None = field(default=None, metadata={"help": "Folder written by abscot traces; none: plain SFT."})
-    splits: str | None = field(default=None, metadata={"help": "Staged splits, where no traces choose the rows."})
+    traces: str = field(metadata={"help": "Folder written by abscot traces; its rows are trained."})
+
+
+@dataclass
+class BaselineArguments:
+    """
+    Inputs of `abscot baseline`.
+
+    Args:
+        data (`str`): prepared data (`abscot data`).
+        splits, part (`str`, *optional*): staged splits, and the part whose rows are trained; without `part` those of
+            all parts, without `splits` all rows.
+    """
+
+    data: str = field(metadata={"help": "Prepared data (abscot data)."})
+    splits: str | None = field(default=None, metadata={"help": "Staged splits; none: all rows."})
     part: str | None = field(default=None, metadata={"help": "Part of the splits; none: all of them."})
 
 
-def training_rows(args: TrainArguments, vocabulary: AbstractVocabulary, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The prepared rows of a phase with their `trace` column, as the trainers take them."""
+def training_rows(
+    args: TrainArguments | BaselineArguments, vocabulary: AbstractVocabulary, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """The prepared rows of a phase, as its trainer takes them: with their `trace` column unless it is a baseline's."""
     data, _ = load_prepared(args.data, tokenizer)
-    traces: list[list[int] | None] = [None] * len(data)
-    if args.traces is None:
-        rows = part_rows(args.splits, args.part, len(data))
-    else:
-        rows = []
-        for record in read_traces(args.traces, data["id"][:], vocabulary):
-            rows.append(record["row"])
-            traces[record["row"]] = record["trace"]
-    # The column first, then the rows: the other way round would write all chosen rows again.
     columns = data.select_columns(["prompt_ids", "cot_ids", "answer_ids"])
-    return columns.add_column("trace", traces, feature=List(Value("int32"))).select(rows)
+    if isinstance(args, BaselineArguments):
+        return columns.select(part_rows(args.splits, args.part, len(data)))
+    traces: list[list[int] | None] = [None] * len(data)
+    records = read_traces(args.traces, data["id"][:], vocabulary)
+    for record in records:
+        traces[record["row"]] = record["trace"]
+    # The column first, then the rows: the other way round would write all chosen rows again.
+    columns = columns.add_column("trace", traces, feature=List(Value("int32")))
+    return columns.select([record["row"] for record in records])
 
 
 def train(
     trainer_class: type[BottleneckSFTTrainer],
-    args: TrainArguments,
+    args: TrainArguments | BaselineArguments,
     training_args: BottleneckConfig,
     model_args: ModelConfig,
 ) -> dict:
@@ -73,16 +85,16 @@ def train(
         `dict`: the trainer's final metrics.
 
     Raises:
-        Refused: the folder holds a trained model already, or checkpoints of a phase that did not end;
-            rows that do not fit, data of another tokenizer, settings that cannot work together.
+        Refused: the folder holds files of others, a trained model, or checkpoints of a phase that did not end;
+            rows that do not fit, data of another tokenizer, settings that cannot work together;
+            a loss or weights that are not finite.
     """
     path, output = model_args.model_name_or_path, Path(training_args.output_dir)
-    if PartialState().is_main_process:
-        prepare_output(output, bool(training_args.resume_from_checkpoint))
-    PartialState().wait_for_everyone()
+    check_output(output, training_args.resume_from_checkpoint)
     vocabulary = AbstractVocabulary.load(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     token_ids = vocabulary.all_ids(tokenizer)
+    training_args = copy.copy(training_args)  # the caller's stays as it is
     training_args.model_init_kwargs = {
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation or "sdpa",
@@ -96,9 +108,13 @@ def train(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    trainer.accelerator.wait_for_everyone()  # all have found the folder as it was
+    if trainer.is_world_process_zero():
+        begin_output(output)
+    trainer.accelerator.wait_for_everyone()
     sealed = sealed_checkpoints(output)
     trainer.train(resume_from_checkpoint=str(sealed[-1]) if sealed else None)
-    final = output / ".final"  # moved into place once it is whole
+    final = output / FINAL  # moved into place once it is whole
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody reads it
@@ -125,6 +141,6 @@ def train_distill(args: TrainArguments, training_args: DistillationConfig, model
     return train(SelfDistillationTrainer, args, training_args, model_args)
 
 
-def train_baseline(args: TrainArguments, training_args: BaselineConfig, model_args: ModelConfig) -> dict:
+def train_baseline(args: BaselineArguments, training_args: BaselineConfig, model_args: ModelConfig) -> dict:
     """`abscot baseline`: what a warm-up is compared with."""
     return train(BaselineTrainer, args, training_args, model_args)

@@ -3,19 +3,30 @@ A training phase that may die at any second goes on from its last whole checkpoi
 
 transformers writes a checkpoint file by file, each process its share, and removes older ones before the new one is
 whole. Here a checkpoint counts once it is sealed, after all processes have written; only then do older ones go.
+
+A phase begins in a folder that is absent or empty and leaves its mark there; in a folder without the mark nothing is
+ever removed or overwritten.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 from abscot_trl.errors import Refused
 from abscot_trl.storage import write_whole
 
+MARK = ".abscot"
 SEAL = "sealed.json"
+FINAL = ".final"  # where the trained model is written before it is moved into place
 LOG_FILE = "training_log.json"  # the last file to be moved into place: with it a phase has ended
+
+# Several processes on CPU load their optimiser to "cpu:0", a place that torch.load does not know.
+torch.serialization.register_package(
+    11, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
+)
 
 
 def sealed_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -32,26 +43,27 @@ def remove_checkpoint(path: Path) -> None:
 
 class SealCheckpoints(TrainerCallback):
     """
-    Seals each checkpoint, then keeps the newest `args.save_total_limit` sealed ones (all when it is `None`).
+    Seals each checkpoint, then keeps the newest `keep` sealed ones (all when it is `None`).
 
-    A resumed phase repeats the log of an uninterrupted one, which needs checkpoints at logged steps.
-
-    Raises:
-        Refused: `save_steps` is no multiple of `logging_steps`.
+    A step that is saved is logged too, so that a resumed phase repeats the log of an uninterrupted one.
     """
 
-    def __init__(self, args, trainer):
-        self.keep, args.save_total_limit = args.save_total_limit, None  # transformers' own would run before the seal
-        self.trainer = trainer
-        if args.save_strategy == "steps" and args.save_steps % args.logging_steps:
-            raise Refused(
-                f"save_steps {args.save_steps} must be a multiple of logging_steps {args.logging_steps}: the losses "
-                "between would be missing from a resumed run's log"
-            )
+    def __init__(self, trainer, keep: int | None):
+        self.trainer, self.keep = trainer, keep
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > state.max_steps:
+            raise Refused(
+                f"the checkpoint in {args.output_dir} has taken {state.global_step} steps, more than max_steps "
+                f"{state.max_steps}; raise it, or choose another output_dir"
+            )
         logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer._total_train_tokens, self.trainer._logged_step = max(logged, default=0), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end  # save_strategy: epoch
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()
@@ -63,27 +75,43 @@ class SealCheckpoints(TrainerCallback):
                     remove_checkpoint(old)
 
 
-def prepare_output(output_dir: str | Path, resume: bool) -> None:
+def check_output(output_dir: str | Path, resume: bool) -> None:
     """
-    Clear what a killed phase left half written; its sealed checkpoints stay.
+    Refuse a folder that a phase must not write to; nothing is changed, so that inputs can be read first.
 
     Raises:
-        Refused: a trained model is there, or checkpoints without `resume`.
+        Refused: it is no folder, or holds files but not our mark;
+            a trained model is there, or checkpoints without `resume`.
     """
     output = Path(output_dir)
+    try:
+        empty = not any(output.iterdir())
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) or output.is_symlink():
+            raise Refused(f"output_dir {output} is no folder that could be written ({error.strerror})") from error
+        return
+    if empty:
+        return
     written = [name for name in (LOG_FILE, "config.json", "adapter_config.json") if (output / name).is_file()]
+    if LOG_FILE in written:
+        raise Refused(f"{output} holds a trained model ({LOG_FILE}); choose another output_dir or remove it")
+    if not (output / MARK).is_file():
+        raise Refused(f"{output} holds files that no phase of ours wrote; choose another output_dir")
     sealed = sealed_checkpoints(output)
-    if LOG_FILE in written or (written and not (resume and sealed)):
-        raise Refused(f"{output} holds a trained model ({written[0]}); choose another output_dir or remove it")
     if sealed and not resume:
         raise Refused(
             f"{output} holds {sealed[-1].name} of a phase that did not end; go on from it with "
             "--resume_from_checkpoint true, or remove the folder"
         )
-    for path in output.iterdir() if output.is_dir() else ():
-        if path in sealed:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    if written and not sealed:
+        raise Refused(f"{output} holds a trained model ({written[0]}); choose another output_dir or remove it")
+
+
+def begin_output(output_dir: str | Path) -> None:
+    """Mark a folder that `check_output` has let pass, and clear what a killed phase left half written there."""
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text("A training phase of abscot_trl writes here.\n")
+    half = {*output.glob("checkpoint-[0-9]*/"), *output.glob(FINAL)} - {*sealed_checkpoints(output)}
+    for path in half:
+        shutil.rmtree(path)

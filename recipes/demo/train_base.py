@@ -12,8 +12,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from abscot_trl import examples
 from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer
-from abscot_trl.training.bottleneck import BottleneckSFTTrainer
-from abscot_trl.training.configs import BottleneckConfig
+from abscot_trl.training.baselines import BaselineTrainer
+from abscot_trl.training.configs import BaselineConfig
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -54,12 +54,13 @@ def main() -> None:
             "cot_ids": [examples.cot_ids(row.cot, tokenizer) for row in rows],
             "answer_ids": [examples.answer_ids(row.answer, tokenizer) for row in rows],
         }
-    ).add_column("trace", [None] * len(rows))
-    # The trainer wants a codebook; without traces no abstract token appears in a row.
+    )
+    # The trainer wants a codebook; no abstract token appears in a row.
     extended = toy_tokenizer()
     vocabulary = AbstractVocabulary(size=1)
     vocabulary.extend(extended)
-    training = BottleneckConfig(
+    training = BaselineConfig(
+        baseline="cot",
         output_dir=f"{args.output}-training",
         max_steps=args.steps,
         per_device_train_batch_size=128,
@@ -76,7 +77,7 @@ def main() -> None:
         seed=args.seed,
         max_length=128,
     )
-    BottleneckSFTTrainer(model, training, dataset, vocabulary=vocabulary, processing_class=extended).train()
+    BaselineTrainer(model, training, dataset, vocabulary=vocabulary, processing_class=extended).train()
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
