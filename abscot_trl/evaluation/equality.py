@@ -3,7 +3,7 @@ Whether two answers are equal, by math-verify in a child process that may be kil
 
 math-verify's own timeouts are signals: they work on the main thread only and do not reach arithmetic in C, where
 `10^{10^{10}}!` would go on for hours and take the memory of the machine. The child has an address space of its own
-and a watchdog that needs no Python; where they end it, that one comparison is lost and the next one gets another child.
+and a watchdog that needs no Python. Where they end it, that one comparison is lost; the next one gets another child.
 """
 
 import atexit
