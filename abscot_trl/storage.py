@@ -42,12 +42,12 @@ ENGINE_WHERE = (
 )
 
 
-def write_whole(path: str | Path, text: str) -> None:
+def write_whole(path: str | Path, text: str | bytes) -> None:
     """Write a file so that a kill or a power cut leaves the old one or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -88,7 +88,7 @@ def read_json(path: str | Path, remedy: str, *keys: str) -> dict:
             raise Refused(f"it holds a {type(content).__name__}, not an object")
         if missing := [key for key in keys if key not in content]:
             raise Refused(f"it lacks {', '.join(missing)}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}); {remedy}") from error
     return content
 

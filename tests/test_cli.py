@@ -17,7 +17,7 @@ from abscot_trl.loop.plan import PlanArguments
 from abscot_trl.loop.sweep import SweepArguments
 from abscot_trl.loop.warmup import WarmupArguments
 from abscot_trl.phases import PHASES, parse
-from abscot_trl.report.report import ReportArguments
+from abscot_trl.report.make import ReportArguments
 from abscot_trl.scripts.demo import DemoArguments
 from abscot_trl.training.adapters import lora_config
 

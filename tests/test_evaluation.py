@@ -18,7 +18,7 @@ from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.results import read_results
 from abscot_trl.evaluation.statistics import mean_interval, wilson_interval
 from abscot_trl.evaluation.swaps import swap_traces
-from abscot_trl.report.report import ReportArguments, report
+from abscot_trl.report.make import ReportArguments, report
 from abscot_trl.report.tables import results_table
 from abscot_trl.scripts.demo import write_problems
 from abscot_trl.storage import Parts

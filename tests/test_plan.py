@@ -2,21 +2,29 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from test_training import lora, rows, run
-from test_warmup import LORA, recipes, toy  # noqa: F401
+from test_warmup import LORA, TRAINING, recipes, toy  # noqa: F401
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
+from abscot_trl.data.prepare import load_prepared, row_lengths
+from abscot_trl.data.splits import staged_splits
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.errors import Refused
+from abscot_trl.examples import Encoder
+from abscot_trl.loop.lengths import row_tokens
 from abscot_trl.loop.memory import GIB, shape_of, stage_disk, trained_parameters, training_memory
 from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
 from abscot_trl.scripts.demo import write_problems
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.steps import steps_of
 
 # Peak GiB of a step of BottleneckSFTTrainer on one H200: flex attention, Liger, bf16, AdamW, micro-batches of one row.
@@ -135,6 +143,76 @@ def test_steps_of_packed_rows_are_those_of_a_run(checkpoint, tmp_path):
         assert line["steps"] == pytest.approx(log["steps"], rel=0.05) and log["steps"] > 20
 
 
+@pytest.mark.parametrize("channel", ["hidden", "discrete"])
+@pytest.mark.parametrize("rehearsal", [0.0, 0.5])
+def test_row_tokens_are_the_trainers(channel, rehearsal):
+    rng, names = np.random.default_rng(0), ("prompt", "cot", "answer", "trace")
+    lengths = {name: rng.integers(1, 9, size=5) for name in names}
+    encoder = Encoder(list(range(8)), 8, 9, channel=channel)
+    trainer = SimpleNamespace(encoder=encoder, args=SimpleNamespace(rehearsal=rehearsal))
+    rows = [
+        {"trace": [0] * z, **{f"{name}_ids": [7] * n for name, n in zip(names, (x, c, y), strict=False)}}
+        for x, c, y, z in zip(*lengths.values(), strict=True)
+    ]
+    recipe = {"channel": channel, "rehearsal": rehearsal}
+    for phase, trainer_class in {"bottleneck": BottleneckSFTTrainer, "distill": SelfDistillationTrainer}.items():
+        encoded = [[len(row["input_ids"]) for row in trainer_class.encode(trainer, row)] for row in rows]
+        wanted = [row[k] for k in range(len(encoded[0])) for row in encoded]
+        assert row_tokens(lengths, lengths["trace"] + 2, phase, recipe).tolist() == wanted
+
+
+def test_a_plan_counts_the_copy_of_a_discrete_trace(toy, tmp_path):  # noqa: F811
+    fields, found = toy | recipes(tmp_path, "", LORA | {"max_steps": -1, "num_train_epochs": 1}) | {"rounds": 1}, {}
+    data, _ = load_prepared(fields["data"])
+    part = staged_splits(len(data), 1, 16, 0)["1.bottleneck"]
+    copies = sum(np.minimum(6, row_lengths(data)["cot"][part] // 2) + 2)  # as many tokens as the plan assumes
+    for channel in ("hidden", "discrete"):
+        (tmp_path / "bottleneck.yaml").write_text(yaml.safe_dump(LORA | {"channel": channel, "num_train_epochs": 1}))
+        lines = plan(PlanArguments(**fields | {"evaluate": None}))["stages"]
+        found[channel] = next(line["tokens"] for line in lines if line["name"] == "round1/bottleneck")
+    assert found["discrete"] - found["hidden"] == copies > 0
+
+
+@pytest.mark.parametrize("phase", ["bottleneck", "distill"])
+def test_rows_that_are_too_long_are_refused_before_the_first_stage(toy, tmp_path, capsys, phase):  # noqa: F811
+    """However short their traces turn out, some rows or all of them exceed a phase's `max_length`."""
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), LORA) | {"rounds": 1, "rehearsal": 0.0}
+    recipe, data = tmp_path / f"{phase}.yaml", load_prepared(fields["data"])[0]
+    lengths = row_lengths(data)
+    lengths = {name: values[staged_splits(len(data), 1, 16, 0)[f"1.{phase}"]] for name, values in lengths.items()}
+    rows = lengths["prompt"] + lengths["answer"] + lengths["cot"] * (phase == "bottleneck")
+    shortest = rows + 2 + (phase == "distill")  # the fixture's m_min is 1; the first traces are not sampled
+    for longest, overlong, words in (
+        (int(shortest.max()) - 1, "error", f"shorter than {(shortest == shortest.max()).sum()} of 16 rows"),
+        (int(shortest.min()) - 1, "drop", "shorter than 16 of 16 rows"),
+    ):
+        recipe.write_text(yaml.safe_dump(TRAINING | LORA | {"max_length": longest, "overlong": overlong}))
+        for call in (lambda: plan(PlanArguments(**fields)), lambda: warmup(WarmupArguments(**fields))):
+            with pytest.raises(Refused, match=f"round1/{phase}: max_length {longest} is {words}, however short"):
+                call()
+        assert not Path(fields["run_dir"]).exists()
+    for longest, overlong, words in (
+        (int(shortest.max()), "error", f"{(rows + 8 > shortest.max()).sum()} of 16 rows, and they are refused, if"),
+        (int(rows.max()) + 7, "drop", f"drops 0 to {(rows == rows.max()).sum()} of 16 rows"),
+    ):
+        recipe.write_text(yaml.safe_dump(TRAINING | LORA | {"max_length": longest, "overlong": overlong}))
+        (warning,) = (w for w in plan(PlanArguments(**fields))["warnings"] if f"{phase}: max_length" in w)
+        assert words in warning
+        warmup(WarmupArguments(**fields, dry_run=True))
+        assert f"WARNING: {warning}" in capsys.readouterr().out
+    recipe.write_text(yaml.safe_dump(TRAINING | LORA | {"max_length": int(rows.max()) + 8}))
+    assert not [w for w in plan(PlanArguments(**fields))["warnings"] if f"{phase}: max_length" in w]
+
+
+def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):  # noqa: F811
+    fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(TRAINING | LORA | {"max_length": 4}))
+    with pytest.raises(Refused, match="round1/distill: max_length 4 is shorter"):
+        plan(PlanArguments(**fields))
+    engine = {"max_model_len": 4}  # no trace is sampled, so none is trained on
+    assert plan(PlanArguments(**fields | {"launch": "accelerate"}, backend="vllm", engine=engine))["stages"]
+
+
 def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811
     """Steps of every training stage as they were taken, nothing written; then what makes no sense is said."""
     training = LORA | {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3}
@@ -157,13 +235,13 @@ def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811
         for name in ("tokens", "hours"):
             assert other.get(name, 0) == pytest.approx(line.get(name, 0), rel=0.05)
     (tmp_path / "bottleneck.yaml").write_text(
-        yaml.safe_dump(training | {"learning_rate": 1.0e-5, "max_length": 20, "warmup_steps": 1000})
+        yaml.safe_dump(training | {"learning_rate": 1.0e-5, "warmup_steps": 1000})
     )
     found = plan(PlanArguments(**fields | {"rows_per_phase": 100, "accelerate_config": "zero3"}))
     words = " ".join(found["warnings"])
     for expected in (
-        "learning_rate 1e-05 is one of full", "max_length 20 drops over half", "refused on ZeRO-3",
-        "warmup_steps 1000 is not under", "200 rows are needed",
+        "learning_rate 1e-05 is one of full", "refused on ZeRO-3", "warmup_steps 1000 is not under",
+        "200 rows are needed",
     ):  # fmt: skip
         assert expected in words
     with pytest.raises(Refused, match="give model_config"):

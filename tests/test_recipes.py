@@ -33,7 +33,7 @@ from abscot_trl.loop.plan import PlanArguments
 from abscot_trl.loop.sweep import SweepArguments
 from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
-from abscot_trl.report.report import ReportArguments
+from abscot_trl.report.make import ReportArguments
 from abscot_trl.scripts.demo import DemoArguments
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.baselines import BaselineTrainer

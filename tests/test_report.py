@@ -16,11 +16,14 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.errors import Refused
+from abscot_trl.evaluation.statistics import summarise
 from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.loop.record import COLUMNS
+from abscot_trl.report import make
+from abscot_trl.report.make import ReportArguments, report, write_own
 from abscot_trl.report.page import as_json, browser
-from abscot_trl.report.report import ReportArguments, report
-from abscot_trl.report.runs import TEXT_LIMIT, read_answers
+from abscot_trl.report.runs import TEXT_LIMIT, over_training, read_answers, read_losses, read_settings, read_wall_times
 from abscot_trl.report.verdict import difference, verdicts
 from abscot_trl.scripts.report import with_runs
 from abscot_trl.storage import write_whole
@@ -422,18 +425,186 @@ def test_old_and_damaged_answers(tmp_path, capsys):
 def test_damaged_files_of_a_run_are_named(tmp_path):
     write_run(tmp_path / "run", 20, models=("informed",), rounds=(1,))
     warmup = next(path.parent for path in (tmp_path / "run").rglob("record.md"))
-    for name, text in {
-        "losses.csv": "stage,step,loss\nround1/distill,1,zz\n",
-        "record.md": "",
-        "round1/distill/manifest.json": "{",
-        "round1/distill-traces/summary.json": "{}",
-    }.items():
+    summary = json.loads((warmup / "round1/distill-traces/summary.json").read_text())
+    for read, name, text in [
+        (read_losses, "losses.csv", "stage,step,loss\nround1/distill,1,zz\n"),
+        (read_losses, "losses.csv", "stage,step,loss\nround1/distill,inf,1\n"),
+        (read_losses, "losses.csv", "stage,step,loss\nround1/distill,1," + "9" * 200_000 + "\n"),
+        (read_wall_times, "record.md", ""),
+        (read_settings, "round1/distill/manifest.json", "{"),
+        (read_settings, "round1/distill/manifest.json", '{"phase": [], "settings": {}}'),
+        (read_settings, "round1/distill/manifest.json", '{"a":' * 100_000),
+        (over_training, "round1/distill-traces/summary.json", "{}"),
+        (over_training, "round1/distill-traces/summary.json", json.dumps(summary | {"token_counts": []})),
+        (over_training, "round1/distill-traces/summary.json", json.dumps(summary | {"traces": "x"})),
+    ]:
         before = (warmup / name).read_text()
         (warmup / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{warmup / name} "):
-            report(ReportArguments([str(tmp_path / "run")]))
+        with pytest.raises(Refused, match=f"{warmup / name} "):
+            read(warmup)
         (warmup / name).write_text(before)
     assert report(ReportArguments([str(tmp_path / "run")])).is_file()
+
+
+def small_run(folder, answer=None, row=None):
+    """A run of one answer in abstract mode: its `answers.jsonl` line and its row of `results.json`, changed so."""
+    folder.mkdir(exist_ok=True)
+    record = {"model": "m", "task": "t", "mode": "abstract", "swap": "own", "trace": [0, 1], "response": "r"}
+    record |= {"score": 1.0, "id": "0", "gold": "4"} | (answer or {})
+    result = {"model": "m", "task": "t", "mode": "abstract", "swap": "own", "n": 3, "accuracy": 100.0}
+    result |= {"ci95": [44, 100], "trace_tokens": 2.0, "answer_tokens": 1.0, "tokens": 3.0} | (row or {})
+    (folder / "answers.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "results.json").write_text(json.dumps([result]))
+    return ReportArguments([str(folder)])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"trace": [10**9]},
+        {"trace": [0] * 100_000},
+        {"trace": {}},
+        {"answer": float("inf")},
+        {"answer": []},
+        {"problem": 5},
+        {"id": {}},
+        {"gold": ["4"]},
+        {"sample": []},
+        {"sample": "0"},
+        {"score": 10**400},
+        {"score": 7},
+        {"answer_tokens": float("nan")},
+        {"trace_tokens": "x"},
+        {"source": None},
+    ],
+)
+def test_odd_answers_are_refused_in_one_line(tmp_path, answer):
+    with pytest.raises(Refused, match=f"answers.jsonl line 1 is no answer .*{next(iter(answer))}") as caught:
+        report(small_run(tmp_path, answer))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"model": "\xff"}', b"1", b"9" * 5000, b"\x00"])
+def test_what_is_no_json_is_refused_in_one_line(tmp_path, line):
+    arguments = small_run(tmp_path)
+    (tmp_path / "answers.jsonl").write_bytes((tmp_path / "answers.jsonl").read_bytes() + line + b"\n")
+    with pytest.raises(Refused, match="answers.jsonl line 2 is no answer"):
+        report(arguments)
+    arguments = small_run(tmp_path)
+    (tmp_path / "results.json").write_bytes(b"[" + line + b"]")
+    with pytest.raises(Refused, match="results.json is no list of results"):
+        report(arguments)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"metric": []},
+        {"mode": "aloud"},
+        {"run": []},
+        {"stage": {}},
+        {"decoding": {"seed": []}},
+        {"n": 10**400},
+        {"accuracy": 1e12},
+        {"tokens": 1e300},
+        {"em_ci95": [1, 2]},
+        {"difference_ci95": [1, 2]},
+        {"ci95": ["a", 1]},
+        {"samples": []},
+        {"round": "1"},
+        {"swapped": 5},
+    ],
+)
+def test_odd_results_are_refused_in_one_line(tmp_path, row):
+    name = next(iter(row)).removesuffix("_ci95") if "_ci95" in next(iter(row)) else next(iter(row))
+    with pytest.raises(Refused, match=f"results.json is no list of results .row 1: {name} missing or damaged"):
+        report(small_run(tmp_path, row=row))
+
+
+def test_a_codebook_that_the_answers_leave(tmp_path):
+    arguments = small_run(tmp_path, {"trace": [0, 8]})
+    VOCABULARY.save(tmp_path)
+    with pytest.raises(Refused, match="answers.jsonl holds token 8, .*abstract_vocabulary.json has 8"):
+        report(arguments)
+    (tmp_path / "abstract_vocabulary.json").write_text('{"size": 1e9, "m_min": 0, "m_max": 3}')
+    with pytest.raises(Refused, match="abstract_vocabulary.json is damaged"):
+        report(arguments)
+
+
+def test_no_text_of_a_result_is_markup(tmp_path):
+    """Not in a name, a task, a table, a heading, a caption, nor in the words between them."""
+    evil = "![x](http://e.example/x.png) http://e.example www.e.example a@e.example $x$ \ud800 *b* <b>"
+    row = {"model": evil, "task": evil, "stage": evil, "decoding": {"backend": evil, "seed": evil}}
+    arguments = small_run(tmp_path / "run", {"model": evil, "task": evil, "id": evil, "gold": evil}, row)
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    more = [{"swap": "random"}, {"mode": "verbal"}, {"model": "b"}, {"stage": "other"}]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(rows + [rows[0] | change for change in more]))
+    text = report(ReportArguments(arguments.runs, str(tmp_path / "out"), evil), f"abscot `x` {evil}").read_text()
+    tokens = [
+        token
+        for block in MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+        for token in [block, *(block.children or [])]
+    ]
+    images = [token.attrs["src"] for token in tokens if token.type == "image"]
+    assert images and all(re.fullmatch(r"[a-z_]+\.png", image) for image in images)
+    assert [token.attrs["href"] for token in tokens if token.type == "link_open"] == ["report.html"]
+    assert not [token for token in tokens if token.type in ("html_inline", "html_block", "em_open")]
+    plain = re.sub(r"`[^`]*`", "", text)
+    assert not re.search(r"(?<!\\)[!$@]|https?://|www\.", re.sub(r"!\[[a-z ]+\]\([a-z_]+\.png\)", "", plain))
+
+
+def test_only_a_report_is_replaced(tmp_path, monkeypatch):
+    first, second = ({"a.png": b"png", "report.md": f"{n}".encode(), "report.html": b"<html>"} for n in (1, 2))
+    for name in first:
+        output = tmp_path / name.replace(".", "")
+        output.mkdir()
+        (output / name).write_text("mine")
+        with pytest.raises(Refused, match=f"{output / name} is not as a report wrote it"):
+            write_own(output, first)
+        assert [path.name for path in output.iterdir()] == [name] and (output / name).read_text() == "mine"
+    (output / "report.html").rename(output / "notes.md")
+    write_own(output, first)
+    monkeypatch.setattr(make, "write_whole", lambda path, content: path.name == "report.html" or write(path, content))
+    write = write_whole
+    write_own(output, second)  # as if killed before its last file
+    monkeypatch.undo()
+    write_own(output, second)
+    assert (output / "report.md").read_text() == "2" and (output / "notes.md").read_text() == "mine"
+    (output / "report.md").write_text("2 and my notes")
+    with pytest.raises(Refused, match="report.md is not as a report wrote it"):
+        write_own(output, first)
+    assert (output / "report.md").read_text() == "2 and my notes"
+    with pytest.raises(Refused, match="notes.md cannot be a folder"):
+        write_own(output / "notes.md", first)
+
+
+def test_a_foreign_report_is_left_alone(tmp_path):
+    arguments = small_run(tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.md").write_text("mine")
+    with pytest.raises(Refused, match="report/report.md is not as a report wrote it; move it away, or choose another"):
+        report(arguments)
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.md"]
+
+
+def test_changed_is_the_tables_for_hotpotqa(tmp_path):
+    """Answers that HotpotQA's rules call one are not changed, whatever the task is called."""
+    record = {"model": "m", "task": "distractor", "mode": "abstract", "trace": [0], "response": "r", "score": 1.0}
+    record |= {"gold": "Paris", "source": "hotpotqa"}
+    said = {"0": ("The Paris.", "paris"), "1": ("Paris", "Lyon"), "2": ("paris", "a Paris")}
+    records = [
+        record | {"id": id, "swap": swap, "answer": answer}
+        for id, pair in said.items()
+        for swap, answer in zip(("own", "random"), pair, strict=True)
+    ]
+    own, other = ([r for r in records if r["swap"] == swap] for swap in ("own", "random"))
+    tokens = {"trace_tokens": 1, "answer_tokens": 1, "truncated": False, "swapped": True, "sample": 0}
+    own, other = ([r | tokens for r in some] for some in (own, other))
+    row = summarise(other, own, 1, "hotpotqa", {"seed": 0})
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own + other))
+    shown = browser([(tmp_path, group.label, group) for group in read_answers(tmp_path)])
+    changed = [entry[3]["random"].get("c", 0) for entry in shown["entries"]]
+    assert changed == [0, 1, 0] and row["changed"] == pytest.approx(np.mean(changed))
 
 
 def rows_of(**accuracies):

@@ -221,6 +221,7 @@ class Answerer:
             "task": self.args.task,
             "mode": mode,
             "swap": swap,
+            "source": problem.source,
             "id": problem.id,
             "sample": row[1],
             "problem": problem.prompt[-1]["content"],

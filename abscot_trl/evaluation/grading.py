@@ -2,15 +2,12 @@
 
 import re
 import string
-import threading
 from collections import Counter
-
-from math_verify import parse, verify
 
 from abscot_trl.data.problems import GPQA, HOTPOTQA, kind_of, last_boxed
 from abscot_trl.errors import Refused
+from abscot_trl.evaluation.equality import equal
 
-TIMEOUT = 3  # seconds for one parse or one comparison
 LENGTH = 500  # characters of an answer; longer ones are wrong unread (the longest gold in MATH has 81)
 TAIL = 200  # characters at the end of a response without a box in which its answer is looked for
 
@@ -29,6 +26,19 @@ _NORMALISATIONS = (
     (re.compile(r"^(\\?\$?-?\d[\d.,]*)((?:\s+[A-Za-z]{3,})+\.?)$"), r"\1 \\text{\2}"),  # 18 dollars
 )
 _BASE = re.compile(r"_\s*\{?\s*(\d+)\s*\}?$")
+# A unit in text or letters, at the end; its names by the first of them.
+_UNIT = re.compile(rf"(?:{_TEXT}\{{([^{{}}]*)\}}|(?<![A-Za-z\\])([A-Za-z][A-Za-z./ ]*))\s*(\^\s*\{{?\s*\d\s*\}}?)?$")
+_UNIT_NAME = re.compile(r"(?:(square|sq\.?|cubic|cu\.?)\s+)?([a-z]+?)(?:s|\.)?(?:\s*\^\D*(\d)\D*)?")
+_UNITS = {
+    name: names.split()[0]
+    for names in (
+        "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
+        "in inch inche", "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gm gram", "kg kilogram",
+        "lb pound", "oz ounce", "ml milliliter millilitre", "l liter litre", "s sec second", "min minute",
+        "h hr hour", "day", "week", "month", "year", "cent", "dollar", "degree", "radian rad",
+    )
+    for name in names.split()
+}  # fmt: skip
 _CHOICE = re.compile(r"^\W*([A-D])(?:\W*$|[).:,])")  # B, (B), B) 10 m
 
 
@@ -65,18 +75,14 @@ def is_correct(response: str, gold: str) -> bool:
     and expressions too hard to compare in time are wrong, never an error.
 
     An inequality equals its interval, `a \pm b` its two values; open and closed ends differ, and so do numbers
-    written in different bases.
+    written in different bases. A unit on one side only does not count, two units must be one; numbers that an answer
+    sets equal (`1 = 2 = 5`) must be.
 
     Raises:
         Refused: `gold` is empty.
-        RuntimeError: called off the main thread, where math-verify has no timeout and scores 0.
     """
     if not gold.strip():
         raise Refused("gold is empty: nothing to grade against; drop the row")
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            "is_correct needs the main thread (math-verify's timeouts are signals); use processes instead"
-        )
     answer, gold = _normalise(_answer_of(response)), _normalise(gold)
     if not answer or len(answer) > LENGTH:
         return False
@@ -85,11 +91,28 @@ def is_correct(response: str, gold: str) -> bool:
     bases = _BASE.search(answer), _BASE.search(gold)
     if all(bases) and bases[0].group(1) != bases[1].group(1):
         return False
-    return verify(_parse(gold), _parse(answer), allow_set_relation_comp=True, timeout_seconds=TIMEOUT)
+    (answer, unit), (gold, wanted) = _without_unit(answer), _without_unit(gold)
+    if unit and wanted and unit != wanted:
+        return False
+    return equal(gold, answer)
 
 
-def _parse(answer: str) -> list:
-    return parse(f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT)
+def _without_unit(answer: str) -> tuple[str, list[tuple[str, int]]]:
+    """A number without its unit, and the unit: names with powers, two of `m/s`; anything else as it is, and none."""
+    if answer.startswith("\\$"):
+        return answer, [("dollar", 1)]
+    found = _UNIT.search(answer)
+    number = re.sub(r"(?:\\[,;: ]|~|\s)+$", "", answer[: found.start()]) if found else ""
+    if not re.search(r"\d", number) or re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", number)):
+        return answer, []
+    text = (found[1] or found[2]) + (found[3] or "")
+    unit = []
+    for part in re.split(r"/|\bper\b", text.casefold()):
+        name = _UNIT_NAME.fullmatch(part.strip(" ~.,\\"))
+        if name is None or name[2] not in _UNITS:
+            return answer, []
+        unit.append((_UNITS[name[2]], int(name[3] or {"s": 2, "c": 3}.get((name[1] or "-")[0], 1))))
+    return number, unit
 
 
 def _answer_of(response: str) -> str:

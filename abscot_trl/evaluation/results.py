@@ -1,9 +1,9 @@
 """results.json: rows that say what they were measured on."""
 
 import json
-import math
 from pathlib import Path
 
+from abscot_trl.data.problems import MODES
 from abscot_trl.errors import Refused
 from abscot_trl.storage import write_whole
 
@@ -24,9 +24,17 @@ DECODING = ("backend", "trace_temperature", "temperature", "top_p", "top_k", "ma
 FIGURES = {"accuracy": "ci95"} | {name: f"{name}_ci95" for name in ("em", "maj", "pass", "difference", "win_rate")}
 
 
-def is_number(value) -> bool:
-    """Whether a JSON value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+TEXTS = ("model", "task", "mode", "swap", "metric", "stage", "run", "sweep")
+LIMITS = {  # lowest and highest value of each number
+    **dict.fromkeys(("accuracy", "em", "maj", "pass", "win_rate"), (0, 100)),
+    **dict.fromkeys(("n", "samples", "round", "truncated", "trace_tokens", "answer_tokens", "tokens"), (0, 1e9)),
+    **{"difference": (-100, 100), "swapped": (0, 1), "changed": (0, 1)},
+}
+
+
+def is_number(value, low: float = -1e300, high: float = 1e300) -> bool:
+    """Whether a JSON value is a finite number of `low` .. `high`."""
+    return type(value) in (int, float) and low - 1e-6 <= value <= high + 1e-6
 
 
 def check_row(row: dict) -> None:
@@ -77,7 +85,7 @@ def read_results(path: str | Path) -> list[dict]:
         for number, row in enumerate(rows, 1):
             if wrong := _unreadable(row):
                 raise Refused(f"row {number}: {', '.join(wrong)} missing or damaged")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is no list of results ({error}); evaluate again") from error
     return rows
 
@@ -85,14 +93,15 @@ def read_results(path: str | Path) -> list[dict]:
 def _unreadable(row: dict) -> list[str]:
     """The names of a row's fields without which, or as they are, no table can be made."""
     if not isinstance(row, dict):
-        return [repr(row)]
-    kinds = dict.fromkeys(("model", "mode", "swap"), str) | {"task": str, "stage": str, "decoding": dict}
-    needed = {"model", "mode", "swap", "accuracy", "n", "trace_tokens", "answer_tokens", "tokens"}
-    numbers = needed - kinds.keys() | {*FIGURES, "round", "samples", "swapped", "changed"}
-    intervals = [name for figure, name in FIGURES.items() if figure == "accuracy" or name in row]
-    wrong = [name for name in needed if name not in row]
-    wrong += [name for name, kind in kinds.items() if not isinstance(row.get(name, kind()), kind)]
-    wrong += [name for name in numbers if not is_number(row.get(name, 0))]
-    pairs = [(name, row.get(name)) for name in intervals]
-    wrong += [n for n, pair in pairs if not (isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)))]
-    return sorted(wrong)
+        return [f"an object in place of a {type(row).__name__}"]
+    needed = {"model", "mode", "swap", "accuracy", "ci95", "n", "trace_tokens", "answer_tokens", "tokens"}
+    needed |= {figure for figure, interval in FIGURES.items() if interval in row}
+    wrong = needed - row.keys()
+    wrong |= {name for name in TEXTS if not isinstance(row.get(name, ""), str)}
+    wrong |= {"mode"} if row.get("mode") not in MODES else set()
+    wrong |= {name for name, limits in LIMITS.items() if name in row and not is_number(row[name], *limits)}
+    for pair in ((name, row[name]) for name in FIGURES.values() if name in row):
+        wrong |= set() if isinstance(pair[1], list) and list(map(is_number, pair[1])) == [True, True] else {pair[0]}
+    decoding = row.get("decoding", {})
+    scalars = isinstance(decoding, dict) and all(isinstance(v, str | int | float | None) for v in decoding.values())
+    return sorted(wrong if scalars else {*wrong, "decoding"})

@@ -19,6 +19,7 @@ from abscot_trl.data.splits import staged_splits
 from abscot_trl.errors import Refused
 from abscot_trl.examples import best_fit
 from abscot_trl.loop.driver import Stage, launcher_of
+from abscot_trl.loop.lengths import check_lengths, row_tokens
 from abscot_trl.loop.memory import (
     GIB,
     Shape,
@@ -115,6 +116,9 @@ def plan(args: PlanArguments) -> dict:
     Returns:
         `dict` with `stages` (name, phase, rows, steps, tokens, trained, memory, disk, hours), `assumptions` and
         `warnings` (sentences).
+
+    Raises:
+        Refused: as the warm-up itself would, of a model's configuration, recipes, or rows that are too long for them.
     """
     there = (Path(args.model) / "config.json").is_file()
     shape = shape_of(str(args.model) if there or not args.model_config else args.model_config)
@@ -130,8 +134,10 @@ def plan(args: PlanArguments) -> dict:
         rows = np.arange(args.rows_per_phase) % n_rows
         parts = {f"{t}.{phase}": rows for t in range(1, args.rounds + 1) for phase in PARTS}
     setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, peak * gpus, gpu_gb)
-    table, warnings = [], []
-    for stage in stages(args):
+    todo, table, warnings = list(stages(args)), [], []
+    if counts:
+        warnings += check_lengths(todo, lengths, parts, vocabulary, args.model)
+    for stage in todo:
         line = {"name": stage.name, "phase": stage.phase}
         if stage.phase == "traces":
             line |= _sampling(stage.settings, setting)
@@ -170,15 +176,13 @@ def _training(stage: Stage, setting: Setting) -> dict:
     recipe, shape, (round_, phase) = stage.settings, setting.shape, stage.name.split("/")
     part = setting.parts[f"{round_.removeprefix('round')}.{phase}"]
     lengths = {name: lengths[part] for name, lengths in setting.lengths.items()}
-    lora, longest = bool(recipe.get("use_peft")), recipe.get("max_length", 8192)
-    documents = masked = sum(lengths.values())
-    if stage.phase == "distill":
-        documents = masked - lengths["cot"]
-        if recipe.get("rehearsal"):
-            documents = np.concatenate([documents, masked])
+    lora, longest = bool(recipe.get("use_peft")), recipe.get("max_length") or 8192
+    every = row_tokens(lengths, lengths["trace"], stage.phase, recipe)
+    fitting = every[every <= longest]  # the others are refused, or dropped
+    documents = fitting if recipe.get("overlong") == "drop" and len(fitting) else np.minimum(every, longest)
     packed, rows = bool(recipe.get("packing")), len(documents)
     if packed and setting.counts:
-        rows = len(best_fit(np.minimum(documents, longest).tolist(), longest))
+        rows = len(best_fit(documents.tolist(), longest))
     elif packed:
         rows = math.ceil(documents.sum() / (PACKED * longest))
     trained = trained_parameters(shape, recipe, setting.vocabulary.size)
@@ -191,7 +195,7 @@ def _training(stage: Stage, setting: Setting) -> dict:
     length = float((documents.astype(float) ** 2).sum() / documents.sum())  # of the document that a token stands in
     flops = training_flops(shape, lora, recipe.get("gradient_checkpointing", True), tokens, length)
     return {
-        "rows": len(documents),
+        "rows": len(every),
         "steps": steps,
         "packed": packed,
         "tokens": tokens,
@@ -206,7 +210,7 @@ def _training(stage: Stage, setting: Setting) -> dict:
 def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
     """What makes no sense in a training recipe."""
     found, phase, rate = [], line["phase"], recipe.get("learning_rate", 2e-5)
-    lora, longest, counts = bool(recipe.get("use_peft")), recipe.get("max_length", 8192), setting.counts
+    lora = bool(recipe.get("use_peft"))
     if lora and rate <= 2e-5:
         found.append(f"{phase}: learning_rate {rate} is one of full fine-tuning; LoRA wants about 1.0e-4")
     if not lora and rate >= 5e-5:
@@ -218,9 +222,6 @@ def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
     if line["memory"] > setting.gpu_gb * 1e9:
         memory = line["memory"] / GIB
         found.append(f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.gpu_gb} GB; more GPUs, ZeRO or LoRA")
-    if counts and counts["lengths"]["total"]["median"] > longest:
-        median = counts["lengths"]["total"]["median"]
-        found.append(f"{phase}: max_length {longest} drops over half of the rows (median {median:.0f} tokens)")
     return found
 
 

@@ -18,7 +18,7 @@ from statistics import fmean
 import yaml
 
 from abscot_trl.cli import TRAINING
-from abscot_trl.data.prepare import load_prepared
+from abscot_trl.data.prepare import load_prepared, row_lengths
 from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import run_splits, save_splits
@@ -26,9 +26,11 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
 from abscot_trl.loop.driver import Stage, is_done, launcher_of, locked, print_stages, print_times, run_stages
+from abscot_trl.loop.lengths import check_lengths
 from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
 from abscot_trl.report.tables import results_table
 from abscot_trl.traces.backends import SamplerArguments
+from abscot_trl.vocabulary import AbstractVocabulary
 
 
 @dataclass
@@ -248,16 +250,16 @@ def warmup(args: WarmupArguments) -> list[dict]:
         The rows of `results.json`.
 
     Raises:
-        Refused: recipes with unknown keys, too few rows, or a run that was started with other settings.
+        Refused: recipes with unknown keys, too few rows, rows that a phase will refuse for their length, or a run
+            that was started with other settings.
     """
     todo = list(stages(args))
     check_stages(todo, args)
-    data, counts = load_prepared(args.data)
-    longest, fits = counts["lengths"]["total"]["max"], read_yaml(args.bottleneck).get("max_length", 8192)
-    if longest > fits:
-        print(f"WARNING: {args.data} holds rows of {longest:.0f} tokens, {args.bottleneck} takes {fits}")  # noqa: T201
+    data, _ = load_prepared(args.data)
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
     splits = run_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+    for sentence in check_lengths(todo, row_lengths(data), splits, AbstractVocabulary.load(args.model), args.model):
+        print(f"WARNING: {sentence}", flush=True)  # noqa: T201
     if args.dry_run:
         print_stages(todo, chosen)
         return collect_results(args)

@@ -16,7 +16,6 @@ from abscot_trl.evaluation.grading import normal_form
 from abscot_trl.report.plots import save
 from abscot_trl.report.runs import TEXT_LIMIT, Group
 from abscot_trl.report.verdict import SWAPS, measured
-from abscot_trl.storage import write_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -31,7 +30,8 @@ def as_json(value) -> str:
 
 def _said(record: dict) -> str:
     """What tells answers apart, as `changed` in the results does; the whole response where none was extracted."""
-    return normal_form(record["answer"], record["task"]) if "answer" in record else record["response"]
+    source = record.get("source", record["task"])  # older answers lack it
+    return normal_form(record["answer"], source) if "answer" in record else record["response"]
 
 
 def _answer(record: dict, own: dict) -> dict:
@@ -120,8 +120,8 @@ def _headline(v: dict) -> dict:
     }
 
 
-def write_page(path: str | Path, title: str, command: str, verdicts: list, sections: list, answers: dict) -> None:
-    """Fill `report.html` with what `report` found; figures go in as SVG."""
+def page(title: str, command: str, verdicts: list, sections: list, answers: dict) -> str:
+    """`report.html` filled with what `report` found; figures go in as SVG."""
     drawn = []
     for section in sections:
         figures = []
@@ -145,4 +145,4 @@ def write_page(path: str | Path, title: str, command: str, verdicts: list, secti
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     before, after = template.replace("__POLICY__", policy).split("__DATA__")
-    write_whole(path, before + as_json(data | {"browser": answers}) + after)
+    return before + as_json(data | {"browser": answers}) + after

@@ -255,7 +255,9 @@ def losses(logs: dict[str, list[dict]]) -> Figure:
                 values = [entry.get(key, float("nan")) for entry in log]
                 axis.plot(steps, values, color=color, linewidth=1, marker="." if len(log) == 1 else None)
             axis.axvline(offset, color="0.9", linewidth=1, zorder=0)
-            axis.text(offset, 1.0, stage, transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom")
+            axis.text(
+                offset, 1.0, _short(stage), transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom"
+            )
             offset += log[-1]["step"]
         handles = [
             matplotlib.lines.Line2D([], [], color=c, label=name)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import is_number
@@ -15,8 +16,10 @@ from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 TEXT_LIMIT = 20_000  # characters of a problem or a response that are kept; a report is no archive
 PATHS = {*INPUTS, "output_dir", "resume_from_checkpoint"} - {"problems"}
 AGAIN = "`abscot warmup` writes it again, remove it until then"
+TRACE_LIMIT, CODEBOOK_LIMIT = 2048, 4096  # tokens of a trace, and of a codebook: what the analysis can take
 ANSWER_TEXTS = ("model", "task", "mode", "swap", "response")
 ANSWER_FIELDS = {*ANSWER_TEXTS, "id", "trace", "gold", "score"}
+ANSWER_OPTIONS = ("sample", "problem", "source", "answer", "trace_tokens", "answer_tokens", "truncated")
 
 
 @dataclass
@@ -34,21 +37,51 @@ class Group:
         """
         The codebook of the nearest checkpoint above the answers, up to `run`, and `True`; or else the smallest one
         that the traces fit in, and `False`.
+
+        Raises:
+            Refused: a damaged checkpoint, or one whose codebook the traces leave.
         """
+        traces = [record["trace"] for record in self.records["own"].values()]
+        lengths = [len(trace) for trace in traces]
+        size = 1 + max((index for trace in traces for index in trace), default=0)
         for folder in self.source.parents:
             if not folder.is_relative_to(run):
                 break
             found = [folder / FILE_NAME, *sorted(folder.glob(f"*/{FILE_NAME}"))]
             for path in (path for path in found if path.is_file()):
                 settings = read_json(path, "run `abscot init` again", "size", "m_min", "m_max")
-                return AbstractVocabulary(settings["size"], settings["m_min"], settings["m_max"]), True
-        traces = [record["trace"] for record in self.records["own"].values()]
-        lengths = [len(trace) for trace in traces]
-        size = 1 + max((index for trace in traces for index in trace), default=0)
+                settings = [settings[key] for key in ("size", "m_min", "m_max")]
+                if not all(type(value) is int and value <= CODEBOOK_LIMIT for value in settings):
+                    raise Refused(f"{path} is damaged ({settings}: no sizes); run `abscot init` again")
+                if size > settings[0]:
+                    raise Refused(f"{self.source} holds token {size - 1}, {path} has {settings[0]}; evaluate again")
+                return AbstractVocabulary(*settings), True
         return AbstractVocabulary(size, min(lengths), max(1, *lengths)), False
 
 
+def _wrong(record: dict) -> str | None:
+    """What of an answer cannot be shown, in words."""
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}"
+    if missing := ANSWER_FIELDS - record.keys():
+        return f"lacks {', '.join(sorted(missing))}"
+    trace = record["trace"]
+    if not isinstance(trace, list) or not all(type(index) is int and 0 <= index < CODEBOOK_LIMIT for index in trace):
+        return f"trace: no codebook indices under {CODEBOOK_LIMIT}"
+    if len(trace) > TRACE_LIMIT:
+        return f"trace: {len(trace)} tokens, over {TRACE_LIMIT}"
+    kinds = {"id": (str, int), "sample": int, "answer": (str, NoneType), "gold": (str, int, float, NoneType)}
+    kinds |= dict.fromkeys((*ANSWER_TEXTS, "problem", "source"), str)
+    if wrong := [key for key, kind in kinds.items() if key in record and not isinstance(record[key], kind)]:
+        return f"{', '.join(wrong)}: no text" if wrong != ["sample"] else "sample: no number"
+    if record["score"] is not None and not is_number(record["score"], 0, 1):
+        return f"score {record['score']!r:.20} is no number in 0..1"
+    counts = [key for key in ("trace_tokens", "answer_tokens") if not is_number(record.get(key, 0), 0, 1e9)]
+    return f"{', '.join(counts)}: no number" if counts else None
+
+
 def _clip(record: dict) -> dict:
+    record = {key: record[key] for key in (*ANSWER_FIELDS, *ANSWER_OPTIONS) if key in record}
     for key in ("problem", "response"):
         text = record.get(key)
         if isinstance(text, str) and len(text) > TEXT_LIMIT:
@@ -59,19 +92,12 @@ def _clip(record: dict) -> dict:
 def _records(path: Path) -> Iterator[dict]:
     if not path.stat().st_size:
         raise Refused(f"{path} is empty; evaluate again")
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line)
-                if missing := ANSWER_FIELDS - record.keys():
-                    raise Refused(f"lacks {', '.join(sorted(missing))}")
-                if not all(type(index) is int and index >= 0 for index in record["trace"]):
-                    raise Refused("trace: no codebook indices")
-                if wrong := [name for name in ANSWER_TEXTS if not isinstance(record[name], str)]:
-                    raise Refused(f"{', '.join(wrong)}: no text")
-                if record["score"] is not None and not is_number(record["score"]):
-                    raise Refused(f"score {record['score']!r} is no number")
-            except (ValueError, AttributeError, TypeError) as error:
+                if wrong := _wrong(record := json.loads(line)):
+                    raise Refused(wrong)
+            except (ValueError, RecursionError) as error:
                 raise Refused(f"{path} line {number} is no answer ({error}); evaluate again") from error
             yield _clip(record)
 
@@ -118,12 +144,15 @@ def rounds(warmup: Path) -> list[Path]:
 
 def over_training(warmup: str | Path) -> list[dict]:
     """The summaries of a warm-up's trace stages in order, each with its `stage`; none where there is no warm-up."""
-    keys = ("traces", "distinct", "tokens_used", "token_counts", "token_entropy", "token_entropy_uniform")
-    return [
-        {"stage": f"{folder.name}/{path.parent.name}", **read_json(path, "make these traces again", *keys)}
-        for folder in rounds(Path(warmup))
-        for path in sorted(folder.glob("*-traces/summary.json"))
-    ]
+    numbers = ("traces", "distinct", "tokens_used", "token_entropy", "token_entropy_uniform")
+    found, remedy = [], "make these traces again"
+    for path in (path for folder in rounds(Path(warmup)) for path in sorted(folder.glob("*-traces/summary.json"))):
+        summary = read_json(path, remedy, *numbers, "token_counts")
+        whole = all(is_number(summary[key], 0, 1e12) for key in numbers) and summary["traces"] >= 1
+        if not whole or not isinstance(summary["token_counts"], list) or not summary["token_counts"]:
+            raise Refused(f"{path} is damaged (no counts of traces); {remedy}")
+        found.append(summary | {"stage": f"{path.parents[1].name}/{path.parent.name}"})
+    return found
 
 
 def read_losses(warmup: Path) -> dict[str, list[dict]]:
@@ -133,22 +162,25 @@ def read_losses(warmup: Path) -> dict[str, list[dict]]:
     Raises:
         Refused: a line that holds no step; names file and line.
     """
-    path, logs = warmup / "losses.csv", {}
-    if path.is_file():
-        with open(path, newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                try:
-                    stage, _ = row.pop("stage"), row["step"]
-                    logs.setdefault(stage, []).append({key: float(value) for key, value in row.items() if value})
-                except (ValueError, KeyError, TypeError) as error:
-                    raise Refused(f"{path} line {number} is no logged step ({error}); {AGAIN}") from error
+    path, logs, number = warmup / "losses.csv", {}, 1
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            for number, row in enumerate(csv.DictReader(file), 2):  # noqa: B007 (the error names it)
+                stage, entry = row.pop("stage"), {key: float(value) for key, value in row.items() if value}
+                if not is_number(entry["step"], 0, 1e12):
+                    raise Refused(f"step {entry['step']}")
+                logs.setdefault(stage, []).append(entry)
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise Refused(f"{path} line {number} is no logged step ({error}); {AGAIN}") from error
     return logs
 
 
 def read_wall_times(warmup: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table in `record.md`."""
     path = warmup / "record.md"
-    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("|")]
     if len(lines) < 2 or len({line.count("|") for line in lines}) > 1:
         raise Refused(f"{path} holds no table of wall times; {AGAIN}")
     header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
@@ -162,6 +194,8 @@ def read_settings(run: str | Path) -> dict[str, dict]:
         name = "" if warmup == Path(run) else f"{warmup.name}: "
         for path in (path for folder in rounds(warmup) for path in sorted(folder.glob(f"*/{MANIFEST}"))):
             record = read_manifest(path.parent, "phase", "settings")
+            if not isinstance(record["phase"], str) or not isinstance(record["settings"], dict):
+                raise Refused(f"{path} is damaged (phase, settings); remove {path.parent} and run the stage again")
             settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
             phases.setdefault(name + record["phase"], []).append(settings)
     return {

@@ -136,7 +136,7 @@ def training_section(found: dict[str, Path]) -> dict | None:
         logs = read_losses(folder)
         if logs:
             points = sum(map(len, logs.values()))
-            caption = f"{name}: losses and learning rate as logged, {points} points of one run, no interval."
+            caption = f"Losses and learning rate of {name} as logged, {points} points of one run, no interval."
             figures["losses_" + re.sub(r"\W+", "_", name)] = plots.losses(logs), caption
         tables.append(_table(f"Wall time, {name}", *read_wall_times(folder)))
     return _section("Training", "", figures, tables) if found else None

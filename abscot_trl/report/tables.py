@@ -49,7 +49,8 @@ def cells(row: dict, header: list[str]) -> list[str]:
 def escaped(text: str) -> str:
     """Text as Markdown that shows it, in one line: what a model or a problem is called can be no markup."""
     text = "".join(character if character.isprintable() else " " for character in text)
-    return re.sub(r"([\\`*\[\]<>&|#~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
+    text = re.sub(r"([\\`*\[\]!<>&|#~$@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
+    return re.sub(r"(:)(?=//)|((?<=www)\.)", r"\\\g<0>", text, flags=re.IGNORECASE)  # no link of itself
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

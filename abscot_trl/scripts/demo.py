@@ -16,7 +16,7 @@ from abscot_trl.evaluation.results import write_results
 from abscot_trl.loop.baselines import BaselinesArguments, baselines
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import exit_with_words, parse, read_yaml, run_phase
-from abscot_trl.report.report import ReportArguments, report
+from abscot_trl.report.make import ReportArguments, report
 from abscot_trl.training.configs import BASELINES
 
 WARMUPS = ("paper", "informed")

@@ -8,7 +8,7 @@ import sys
 
 from abscot_trl.errors import Refused
 from abscot_trl.phases import exit_with_words, parse
-from abscot_trl.report.report import ReportArguments, report
+from abscot_trl.report.make import ReportArguments, report
 
 
 def with_runs(arguments: list[str]) -> list[str]:

@@ -1,24 +1,66 @@
 """results.json, report.md, report.html and the table in the terminal."""
 
+import hashlib
+import os
 import re
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
 from abscot_trl.report import plots, sections
-from abscot_trl.report.page import browser, write_page
+from abscot_trl.report.page import browser, page
 from abscot_trl.report.runs import over_training, read_answers, warmups
 from abscot_trl.report.tables import escaped, markdown_table, results_table
 from abscot_trl.report.verdict import measured, verdicts
 from abscot_trl.storage import write_whole
+
+MARKER = ".report"  # in the output: digest and name of each file that a report wrote there
+
+
+def _plain(command: str) -> str:
+    """A command as it may stand between backticks."""
+    return "".join(character if character.isprintable() else " " for character in command).replace("`", "'")
+
+
+def write_own(output: Path, files: dict[str, bytes]) -> None:
+    """
+    Write `files` into `output`, each whole, in the place of those that an earlier report wrote there.
+
+    Raises:
+        Refused: one is there that no report wrote, or that was changed since; nothing is written then.
+    """
+    marker = output / MARKER
+
+    def line(name: str, content: bytes) -> str:
+        return f"{hashlib.sha256(content).hexdigest()}  {name}"
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"output_dir {output} cannot be a folder ({error}); choose another one") from error
+    own = marker.read_text(errors="replace").splitlines() if marker.is_file() else []
+    for path in (output / name for name in files):
+        if os.path.lexists(path) and not (path.is_file() and line(path.name, path.read_bytes()) in own):
+            raise Refused(f"{path} is not as a report wrote it; move it away, or choose another output_dir")
+    new = [line(*file) for file in files.items()]
+    write_whole(marker, "\n".join([*own, *new]) + "\n")  # a kill may leave files of both
+    for name, content in files.items():
+        write_whole(output / name, content)
+    write_whole(marker, "\n".join(new) + "\n")
+
+
+def _png(figure) -> bytes:
+    plots.save(figure, buffer := BytesIO())
+    return buffer.getvalue()
 
 
 def _markdown(title: str, command: str, found: list[dict], parts: list[dict]) -> str:
     lines = [
         f"# {escaped(title)}",
         "",
-        f"Made by `{command}`; the answers one by one: [report.html](report.html).",
+        f"Made by `{_plain(command)}`; the answers one by one: [report.html](report.html).",
         "",
     ]
     for v in found:
@@ -28,7 +70,7 @@ def _markdown(title: str, command: str, found: list[dict], parts: list[dict]) ->
         name = v["model"] + (f", {v['task']}" if v["task"] else "")
         lines.append(f"- **{escaped(name)}: {v['words']}.** {escaped(about)}; {escaped(measured([own]))}.")
     for section in parts:
-        lines += ["", f"## {section['title']}", "", *([section["words"], ""] if section["words"] else [])]
+        lines += ["", f"## {section['title']}", "", *([escaped(section["words"]), ""] if section["words"] else [])]
         for table in section["tables"]:
             lines += [*([f"{escaped(table['title'])}:", ""] if table["title"] else [])]
             lines += [markdown_table(table["header"], table["rows"]), ""]
@@ -104,12 +146,10 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     ]
     parts, found = [part for part in parts if part], verdicts(main)
     output = Path(args.output_dir) if args.output_dir else folders[0] / "report"
-    output.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        for name, (figure, _) in part["figures"].items():
-            plots.save(figure, output / f"{name}.png")
-    command = command or f"abscot report --runs {' '.join(args.runs)}".replace("`", "'")
-    write_whole(output / "report.md", _markdown(args.title, command, found, parts))
-    write_page(output / "report.html", args.title, command, found, parts, browser(groups))
+    command = command or f"abscot report --runs {' '.join(args.runs)}"
+    figures = {f"{name}.png": _png(figure) for part in parts for name, (figure, _) in part["figures"].items()}
+    text = _markdown(args.title, command, found, parts)
+    html = page(args.title, command, found, parts, browser(groups))
+    write_own(output, figures | {"report.md": text.encode(), "report.html": html.encode()})
     print(results_table(results))  # noqa: T201
     return output / "report.md"
