@@ -274,7 +274,7 @@ def test_requests_under_way_are_told_when_it_stops(checkpoint, monkeypatch, capl
             return completion(TRACE)
         asked.append(fields)
         if "quick" in fields.get("stop", []):
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.5)
             return completion([5, 6])
         return httpx.Response(200, stream=Parts(piece("7"), None)) if fields.get("stream") else await asyncio.Future()
 
