@@ -28,6 +28,7 @@ from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.server import ServerTraceSampler, weights_digest
 from abscot_trl.vocabulary import AbstractVocabulary
 
+pytestmark = pytest.mark.slow
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 ENGINE = {
     "dtype": "float32",

@@ -22,6 +22,7 @@ from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.vllm import check_tensor_parallel
 from abscot_trl.vocabulary import AbstractVocabulary
 
+pytestmark = pytest.mark.slow
 CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
