@@ -32,7 +32,7 @@ from trl import ModelConfig
 from abscot_trl.checkpoint import extend_model, save_checkpoint
 from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer
 from abscot_trl.examples import prompt_ids
-from abscot_trl.traces.vllm import check_server
+from abscot_trl.traces.server import check_server
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -247,7 +247,8 @@ def beside(checkpoint: str, folder: str, url: str) -> dict | None:
     from accelerate.utils import gather_object
     from trl.generation.vllm_client import VLLMClient
 
-    from abscot_trl.traces.vllm import ServerTraceSampler, row_seed
+    from abscot_trl.traces.server import ServerTraceSampler
+    from abscot_trl.traces.vllm import row_seed
 
     VLLMClient.init_communicator = lambda self, device: None
     given, found, rank = prompts(checkpoint), {}, PartialState(cpu=True).process_index
@@ -436,7 +437,7 @@ def test_other_servers_are_refused(found):
     assert "does not take token 57" in found["beside"]["16"]
     choice = {"text": "<endabstract>", "logprobs": {"token_logprobs": [-3.2]}}
     response = SimpleNamespace(ok=True, json=lambda: {"choices": [choice]})
-    session = SimpleNamespace(post=lambda url, json: response)
+    session = SimpleNamespace(post=lambda url, **_: response)
     with pytest.raises(ValueError, match="raw log-probabilities; start it with `--logprobs-mode processed_logprobs`"):
         check_server(SimpleNamespace(base_url="http://x", model="m", session=session), 49, "<endabstract>")
 

@@ -4,7 +4,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from abscot_trl.errors import Refused
 
@@ -24,19 +24,25 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error JSON: a bad request (4xx), or an upstream that failed (502)."""
+    """An answer in OpenAI's error JSON: a bad request (4xx), an upstream that failed (502, 504), or our end (503)."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
         self.param, self.status, self.code = param, status, code
 
     def body(self) -> dict:
-        kind = "invalid_request_error" if self.status < 500 else "upstream_error"
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @classmethod
+    def failed(cls, how: str, status: int = 502) -> "ApiError":
+        return cls(f"the vLLM server behind this one failed ({how:.300}); try again, or see its log", status=status)
+
+    @classmethod
     def unreachable(cls, error: httpx.HTTPError) -> "ApiError":
-        return cls(f"the vLLM server behind this one failed ({type(error).__name__}: {error}); try again", status=502)
+        if isinstance(error, httpx.ReadTimeout):
+            return cls.failed("not a word within `timeout`; ask for less, or serve with a longer one", 504)
+        return cls.failed(f"{type(error).__name__}: {error}")
 
 
 class _Strict(BaseModel):
@@ -45,8 +51,13 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        """null is the default, as in OpenAI's API."""
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+        """null is the default, as in OpenAI's API. One unknown field is enough to refuse: a million take seconds."""
+        if not isinstance(values, dict):
+            return values
+        known = cls.model_fields.keys()
+        given = {name: value for name, value in values.items() if value is not None}
+        unknown = next((name for name in given if name not in known), None)
+        return {name: value for name, value in given.items() if name in known or name == unknown}
 
 
 class Message(_Strict):
@@ -76,7 +87,7 @@ class ChatRequest(_Strict):
     """What of OpenAI's chat API means the same here, and `trace_temperature`. `user` and `metadata` are ignored."""
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: NonNegative = 0.0
@@ -84,7 +95,7 @@ class ChatRequest(_Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    stop: list[Annotated[str, Field(min_length=1)]] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast()] = Field([], max_length=16)
     seed: int | None = Field(None, ge=0)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -99,6 +110,31 @@ class ChatRequest(_Strict):
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+
+class Choice(BaseModel):
+    """What is read of a choice in vLLM's reply; `token_ids` where they were asked for."""
+
+    text: str
+    finish_reason: str | None
+    token_ids: list[int] | None = None
+
+
+class Usage(BaseModel):
+    completion_tokens: int
+
+
+class Completion(BaseModel):
+    """What is read of vLLM's reply, and of an event of its stream: the last one has the usage and no choice."""
+
+    choices: list[Choice]
+    usage: Usage | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "Completion":
+        if not self.choices and self.usage is None:
+            raise Refused("neither choices nor usage")
+        return self
 
 
 def _words(error: dict) -> ApiError:

@@ -5,17 +5,21 @@ vLLM runs as a child on a loopback port, or elsewhere (`upstream`). The child is
 process stops, with an error, when the child dies.
 """
 
+import asyncio
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from threading import Thread
 from typing import Any
 
@@ -26,12 +30,17 @@ from transformers import AutoTokenizer
 from abscot_trl.errors import Refused
 from abscot_trl.serving.chat import Chat, chat_app
 from abscot_trl.traces.backends import engine_arguments
-from abscot_trl.traces.vllm import ServerTraceSampler, check_tensor_parallel
+from abscot_trl.traces.server import ServerTraceSampler, served_model, weights_digest
+from abscot_trl.traces.vllm import check_tensor_parallel, engine_settings
 from abscot_trl.vocabulary import AbstractVocabulary
 
 OURS = ("config", "host", "logprobs_mode", "model", "port", "served_model_name", "trust_remote_code")
 GRACE = 20  # seconds that a child has to stop by itself
+PATIENCE = 5  # seconds that requests have to end after a signal, before they are refused
 PR_SET_PDEATHSIG = 1
+# Of vLLM's log: who writes a line and where, and a line that ends a traceback or names a wrong flag.
+ORIGIN = re.compile(r"(\(.+? pid=\d+\) )?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[.+?\] ?)?")
+RAISED = re.compile(r"([A-Za-z_][\w.]*(Error|Exception)|\S+\.py: error): \S")
 
 
 @dataclass
@@ -45,6 +54,8 @@ class ServeArguments:
         upstream (`str`, *optional*): a running `vllm serve` of the same checkpoint; started as a child when left out.
         engine (`dict`, *optional*): arguments of that child, such as `{tensor_parallel_size: 2}`.
         trace_temperature (`float`): of the trace where a request gives none; 0 decodes greedily.
+        timeout (`float`): seconds without a word of vLLM after which a request is given up. An answer that is not
+            streamed is silent until its end.
         served_model_name (`str`, *optional*): the model's name in the API; `model` as given when left out.
     """
 
@@ -59,6 +70,7 @@ class ServeArguments:
         default=None, metadata={"help": "Arguments of vllm serve, e.g. '{\"tensor_parallel_size\": 2}'."}
     )
     trace_temperature: float = field(default=0.0, metadata={"help": "Of the trace; 0 decodes greedily."})
+    timeout: float = field(default=1800.0, metadata={"help": "Most seconds that vLLM may be silent in a request."})
     served_model_name: str | None = field(default=None, metadata={"help": "The model's name in the API."})
 
     def __post_init__(self):
@@ -69,6 +81,8 @@ class ServeArguments:
             raise Refused(f"upstream: {self.upstream!r} is no address; write http://host:port")
         if self.trace_temperature < 0:
             raise Refused(f"trace_temperature must not be negative, got {self.trace_temperature}; 0 is greedy")
+        if not self.timeout > 0:
+            raise Refused(f"timeout must be positive, got {self.timeout}; it is in seconds")
 
 
 def engine_flags(engine: dict[str, Any]) -> list[str]:
@@ -93,6 +107,34 @@ def engine_flags(engine: dict[str, Any]) -> list[str]:
     return flags
 
 
+def root_cause(log: Iterable[str]) -> str | None:
+    """
+    What vLLM's log says first of all: the end of its first traceback, or the flag that is wrong. The tracebacks after
+    it, of the processes above, only say that one has failed.
+    """
+    lines = [ORIGIN.sub("", line, count=1).rstrip() for line in log]
+    ends = [i for i, line in enumerate(lines) if RAISED.match(line)]
+    for i, following in pairwise([*ends, len(lines)]):
+        if "During handling of the above exception, another exception occurred:" in lines[i + 1 : following]:
+            continue  # this one was caught
+        details = []
+        for line in lines[i + 1 : following]:  # pydantic's go on
+            if not line.startswith("  ") or line.lstrip().startswith(("File ", "For further")):
+                break
+            details.append(line.split(" [type=")[0].strip())
+        return " ".join([lines[i], *details])[:1000]
+    return None
+
+
+def remedy(cause: str) -> str:
+    """For a vLLM that did not start: the share of the memory that is there, if that was the cause."""
+    if memory := re.search(r"\(([\d.]+)/([\d.]+) GiB\)", cause):
+        free, total = map(float, memory.groups())
+        share = int(95 * free / total) / 100
+        return f"free memory, or take less of it by --engine '{{\"gpu_memory_utilization\": {share}}}'"
+    return "mend `engine` (its names are those of vLLM's arguments) or `model`"
+
+
 def _die_with_parent() -> None:
     """In the child: SIGTERM when the parent is killed without a chance to stop it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -104,12 +146,12 @@ class VLLMServer:
     def __init__(self, args: ServeArguments):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.url, self.tail = f"http://127.0.0.1:{port}", deque(maxlen=15)
+        self.url, self.tail, self.up = f"http://127.0.0.1:{port}", deque(maxlen=1000), False
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", args.model, "--host=127.0.0.1"]
         command += [f"--port={port}", f"--served-model-name={args.served_model_name or args.model}"]
-        command += ["--logprobs-mode=processed_logprobs", "--enable-prefix-caching", "--disable-uvicorn-access-log"]
+        command += ["--logprobs-mode=processed_logprobs", "--disable-uvicorn-access-log"]
         self.process = subprocess.Popen(
-            [*command, *engine_flags(args.engine)],
+            [*command, *engine_flags(engine_settings(args.engine))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -129,20 +171,25 @@ class VLLMServer:
     def check(self) -> None:
         """
         Raises:
-            Refused: the child has ended; with the end of its log.
+            Refused: the child has ended; with the root cause by its log and the remedy, or the end of its log.
         """
         code = self.process.poll()
-        if code is not None:
-            self.log.join(timeout=1)
-            raise Refused(f"vllm serve ended with exit code {code}; the end of its log: {''.join(self.tail)}")
+        if code is None:
+            return
+        self.log.join(timeout=1)
+        if cause := root_cause(self.tail):
+            more = "its log tells more" if self.up else remedy(cause)
+            raise Refused(f"vllm serve ended with exit code {code}: {cause}; {more}")
+        killed = ", as when memory runs out" if code == -signal.SIGKILL else ""
+        end = " ".join("".join([*self.tail][-15:]).split())
+        raise Refused(f"vllm serve ended with exit code {code}{killed}; the end of its log: {end}")
 
     def wait_until_healthy(self) -> None:
-        while True:
+        while not self.up:
             self.check()
-            with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", trust_env=False).is_success:
-                    return
             time.sleep(0.2)
+            with suppress(httpx.TransportError):
+                self.up = httpx.get(f"{self.url}/health", trust_env=False).is_success
 
     def stop(self) -> None:
         """End the child and whatever it left behind; a second signal does not interrupt this."""
@@ -177,25 +224,39 @@ def load_chat(args: ServeArguments, url: str) -> Chat:
     The protocol over the upstream at `url`, once it is known to serve the same checkpoint.
 
     Raises:
-        ConnectionError, ValueError: as [`ServerTraceSampler`].
+        Refused: as [`ServerTraceSampler`].
     """
     vocabulary, tokenizer = AbstractVocabulary.load(args.model), AutoTokenizer.from_pretrained(args.model)
     sampler = ServerTraceSampler(url, args.model, vocabulary)
     client = httpx.AsyncClient(
         base_url=url,
-        timeout=httpx.Timeout(None, connect=10),
+        timeout=httpx.Timeout(args.timeout, connect=10, pool=None),
         # vLLM closes an idle connection after 5 s; one that it is just closing must not be used again
         limits=httpx.Limits(max_connections=None, keepalive_expiry=2),
         trust_env=False,
     )
-    name = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
-    return Chat(client, name, tokenizer, vocabulary, sampler.positions, sampler.stops, args.trace_temperature)
+    name, digest = served_model(url)["id"], weights_digest(args.model)
+    limits = sampler.positions, sampler.stops
+    return Chat(client, name, tokenizer, vocabulary, *limits, args.trace_temperature, digest)
+
+
+class ChatServer(uvicorn.Server):
+    """Waits, once a signal has come, for the requests under way; those that take too long are told."""
+
+    def __init__(self, chat: Chat):
+        super().__init__(
+            uvicorn.Config(chat_app(chat), log_level="warning", timeout_graceful_shutdown=PATIENCE + GRACE)
+        )
+        self.closing = chat.closing
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(PATIENCE, self.closing.set)
+        await super().shutdown(sockets)
 
 
 def listen(args: ServeArguments, listener: socket.socket, url: str, child: VLLMServer | None) -> None:
     """Serve until a signal comes or the child dies."""
-    app = chat_app(load_chat(args, url))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    server = ChatServer(load_chat(args, url))
 
     def stop_with_child() -> None:
         child.process.wait()
@@ -216,8 +277,8 @@ def serve(args: ServeArguments) -> None:
 
     Raises:
         Refused: not an extended checkpoint, or arguments that cannot be;
-            the address is in use, or nothing answers at `upstream`;
-            vLLM died; with the end of its log.
+            the address is in use, or nothing answers at `upstream`, or it serves something else;
+            vLLM died; with the root cause by its log.
     """
     AbstractVocabulary.load(args.model)
     check_tensor_parallel(args.model, args.engine.get("tensor_parallel_size", 1))

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from abscot_trl.errors import Refused
 from abscot_trl.traces.hf import HFTraceSampler
-from abscot_trl.traces.vllm import ServerTraceSampler, VLLMTraceSampler
+from abscot_trl.traces.server import ServerTraceSampler
+from abscot_trl.traces.vllm import VLLMTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
 

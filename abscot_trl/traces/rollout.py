@@ -19,16 +19,8 @@ from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
 from abscot_trl.errors import Refused
-from abscot_trl.traces.vllm import (
-    Completions,
-    EngineTraceSampler,
-    check_server,
-    check_tensor_parallel,
-    complete_here,
-    complete_there,
-    row_seed,
-    served_positions,
-)
+from abscot_trl.traces.server import check_server, complete_there, served_model
+from abscot_trl.traces.vllm import Completions, EngineTraceSampler, check_tensor_parallel, complete_here, row_seed
 from abscot_trl.vocabulary import AbstractVocabulary
 
 NEUTRAL = {
@@ -112,7 +104,8 @@ class AbstractVLLMGeneration(VLLMGeneration):
             complete, positions = partial(complete_here, self.llm), self.llm.model_config.max_model_len
         elif self.accelerator.is_main_process:
             check_server(self.vllm_client, self.end, self.vocabulary.end)
-            complete, positions = partial(complete_there, self.vllm_client), served_positions(self.vllm_client)
+            complete = partial(complete_there, self.vllm_client)
+            positions = served_model(self.vllm_client.base_url)["max_model_len"]
         else:
             return  # the main process samples for all
         self.sampler = EngineTraceSampler(complete, path, self.vocabulary, positions, tokenizer=self.processing_class)

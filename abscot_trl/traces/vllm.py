@@ -4,12 +4,11 @@ Traces and answers by vLLM: built-in sampling parameters only, token ids in and 
 Two calls a problem. The trace: `allowed_token_ids` is the constraint, `min_tokens` keeps the end delimiter out until
 m_min, `max_tokens` forces it; with `logprobs_mode="processed_logprobs"` vLLM's log-probabilities are those of the
 renormalised policy at the sampling temperature. The answer: plain decoding after prefix, trace and end delimiter, for
-which prefix caching spares the prompt. An engine in this process and a `vllm serve` endpoint take the same parameters
-and give the same draws.
+which prefix caching spares the prompt. An engine in this process and a server (`traces/server.py`) take the same
+parameters and give the same draws.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
 Completions = list[tuple[list[int], list[float]]]  # a prompt: token ids, and their log-probabilities
 Complete = Callable[[list[list[int]], list[dict], tqdm | None], Completions]
-CONCURRENT_REQUESTS = 64  # of one client; as trl's
 
 
 def sampling_parameters(max_tokens: int, temperature: float, stops: list[int], seed: int | None, **fields) -> dict:
@@ -77,6 +75,25 @@ def check_tensor_parallel(model_path: str, size: int) -> None:
         )
 
 
+def engine_settings(engine: dict) -> dict:
+    """
+    `engine` after our defaults. On CPU no prefill is cut in two: vLLM then takes back the draw of a seeded request,
+    which torch's CPU generator cannot, and the engine dies.
+
+    Raises:
+        Refused: an argument that cuts prefills on CPU.
+    """
+    from vllm.platforms import current_platform  # takes seconds
+
+    settings, engine = {"enable_prefix_caching": True}, {name.replace("-", "_"): engine[name] for name in engine}
+    if current_platform.is_cpu():
+        settings["enable_chunked_prefill"] = False
+        for name in ("enable_chunked_prefill", "long_prefill_token_threshold"):
+            if engine.get(name):
+                raise Refused(f"engine: {name} {engine[name]} cuts prefills, which kills vLLM on CPU; leave it out")
+    return settings | engine
+
+
 def own_vocabulary(model_path: str) -> AbstractVocabulary | None:
     """The checkpoint's codebook, if it was extended."""
     return AbstractVocabulary.load(model_path) if (Path(model_path) / FILE_NAME).is_file() else None
@@ -113,19 +130,6 @@ def complete_here(llm, prompts: list[list[int]], parameters: list[dict], bar: tq
         (list(c.token_ids), [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)])
         for c in completions
     ]
-
-
-def complete_there(client, prompts: list[list[int]], parameters: list[dict], bar: tqdm | None = None) -> Completions:
-    """Completions by a `vllm serve` endpoint: a request each, so that each has its seed. `client`: trl's."""
-
-    def request(prompt: list[int], fields: dict) -> tuple[list[int], list[float]]:
-        output = client.generate([prompt], generation_kwargs=fields)
-        if bar is not None:
-            bar.update()
-        return output["completion_ids"][0], [step[0] for step in output["logprobs"][0]]
-
-    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        return list(pool.map(request, prompts, parameters))
 
 
 class EngineTraceSampler:
@@ -237,16 +241,22 @@ class VLLMTraceSampler(EngineTraceSampler):
         model_path (`str`): an extended, merged checkpoint (vLLM loads no adapter with trained token rows).
         vocabulary ([`AbstractVocabulary`], *optional*): its codebook; read from the checkpoint when left out.
         engine: keyword arguments of `vllm.LLM` (`dtype`, `tensor_parallel_size`, `max_model_len`, ..).
+
+    Raises:
+        Refused: arguments that vLLM does not have, or that cannot be for this checkpoint; as [`engine_settings`].
     """
 
     def __init__(self, model_path: str, vocabulary: AbstractVocabulary | None = None, **engine):
         check_tensor_parallel(model_path, engine.get("tensor_parallel_size", 1))
-        vocabulary = vocabulary or own_vocabulary(model_path)
+        vocabulary, engine = vocabulary or own_vocabulary(model_path), engine_settings(engine)
         from vllm import LLM  # the import takes 15 s
 
-        self.llm = LLM(
-            model=model_path, **{"enable_prefix_caching": True} | engine, logprobs_mode="processed_logprobs"
-        )
+        try:
+            self.llm = LLM(model=model_path, **engine, logprobs_mode="processed_logprobs")
+        except (TypeError, ValueError) as error:
+            if isinstance(error, TypeError) and "unexpected keyword argument" not in str(error):
+                raise
+            raise Refused(f"vLLM refuses {model_path} with engine {engine}: {error}") from error
         cache = self.llm.llm_engine.vllm_config.cache_config
         super().__init__(
             partial(complete_here, self.llm),
@@ -254,61 +264,4 @@ class VLLMTraceSampler(EngineTraceSampler):
             vocabulary,
             self.llm.model_config.max_model_len,
             cache.num_gpu_blocks * cache.block_size,
-        )
-
-
-class ServerTraceSampler(EngineTraceSampler):
-    """
-    Samples from a running `vllm serve` (or `abscot serve`) over its completions endpoint, ids in and out.
-
-    Args:
-        url (`str`): `http://host:port`. The server needs `--logprobs-mode processed_logprobs`.
-        model_path, vocabulary: the checkpoint that it serves, as in [`VLLMTraceSampler`].
-
-    Raises:
-        ConnectionError: nothing answers at `url`.
-        Refused: it serves a model with other abstract tokens, or gives log-probabilities that are not renormalised.
-    """
-
-    def __init__(self, url: str, model_path: str, vocabulary: AbstractVocabulary | None = None):
-        from trl.generation.vllm_client import VLLMClient
-
-        vocabulary = vocabulary or own_vocabulary(model_path)
-        client = VLLMClient(base_url=url.rstrip("/"))
-        super().__init__(partial(complete_there, client), model_path, vocabulary, served_positions(client))
-        if vocabulary is not None:
-            check_server(client, self.end, vocabulary.end)
-
-
-def served_positions(client) -> int:
-    """Longest sequence of the server's engine."""
-    return client._get(f"{client.base_url}/v1/models")["data"][0]["max_model_len"]
-
-
-def check_server(client, end: int, end_text: str) -> None:
-    """
-    One forced token tells both: its text, that the server's abstract tokens are ours; its log-probability, 0, that
-    they are taken after the constraint.
-
-    Raises:
-        Refused: as in [`ServerTraceSampler`].
-    """
-    forced = {"allowed_token_ids": [end], "max_tokens": 1, "logprobs": 0, "skip_special_tokens": False}
-    body = {"model": client.model, "prompt": [end], **forced}
-    response = client.session.post(f"{client.base_url}/v1/completions", json=body)
-    if not response.ok:
-        raise Refused(
-            f"{client.base_url} serves {client.model}, which does not take token {end} ({response.text}): "
-            "serve the checkpoint that `model` names"
-        )
-    choice = response.json()["choices"][0]
-    if choice["text"] != end_text:
-        raise Refused(
-            f"{client.base_url} serves {client.model}, whose token {end} is {choice['text']!r} and not {end_text!r}: "
-            "serve the checkpoint that `model` names"
-        )
-    if choice["logprobs"]["token_logprobs"][0] != 0.0:
-        raise Refused(
-            f"{client.base_url} gives raw log-probabilities; start it with `--logprobs-mode processed_logprobs` "
-            "(`abscot serve` does)"
         )
