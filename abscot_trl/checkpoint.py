@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from abscot_trl.attention import check_supported
 from abscot_trl.errors import Refused
+from abscot_trl.storage import TEMPORARY
 from abscot_trl.vocabulary import AbstractVocabulary
 
 INITIALISATIONS = ("mean+noise", "normal", "zeros")
@@ -37,7 +38,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     if path.exists():
         raise Refused(f"{path} is there already; choose another output_dir or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent))
     folder.chmod(0o755)
     try:
         yield folder

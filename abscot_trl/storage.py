@@ -1,28 +1,70 @@
-"""What phases read, told apart by content."""
+"""What phases read, told apart by content; files that are whole or not there; who is at work on a folder."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from abscot_trl.errors import Refused
 
 MANIFEST = "manifest.json"
+SETTINGS = "settings.json"  # in a folder of parts: what they were begun with
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
 WHERE = ("engine", "server", "batch_tokens")  # on what a phase's work is done: not what it makes
 INPUTS = ("model", "model_name_or_path", "adapter", "data", "traces", "splits", "problems")
+
+TEMPORARY = ".abscot-tmp"  # how a file ends that a kill left unfinished
+GRACE_S = 5.0  # what a killed process may take to go
 
 
 def write_whole(path: str | Path, text: str) -> None:
     """Write a file so that a kill or a power cut leaves the old one or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def at_work(folder: str | Path, beside: bool = False, lock: Path | None = None) -> Iterator[None]:
+    """
+    Hold the lock of a folder, `.<name>.lock` next to it if not said otherwise, against other jobs.
+
+    The processes of one job share it, so that it is free when the last of them has ended: the first asks for it alone,
+    the others (`beside`: further ranks, shards) join. Forked processes hold it too.
+
+    Raises:
+        Refused: another job is at work on the folder, and still is after `GRACE_S`.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock or folder.with_name(f".{folder.name}.lock"), "a+") as file:
+        if not beside:
+            _flock(file, fcntl.LOCK_EX, folder)
+        _flock(file, fcntl.LOCK_SH, folder)
+        yield
+
+
+def _flock(file: IO, kind: int, folder: Path) -> None:
+    end = time.monotonic() + GRACE_S
+    while True:
+        try:
+            return fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise Refused(
+                    f"{folder}: another process is still at work here; let it end, or stop it (`fuser {file.name}` "
+                    "says which it is)"
+                ) from None
+        time.sleep(0.05)
 
 
 def read_json(path: str | Path, remedy: str, *keys: str) -> dict:
@@ -57,7 +99,7 @@ def begin_parts(output_dir: str | Path, settings: dict) -> Path:
     """
     folder = Path(f"{output_dir}.parts")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if not path.is_file():
         if any(part.name[0] != "." for part in folder.iterdir()):
             raise Refused(f"{folder} holds finished work, but not the settings of it ({path.name}); remove it")

@@ -16,7 +16,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.loop import driver
+from abscot_trl.loop import driver, launch
 from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
@@ -202,12 +202,12 @@ def test_each_evaluation_has_a_process_of_its_own(run, monkeypatch, tmp_path):
     """`launch: process`; here the processes are stood in for by the phase in this one (they take seconds to start)."""
     commands = []
 
-    def start(command, pass_fds):
+    def run_here(command):
         commands.append(command)
         run_phase("evaluate", command[3:])
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(driver.subprocess, "run", start)
+    monkeypatch.setattr(launch, "run", run_here)
     rows = sweep(replace(run, launch="process"))
     assert [command[:3] for command in commands] == 3 * [[sys.executable, "-m", "abscot_trl.scripts.evaluate"]]
     assert [(row["stage"], row["n"]) for row in rows] == [

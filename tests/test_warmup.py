@@ -162,12 +162,12 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
     launched, launch = [], driver.launch
 
-    def failing(stage, config, args, held):
+    def failing(stage, config, options):
         launched.append(stage.name)
         if stage.name == "round1/distill" and len(launched) == 4:
             Path(stage.settings["output_dir"]).mkdir()  # half written
             raise RuntimeError("killed")
-        launch(stage, config, args, held)
+        launch(stage, config, options)
 
     monkeypatch.setattr(driver, "launch", failing)
     with pytest.raises(RuntimeError, match="killed"):

@@ -1,11 +1,11 @@
 """The staged data D_{t,1}, D_{t,2} of the warm-up (section 3.2): parts of D, disjoint over rounds and phases."""
 
 import json
-import os
 import random
 from pathlib import Path
 
 from abscot_trl.errors import Refused
+from abscot_trl.storage import write_whole
 
 PHASES = ("bottleneck", "distill")
 
@@ -42,10 +42,7 @@ def staged_splits(n_rows: int, rounds: int, rows_per_phase: int, seed: int) -> d
 
 def save_splits(path: str | Path, splits: dict[str, list[int]], n_rows: int, seed: int) -> None:
     """Write `splits` with what they were drawn from as JSON, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"settings": _settings(splits, n_rows, seed), "splits": splits}) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps({"settings": _settings(splits, n_rows, seed), "splits": splits}) + "\n")
 
 
 def load_splits(

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from abscot_trl.errors import Refused
 from abscot_trl.storage import write_whole
 
+MARK = ".abscot"  # in the folder of a training phase from its beginning
 SEAL = "sealed.json"
 LOG_FILE = "training_log.json"  # the last file to be moved into place: with it a phase has ended
 
@@ -81,9 +82,11 @@ def prepare_output(output_dir: str | Path, resume: bool) -> None:
             "--resume_from_checkpoint true, or remove the folder"
         )
     for path in output.iterdir() if output.is_dir() else ():
-        if path in sealed:
+        if path in sealed or path.name == MARK:
             continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text("A training phase of abscot_trl writes here.\n")
