@@ -60,8 +60,8 @@ def _check_processes(path: Path) -> None:
     kind, processes = config.get("distributed_type"), config.get("num_processes")
     if isinstance(processes, int) and processes > 1 and kind in ("NO", "MULTI_CPU"):
         raise Refused(
-            f"{path}: accelerate starts one process for distributed_type {kind}, not the {processes} of num_processes; "
-            "write distributed_type: MULTI_GPU, which starts them on a machine without GPUs too"
+            f"{path}: num_processes is {processes}, but accelerate starts one for distributed_type {kind}; write "
+            "distributed_type: MULTI_GPU, which starts them on a machine without GPUs too"
         )
 
 

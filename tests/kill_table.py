@@ -1,14 +1,14 @@
 """
 A table of kills: driver, launcher, trainer, sampler x SIGKILL, SIGTERM, SIGINT x LoRA, full x one and two processes.
 
-    python tests/kill_table.py --jobs 12 --output kills.jsonl            # all cells, 20 minutes on 16 cores
-    python tests/kill_table.py --jobs 12 --output kills.jsonl --cells 0:30
-    python tests/kill_table.py --output kills.jsonl --show               # the table of what is there
+    python tests/kill_table.py --jobs 12 --output kills.jsonl
+    python tests/kill_table.py --jobs 12 --output kills.jsonl --folder kills --cells 0:30   # a part; again: the rest
+    python tests/kill_table.py --output kills.jsonl --show                                  # the table so far
 
-Each cell is a warm-up of one round, its phases in processes of their own (two ranks over gloo where two are said). At a
-moment one process of it is killed; the same command is then given again, at once, until it succeeds. A cell is right
-if every process of the killed attempt is gone within seconds, if never two trainers of the same rank (or two samplers)
-were at work, and if the files are in the end those of a run that nobody killed.
+Each cell is a warm-up of one round, its phases in processes of their own (two ranks over gloo where two are said). At
+a moment one process of it is killed; when the driver has ended, the same command is given again, at once, until it
+succeeds. A cell is right if every process of the killed attempt is gone in the end, if never two trainers of the same
+rank (or two samplers) were at work, and if the files are then those of a run that nobody killed.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,14 +30,20 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from abscot_trl.processes import die_with_parent
+
 VICTIMS, SIGNALS = ("driver", "launcher", "trainer", "sampler"), ("SIGKILL", "SIGTERM", "SIGINT")
 TUNINGS, PROCESSES = ("lora", "full"), (1, 2)
-TRAINER, SAMPLER, LAUNCHER = "abscot_trl.scripts.bottleneck", "abscot_trl.scripts.traces", "abscot_trl.cli"
+ROLES = {
+    "abscot_trl.cli": "launcher",
+    "abscot_trl.scripts.bottleneck": "trainer",
+    "abscot_trl.scripts.distill": "trainer",
+    "abscot_trl.scripts.traces": "sampler",
+}
 MARK = "ABSCOT_KILL_TABLE"  # in the environment of all processes of an attempt: which cell, which attempt
 BATCH, STEPS = 4, 8  # rows a process and step; steps of each phase
 CLOCK = {"wall_s", "attempts", "environment"}
-TIMEOUT_S = 400.0  # of an attempt
+TIMEOUT_S = 500.0  # of an attempt
 TRAINING = {
     "dtype": "float32", "attn_implementation": "sdpa", "max_length": 2048, "pad_to_multiple_of": 8,
     "max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": 1.0e-3,
@@ -63,7 +70,9 @@ def all_cells() -> list[Cell]:
     """Each of the 48 at one moment, in turn, and the twelve by SIGKILL and SIGTERM of two processes at another too."""
     cells = []
     for number, (victim, kind, tuning, processes) in enumerate(product(VICTIMS, SIGNALS, TUNINGS, PROCESSES)):
-        moments = {"driver": ("seal", "parts", "random"), "sampler": ("parts", "random")}.get(victim, ("seal", "random"))
+        moments = {"driver": ("seal", "parts", "random"), "sampler": ("parts", "random")}.get(
+            victim, ("seal", "random")
+        )
         first = number % len(moments) if victim != "driver" else number // 2 % len(moments)
         cells.append(Cell(victim, kind, tuning, processes, moments[first]))
         if kind != "SIGINT" and (processes == 2 or victim == "driver"):
@@ -96,10 +105,7 @@ class Process:
     def role(self) -> str | None:
         """Which of the `VICTIMS` this is."""
         words = self.command.split("\0")
-        for word, role in ((LAUNCHER, "launcher"), (TRAINER, "trainer"), (SAMPLER, "sampler")):
-            if "-m" in words and words[words.index("-m") + 1] == word:
-                return role
-        return None
+        return ROLES.get(words[words.index("-m") + 1]) if "-m" in words[:-1] else None
 
 
 class Watch(threading.Thread):
@@ -111,10 +117,11 @@ class Watch(threading.Thread):
         self.now: list[Process] = []
         self.looks = 0
         self.beside: set[str] = set()  # cells with two trainers of one rank, or two samplers, at work at once
+        self.ended = False
         self.start()
 
     def run(self) -> None:
-        while True:
+        while not self.ended:
             found, known = [], {}
             for pid in filter(str.isdecimal, os.listdir("/proc")):
                 try:
@@ -160,7 +167,9 @@ class Table:
         self.seconds: dict[tuple[str, int], float] = {}
 
     def prepare(self) -> None:
-        """A tiny extended Qwen3, prepared rows and the recipes."""
+        """A tiny extended Qwen3, prepared rows and the recipes; those of an earlier call are used again."""
+        if (self.folder / "ready").exists():
+            return
         sys.path.insert(0, str(Path(__file__).parent))
         from conftest import make_checkpoint
 
@@ -169,10 +178,15 @@ class Table:
         from abscot_trl.scripts.demo import write_problems
 
         checkpoint = self.folder / "checkpoint"
-        checkpoint.mkdir(parents=True)
+        checkpoint.mkdir(parents=True, exist_ok=True)
         make_checkpoint(checkpoint)
         train = write_problems(self.folder / "train.jsonl", chain_arithmetic(64, 4, 5, seed=0))
-        fields = {"data": train, "data_format": "problems", "tokenizer": checkpoint, "output_dir": self.folder / "data"}
+        fields = {
+            "data": train,
+            "data_format": "problems",
+            "tokenizer": checkpoint,
+            "output_dir": self.folder / "data",
+        }
         run_phase("data", [part for key, value in fields.items() for part in (f"--{key}", str(value))])
         for tuning in TUNINGS:
             recipe = TRAINING | (LORA if tuning == "lora" else {})
@@ -189,6 +203,7 @@ class Table:
                 fields |= {"accelerate_config": str(self.folder / f"accelerate.{processes}.yaml")}
                 fields |= {"until": self.until} if self.until else {}
                 (self.folder / f"warmup.{tuning}.{processes}.yaml").write_text(yaml.safe_dump(fields))
+        (self.folder / "ready").touch()
 
     def begin(self, folder: Path, tuning: str, processes: int, attempt: str) -> subprocess.Popen:
         """The driver, as a user would start it."""
@@ -202,19 +217,24 @@ class Table:
                 stdout=log,
                 stderr=log,
                 env=os.environ | environment,
+                preexec_fn=die_with_parent,  # a table that is killed leaves nothing behind
             )
 
     def run_whole(self, tuning: str, processes: int) -> None:
         """A run that nobody kills; its files say how many processes trained."""
         folder = self.folder / f"whole-{tuning}-{processes}"
-        folder.mkdir()
-        start = time.monotonic()
-        code = self.begin(folder, tuning, processes, f"{folder.name}:1").wait(TIMEOUT_S)
-        assert code == 0, (folder / "log.txt").read_text()[-3000:]
+        done = folder / "seconds"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            start = time.monotonic()
+            code = self.begin(folder, tuning, processes, f"{folder.name}:1").wait(TIMEOUT_S)
+            assert code == 0, (folder / "log.txt").read_text()[-3000:]
+            done.write_text(str(time.monotonic() - start))
         log = json.loads((folder / "run/round1/bottleneck/training_log.json").read_text())
         assert {entry["sequences_per_step"] for entry in log["log"]} == {BATCH * processes}, "the world size"
         self.whole[tuning, processes] = contents(folder / "run")
-        self.seconds[tuning, processes] = time.monotonic() - start
+        self.seconds[tuning, processes] = float(done.read_text())
 
     def alive(self, attempt: str, role: str | None = None) -> list[Process]:
         found = [process for process in self.watch.now if process.attempt == attempt]
@@ -260,6 +280,7 @@ class Table:
     def run_cell(self, cell: Cell, number: int) -> dict:
         name = f"{number:02}-{cell.name}"
         folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         attempt = f"{name}:1"
         driver = self.begin(folder, cell.tuning, cell.processes, attempt)
@@ -307,7 +328,9 @@ def show(path: Path) -> str:
     """The results as a Markdown table."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = sorted({row["number"]: row for row in rows}.values(), key=lambda row: row["number"])
-    lines = ["| victim | signal | weights | processes | moment | all gone after | reruns | second at work | files equal |"]
+    lines = [
+        "| victim | signal | weights | processes | moment | all gone after | reruns | second at work | files equal |"
+    ]
     lines += ["|---|---|---|---:|---|---:|---:|---|---|"]
     for row in rows:
         victim, kind, tuning, processes, _ = row["cell"].split("-")
@@ -336,9 +359,12 @@ def main() -> None:
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell ignores it, children would too
     first, _, last = args.cells.partition(":")
+    there = args.output.read_text().splitlines() if args.output.exists() else []
+    there = {row["number"] for row in map(json.loads, there) if row["right"]}
     cells = list(enumerate(all_cells()))[int(first or 0) : int(last) if last else None]
+    cells = [(number, cell) for number, cell in cells if number not in there]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        table = Table(args.folder or Path(temporary), args.seed, args.until)
+        table = Table((args.folder or Path(temporary)).resolve(), args.seed, args.until)
         table.prepare()
         with ThreadPoolExecutor(args.jobs) as pool:
             kinds = sorted({(cell.tuning, cell.processes) for _, cell in cells})
