@@ -113,10 +113,10 @@ def test_a_folder_has_one_job_at_a_time_and_a_job_several_processes(tmp_path, mo
 
 
 def test_a_killed_process_frees_its_folder_within_the_grace(tmp_path):
-    code = (
-        f"from abscot_trl.storage import at_work\nwith at_work({str(tmp_path / 'out')!r}):\n    print(1, flush=True)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", f"{code}    {SLEEP}"], stdout=subprocess.PIPE, cwd=ROOT) as process:
+    code = "import sys, time\nfrom abscot_trl.storage import at_work\nwith at_work(sys.argv[1]):\n"
+    code += "    print(1, flush=True)\n    time.sleep(60)\n"
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
         process.stdout.readline()
         process.kill()
         with at_work(tmp_path / "out"):

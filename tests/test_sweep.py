@@ -17,6 +17,7 @@ from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.loop import driver, launch
+from abscot_trl.loop import sweep as module
 from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
@@ -222,3 +223,17 @@ def test_a_folder_without_models_is_refused(tmp_path):
     (tmp_path / "evaluate.yaml").write_text("tsk: x\n")
     with pytest.raises(ValueError, match="unknown key 'tsk'; did you mean 'task'"):
         sweep(SweepArguments(str(tmp_path), str(tmp_path / "evaluate.yaml")))
+
+
+def test_one_server_cannot_serve_all_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "models", lambda run: [("base", run / "base"), ("round1/distill", run / "m")])
+    (tmp_path / "evaluate.yaml").write_text("problems: p\nbackend: server\nserver: http://127.0.0.1:1\n")
+    arguments = SweepArguments(str(tmp_path), str(tmp_path / "evaluate.yaml"))
+    with pytest.raises(Refused, match="backend: server asks one URL, which serves one model"):
+        sweep(arguments)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "results.json").write_text("mine")
+    (tmp_path / "evaluate.yaml").write_text("problems: p\n")
+    with pytest.raises(Refused, match="results.json is there but was not made by a sweep"):
+        sweep(arguments)
+    assert (tmp_path / "sweep" / "results.json").read_text() == "mine"
