@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -269,7 +270,8 @@ class Table:
                 after = time.monotonic() - start
                 stages = [path.stem for path in run.glob("*.running")] or ["before any stage"]
                 who = f" of {cell.victim} {rank}" if cell.victim == "trainer" else ""
-                words = {"seal": "sealed checkpoint", "parts": "sampling"}.get(cell.moment, f"{wait:.1f} s on")
+                words = "sealed checkpoint" if cell.moment == "seal" else "sampling"
+                words = words if wait is None else f"{wait:.1f} s on"
                 return pid, f"{words}{who}, {after:.0f} s, {stages[-1]}"
             if cell.victim != "driver" and wait is not None and seen and not pid:
                 seen = None  # it ended before: the next one of its kind
@@ -374,13 +376,13 @@ def main() -> None:
             for done in as_completed(running):
                 try:
                     row = done.result()
-                except Exception as error:  # the other cells go on
-                    print(f"ERROR {error!r}", flush=True)
+                except Exception:  # the other cells go on
+                    print(f"ERROR {traceback.format_exc()}", flush=True)
                     continue
                 with open(args.output, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(("ok   " if row["right"] else "WRONG") + f" {json.dumps(row)}", flush=True)
-    print(f"\n{show(args.output)}")
+    print(f"\n{show(args.output) if args.output.exists() else 'no cell ended'}")
 
 
 if __name__ == "__main__":

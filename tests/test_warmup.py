@@ -237,6 +237,10 @@ def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path, monke
         process.kill()
 
 
+class Killed(BaseException):
+    """As sudden as a kill, within one process."""
+
+
 FOREIGN = [".notes.2024", "sub/.backup.2024-11-01.tar", "round1/.bottleneck-traces-mine/notes", "round1/.x.json.1234"]
 
 
@@ -253,14 +257,14 @@ def test_what_others_put_into_a_run_stays(toy, tmp_path, monkeypatch):
         launch(stage, *args)
         if stage.name == "round1/bottleneck-traces":
             (stage.output / "notes").write_text("mine")
-            raise KeyboardInterrupt  # before its manifest
+            raise Killed  # before its manifest
         if stage.name == "round1/bottleneck":
             for name in ("checkpoint-best/notes", "mine.safetensors"):
                 (stage.output / name).parent.mkdir(exist_ok=True)
                 (stage.output / name).write_text("mine")
 
     monkeypatch.setattr(driver, "launch", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         warmup(WarmupArguments(**fields))
     left = run / "round1" / f".x.json.7{storage.TEMPORARY}"  # ours, of a process that was killed
     left.write_text("half")
@@ -282,11 +286,11 @@ def test_a_whole_stage_without_a_manifest_is_not_mixed_with_other_settings(toy, 
 
     def dying(path, text):
         if Path(path).name == MANIFEST:
-            raise KeyboardInterrupt
+            raise Killed
         write(path, text)
 
     monkeypatch.setattr(driver, "write_whole", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         warmup(WarmupArguments(**fields))
     before = traces(Path(fields["run_dir"]) / "round1" / "bottleneck-traces")
     monkeypatch.setattr(driver, "write_whole", write)
