@@ -48,18 +48,18 @@ def at_work(folder: str | Path, beside: bool = False, lock: Path | None = None) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(lock or folder.with_name(f".{folder.name}.lock"), "a+") as file:
         if not beside:
-            _flock(file, fcntl.LOCK_EX, folder)
-        _flock(file, fcntl.LOCK_SH, folder)
+            _flock(file, fcntl.LOCK_EX, folder, GRACE_S)
+        _flock(file, fcntl.LOCK_SH, folder, 0.0)  # no second try: by then another job might share what was ours
         yield
 
 
-def _flock(file: IO, kind: int, folder: Path) -> None:
-    end = time.monotonic() + GRACE_S
+def _flock(file: IO, kind: int, folder: Path, wait_s: float) -> None:
+    end = time.monotonic() + wait_s
     while True:
         try:
             return fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
+            if time.monotonic() >= end:
                 raise Refused(
                     f"{folder}: another process is still at work here; let it end, or stop it (`fuser {file.name}` "
                     "says which it is)"

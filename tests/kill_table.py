@@ -149,7 +149,7 @@ class Watch(threading.Thread):
                         self.beside.add(cell)
             self.known, self.now = known, found
             self.looks += 1
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def fresh(self) -> list[Process]:
         """What a look that began after this call finds."""

@@ -65,6 +65,17 @@ def test_the_tree_ends_with_its_driver_and_its_launcher(victim, kind):
     assert code != 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
+def test_a_rank_ends_with_torchrun():
+    """By hand, without a driver: what torchrun says in the environment is enough."""
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    command = [sys.executable, "-c", LAUNCHER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment) as launcher:
+        rank, forked = map(int, launcher.stdout.readline().split())
+        launcher.kill()
+    assert wait_until_gone([rank, forked])
+
+
 def test_a_child_that_is_told_to_stop_may_tidy_up(tmp_path):
     child = f"""
 import signal, sys, time
