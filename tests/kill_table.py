@@ -44,7 +44,6 @@ ROLES = {
 MARK = "ABSCOT_KILL_TABLE"  # in the environment of all processes of an attempt: which cell, which attempt
 BATCH, STEPS = 4, 8  # rows a process and step; steps of each phase
 CLOCK = {"wall_s", "attempts", "environment"}
-TIMEOUT_S = 500.0  # of an attempt
 TRAINING = {
     "dtype": "float32", "attn_implementation": "sdpa", "max_length": 2048, "pad_to_multiple_of": 8,
     "max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": 1.0e-3,
@@ -162,7 +161,8 @@ class Watch(threading.Thread):
 class Table:
     """Inputs, runs that nobody killed, and cells, each in a folder of its own under `folder`."""
 
-    def __init__(self, folder: Path, seed: int = 0, until: str | None = None):
+    def __init__(self, folder: Path, seed: int = 0, until: str | None = None, timeout_s: float = 500.0):
+        self.timeout_s = timeout_s  # of an attempt
         self.folder, self.watch, self.rng, self.until = folder, Watch(), random.Random(seed), until
         self.whole: dict[tuple[str, int], dict[str, str]] = {}
         self.seconds: dict[tuple[str, int], float] = {}
@@ -229,7 +229,7 @@ class Table:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             start = time.monotonic()
-            code = self.begin(folder, tuning, processes, f"{folder.name}:1").wait(TIMEOUT_S)
+            code = self.begin(folder, tuning, processes, f"{folder.name}:1").wait(self.timeout_s)
             assert code == 0, (folder / "log.txt").read_text()[-3000:]
             done.write_text(str(time.monotonic() - start))
         log = json.loads((folder / "run/round1/bottleneck/training_log.json").read_text())
@@ -290,14 +290,14 @@ class Table:
         killed = time.monotonic()
         os.kill(pid, getattr(signal, cell.signal))
         try:
-            code = driver.wait(90)
+            code = driver.wait(self.timeout_s)
         except subprocess.TimeoutExpired:
             code = None
         gone: list[float] = []
 
         def note_when_gone() -> None:
             while any(process.attempt == attempt for process in self.watch.fresh()):
-                if time.monotonic() - killed > TIMEOUT_S:
+                if time.monotonic() - killed > self.timeout_s:
                     return
                 time.sleep(0.02)
             gone.append(time.monotonic() - killed)
@@ -307,7 +307,12 @@ class Table:
         reruns, codes = 0, []
         while code is not None and reruns < 3:  # at once, as a script would that does not look
             reruns += 1
-            codes.append(self.begin(folder, cell.tuning, cell.processes, f"{name}:{reruns + 1}").wait(TIMEOUT_S))
+            with self.begin(folder, cell.tuning, cell.processes, f"{name}:{reruns + 1}") as driver:
+                try:
+                    codes.append(driver.wait(self.timeout_s))
+                except subprocess.TimeoutExpired:
+                    driver.kill()
+                    codes.append(None)
             if codes[-1] == 0:
                 break
         noting.join()
@@ -353,6 +358,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("kills.jsonl"), help="a line for each cell, as it ends")
     parser.add_argument("--folder", type=Path, help="where the runs go; a temporary one, removed, if not said")
     parser.add_argument("--until", help="last stage of each run")
+    parser.add_argument("--timeout", type=float, default=500.0, help="seconds an attempt may take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print the table of --output and end")
     args = parser.parse_args()
@@ -366,7 +372,7 @@ def main() -> None:
     cells = list(enumerate(all_cells()))[int(first or 0) : int(last) if last else None]
     cells = [(number, cell) for number, cell in cells if number not in there]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        table = Table((args.folder or Path(temporary)).resolve(), args.seed, args.until)
+        table = Table((args.folder or Path(temporary)).resolve(), args.seed, args.until, args.timeout)
         table.prepare()
         with ThreadPoolExecutor(args.jobs) as pool:
             kinds = sorted({(cell.tuning, cell.processes) for _, cell in cells})
