@@ -1,11 +1,15 @@
 """`abscot <phase> ...`: the phases as one command; a front on `python -m abscot_trl.scripts.<phase>`."""
 
+import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from abscot_trl.errors import Refused
+from abscot_trl.processes import DRIVER
 
 PHASES = {
     "init": "extend a base model by the codebook",
@@ -34,14 +38,31 @@ def accelerate_config_path(name: str) -> str:
     A file as given, or `accelerate_configs/<name>.yaml` of this repository.
 
     Raises:
-        Refused: neither is there; the message lists the names.
+        Refused: neither is there; the message lists the names;
+            several processes are asked for where accelerate would start one without a word.
     """
     folder = Path(__file__).resolve().parent.parent / "accelerate_configs"
     for path in (Path(name), folder / f"{name}.yaml"):
         if path.is_file():
+            _check_processes(path)
             return str(path)
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise Refused(f"accelerate_config {name!r} is neither a file nor one of {names}")
+
+
+def _check_processes(path: Path) -> None:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or config.get("mpirun_config"):
+        return
+    kind, processes = config.get("distributed_type"), config.get("num_processes")
+    if isinstance(processes, int) and processes > 1 and kind in ("NO", "MULTI_CPU"):
+        raise Refused(
+            f"{path}: num_processes is {processes}, but accelerate starts one for distributed_type {kind}; write "
+            "distributed_type: MULTI_GPU, which starts them on a machine without GPUs too"
+        )
 
 
 def main() -> None:
@@ -67,6 +88,7 @@ def main() -> None:
             sys.exit(f"abscot {phase}: {error}")
         from accelerate.commands.launch import main as launch
 
+        os.environ.setdefault(DRIVER, str(os.getpid()))  # so that what is launched ends with this process
         sys.argv = ["accelerate", "--config_file", config, "-m", f"abscot_trl.scripts.{phase}"]
         sys.argv += rest[:at] + rest[at + 2 :]
         try:

@@ -1,4 +1,7 @@
-"""Files and folders that are whole or not there; what phases read, told apart by content; finished parts of work."""
+"""
+Files and folders that are whole or not there; what phases read, told apart by content; finished parts of work; who is
+at work on a folder.
+"""
 
 import fcntl
 import hashlib
@@ -6,10 +9,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 from abscot_trl.errors import Refused
 
@@ -40,6 +45,8 @@ ENGINE_WHERE = (
     "enable_chunked_prefill",
     "enforce_eager",  # with or without recorded graphs, which take memory
 )
+
+GRACE_S = 5.0  # what a killed process may take to go
 
 
 def write_whole(path: str | Path, text: str | bytes) -> None:
@@ -73,6 +80,40 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def at_work(folder: str | Path, beside: bool = False, lock: Path | None = None) -> Iterator[None]:
+    """
+    Hold the lock of a folder, `.<name>.lock` next to it if not said otherwise, against other jobs.
+
+    The processes of one job share it, so that it is free when the last of them has ended: the first asks for it alone,
+    the others (`beside`: further ranks, shards) join. Forked processes hold it too.
+
+    Raises:
+        Refused: another job is at work on the folder, and still is after `GRACE_S`.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock or folder.with_name(f".{folder.name}.lock"), "a+") as file:
+        if not beside:
+            _flock(file, fcntl.LOCK_EX, folder, GRACE_S)
+        _flock(file, fcntl.LOCK_SH, folder, 0.0)  # no second try: by then another job might share what was ours
+        yield
+
+
+def _flock(file: IO, kind: int, folder: Path, wait_s: float) -> None:
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise Refused(
+                    f"{folder}: another process is still at work here; let it end, or stop it (`fuser {file.name}` "
+                    "says which it is)"
+                ) from None
+        time.sleep(0.05)
 
 
 def read_json(path: str | Path, remedy: str, *keys: str) -> dict:

@@ -54,14 +54,19 @@ def tiny_model(family: str = "qwen3", layers: int = 2, vocabulary: int = 64, tie
     ).eval()
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """An extended checkpoint on disk: tiny tied Qwen3, toy tokenizer, codebook of 8, traces of 1 to 6 tokens."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "extended"
-    folder.mkdir()
+def make_checkpoint(folder) -> None:
+    """An extended checkpoint: tiny tied Qwen3, toy tokenizer, codebook of 8, traces of 1 to 6 tokens."""
     tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_min=1, m_max=6)
     model = tiny_model(vocabulary=40)
     vocabulary.extend(tokenizer)
     extend_model(model, vocabulary.all_ids(tokenizer))
     save_checkpoint(model, tokenizer, vocabulary, folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """`make_checkpoint` on disk."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "extended"
+    folder.mkdir()
+    make_checkpoint(folder)
     return folder

@@ -1,30 +1,15 @@
 """A run of two rounds killed over and over ends in the files of one that never was."""
 
-import hashlib
 import json
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kill_table import Cell, Table, contents
 from test_warmup import LORA, recipes, toy  # noqa: F401
-
-CLOCK = {"wall_s", "attempts", "environment"}
-
-
-def contents(run: Path) -> dict[str, str]:
-    """Digests of a run's files; of its manifests without the clock, without what shows wall times."""
-    found = {}
-    for path in sorted(path for path in run.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        if path.name == "manifest.json":
-            record = json.loads(content)
-            assert record.keys() >= CLOCK
-            content = json.dumps({key: value for key, value in record.items() if key not in CLOCK}).encode()
-        if path.name != "record.md":
-            found[str(path.relative_to(run))] = hashlib.sha256(content).hexdigest()
-    return found
 
 
 @pytest.mark.parametrize("keep", ["all", "last"])
@@ -61,3 +46,21 @@ def test_killed_again_and_again(toy, tmp_path, keep):  # noqa: F811
     assert len(rows) == len(set(rows)) == 2 * fields["rounds"] * fields["rows_per_phase"]
     if keep == "last":
         assert sorted(path.parent.name for path in (tmp_path / "killed").rglob("model.safetensors")) == ["distill"]
+
+
+@pytest.mark.slow
+def test_a_part_of_the_table_of_kills(tmp_path):
+    """Real processes under accelerate, LoRA and full, one and two ranks; the whole table: tests/kill_table.py."""
+    cells = [Cell("driver", "SIGKILL", "full", 2, "seal"), Cell("launcher", "SIGTERM", "lora", 1, "seal")]
+    table = Table(tmp_path, until="round1/bottleneck")
+    table.prepare()
+
+    def run(number: int) -> dict:
+        table.run_whole(cells[number].tuning, cells[number].processes)
+        return table.run_cell(cells[number], number)
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(run, range(2)))
+    table.watch.ended = True
+    assert [row["right"] for row in rows] == [True, True], rows
+    assert all(row["gone_s"] < 10 and row["reruns"] == 1 for row in rows), rows

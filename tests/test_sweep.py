@@ -16,7 +16,8 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.loop import driver
+from abscot_trl.loop import driver, launch
+from abscot_trl.loop import sweep as module
 from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
@@ -201,12 +202,12 @@ def test_each_evaluation_has_a_process_of_its_own(run, monkeypatch, tmp_path):
     """`launch: process`; here the processes are stood in for by the phase in this one (they take seconds to start)."""
     commands = []
 
-    def start(command, pass_fds):
+    def run_here(command):
         commands.append(command)
         run_phase("evaluate", command[3:])
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(driver.subprocess, "run", start)
+    monkeypatch.setattr(launch, "run", run_here)
     rows = sweep(replace(run, launch="process"))
     assert [command[:3] for command in commands] == 3 * [[sys.executable, "-m", "abscot_trl.scripts.evaluate"]]
     assert [(row["stage"], row["n"]) for row in rows] == [
@@ -221,3 +222,17 @@ def test_a_folder_without_models_is_refused(tmp_path):
     (tmp_path / "evaluate.yaml").write_text("tsk: x\n")
     with pytest.raises(ValueError, match="unknown key 'tsk'; did you mean 'task'"):
         sweep(SweepArguments(str(tmp_path), str(tmp_path / "evaluate.yaml")))
+
+
+def test_one_server_cannot_serve_all_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "models", lambda run: [("base", run / "base"), ("round1/distill", run / "m")])
+    (tmp_path / "evaluate.yaml").write_text("problems: p\nbackend: server\nserver: http://127.0.0.1:1\n")
+    arguments = SweepArguments(str(tmp_path), str(tmp_path / "evaluate.yaml"))
+    with pytest.raises(Refused, match="backend: server asks one URL, which serves one model"):
+        sweep(arguments)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "results.json").write_text("mine")
+    (tmp_path / "evaluate.yaml").write_text("problems: p\n")
+    with pytest.raises(Refused, match="results.json is there but was not made by a sweep"):
+        sweep(arguments)
+    assert (tmp_path / "sweep" / "results.json").read_text() == "mine"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from abscot_trl import storage
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic
@@ -162,12 +163,12 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
     launched, launch = [], driver.launch
 
-    def failing(stage, config, args, held):
+    def failing(stage, config, options):
         launched.append(stage.name)
         if stage.name == "round1/distill" and len(launched) == 4:
             Path(stage.settings["output_dir"]).mkdir()  # half written
             raise RuntimeError("killed")
-        launch(stage, config, args, held)
+        launch(stage, config, options)
 
     monkeypatch.setattr(driver, "launch", failing)
     with pytest.raises(RuntimeError, match="killed"):
@@ -215,7 +216,8 @@ def test_files_in_a_list_are_inputs_too(tmp_path):
     assert input_digests(both) != before[1] and input_digests({"data": ["someone/on-the-hub"]}) == {}
 
 
-def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path):
+def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "GRACE_S", 0.2)
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
     run = Path(fields["run_dir"])
     mine = run / "round1" / "bottleneck-traces" / "notes.txt"
@@ -233,6 +235,119 @@ def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path):
         with pytest.raises(Refused, match="still at work here"):
             warmup(WarmupArguments(**fields))
         process.kill()
+
+
+class Killed(BaseException):
+    """As sudden as a kill, within one process."""
+
+
+FOREIGN = [".notes.2024", "sub/.backup.2024-11-01.tar", "round1/.bottleneck-traces-mine/notes", "round1/.x.json.1234"]
+
+
+def test_what_others_put_into_a_run_stays(toy, tmp_path, monkeypatch):
+    """Hidden files with numbers in their names, folders beside a stage's, checkpoints of somebody's, other weights."""
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1, "keep": "last", "evaluate": None}
+    run, launch = Path(fields["run_dir"]), driver.launch
+    foreign = [run / name for name in FOREIGN]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+
+    def dying(stage, *args):
+        launch(stage, *args)
+        if stage.name == "round1/bottleneck-traces":
+            (stage.output / "notes").write_text("mine")
+            raise Killed  # before its manifest
+        if stage.name == "round1/bottleneck":
+            for name in ("checkpoint-best/notes", "mine.safetensors"):
+                (stage.output / name).parent.mkdir(exist_ok=True)
+                (stage.output / name).write_text("mine")
+
+    monkeypatch.setattr(driver, "launch", dying)
+    with pytest.raises(Killed):
+        warmup(WarmupArguments(**fields))
+    left = run / "round1" / f".x.json.7{storage.TEMPORARY}"  # ours, of a process that was killed
+    left.write_text("half")
+    half = run / "round1" / f".distill-abcd{storage.TEMPORARY}"
+    half.mkdir()
+    launched = []
+    monkeypatch.setattr(driver, "launch", lambda stage, *args: launched.append(stage.name) or dying(stage, *args))
+    warmup(WarmupArguments(**fields))
+    assert launched == ["round1/bottleneck", "round1/distill-traces", "round1/distill"]  # the traces were whole
+    foreign.append(run / "round1/bottleneck-traces/notes")
+    foreign += [run / "round1/bottleneck" / name for name in ("checkpoint-best/notes", "mine.safetensors")]
+    assert [path.read_text() for path in foreign] == ["mine"] * len(foreign)
+    assert not left.exists() and not (run / "round1/bottleneck/model.safetensors").exists()  # pruned
+
+
+def test_a_whole_stage_without_a_manifest_is_not_mixed_with_other_settings(toy, tmp_path, monkeypatch):
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1, "until": "round1/bottleneck-traces"}
+    write = driver.write_whole
+
+    def dying(path, text):
+        if Path(path).name == MANIFEST:
+            raise Killed
+        write(path, text)
+
+    monkeypatch.setattr(driver, "write_whole", dying)
+    with pytest.raises(Killed):
+        warmup(WarmupArguments(**fields))
+    before = traces(Path(fields["run_dir"]) / "round1" / "bottleneck-traces")
+    monkeypatch.setattr(driver, "write_whole", write)
+    with pytest.raises(Refused, match=r"begun with other settings \(.*temperature: 1.0 -> 0.5.*go back to them"):
+        warmup(WarmupArguments(**fields, temperature=0.5))
+    assert traces(Path(fields["run_dir"]) / "round1" / "bottleneck-traces") == before
+
+
+def test_a_folder_that_holds_what_a_run_would_write_is_refused(toy, tmp_path):
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
+    Path(fields["run_dir"]).mkdir()
+    for name in ("results.json", "record.md"):
+        path = Path(fields["run_dir"]) / name
+        path.write_text("mine")
+        with pytest.raises(Refused, match=f"holds a {name} but no run"):
+            warmup(WarmupArguments(**fields))
+        assert path.read_text() == "mine"
+        path.unlink()
+
+
+def test_a_phase_by_hand_has_its_folder_alone(toy, tmp_path, monkeypatch):
+    """Two `abscot bottleneck`, or an orphan of a driver: the second is refused, by hand and by a driver."""
+    monkeypatch.setattr(storage, "GRACE_S", 0.2)
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
+    warmup(WarmupArguments(**fields, until="round1/bottleneck"))
+    run = Path(fields["run_dir"]) / "round1"
+    settings = yaml.safe_load((run / "bottleneck.yaml").read_text())
+    for phase, name in [("bottleneck", "a"), ("evaluate", "b"), ("traces", "c")]:
+        output = tmp_path / name
+        if phase == "bottleneck":
+            (tmp_path / "by-hand.yaml").write_text(yaml.safe_dump(settings | {"output_dir": str(output)}))
+        elif phase == "evaluate":
+            recipe = yaml.safe_load((tmp_path / "evaluate.yaml").read_text())
+            recipe |= {"model": str(run / "bottleneck"), "output_dir": str(output)}
+            (tmp_path / "by-hand.yaml").write_text(yaml.safe_dump(recipe))
+        else:
+            recipe = {"model": str(run / "bottleneck"), "data": toy["data"], "output_dir": str(output)}
+            (tmp_path / "by-hand.yaml").write_text(yaml.safe_dump(recipe))
+        with storage.at_work(output), pytest.raises(Refused, match=f"{name}: another process is still at work here"):
+            run_phase(phase, ["--config", str(tmp_path / "by-hand.yaml")])
+        assert not output.exists()
+    with storage.at_work(run / "distill-traces"), pytest.raises(Refused, match="traces: another process is still"):
+        warmup(WarmupArguments(**fields))
+
+
+def test_one_server_cannot_serve_all_rounds(toy, tmp_path):
+    """Refused before anything is written: it would sample all rounds from what it happens to serve."""
+    server = {"backend": "server", "server": "http://127.0.0.1:1"}
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"))
+    with pytest.raises(Refused, match="backend: server asks one URL, which serves one model"):
+        warmup(WarmupArguments(**fields, **server))
+    with pytest.raises(Refused, match="backend: server asks one URL"):
+        warmup(WarmupArguments(**fields | {"rounds": 1, "evaluate": None}, **server))
+    fields |= recipes(tmp_path, str(tmp_path / "test.jsonl"), **server)
+    with pytest.raises(Refused, match="backend: server asks one URL"):
+        warmup(WarmupArguments(**fields))
+    assert not Path(fields["run_dir"]).exists()
 
 
 def test_a_trained_model_is_not_overwritten(toy, tmp_path):

@@ -22,7 +22,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.answering import verbal_reasoning_tokens
 from abscot_trl.evaluation.grading import is_correct
 from abscot_trl.examples import prompt_ids
-from abscot_trl.storage import Parts, phase_settings, written_whole
+from abscot_trl.storage import Parts, at_work, phase_settings, written_whole
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.constraint import Continuation
@@ -147,6 +147,11 @@ def make_concise(args: ConciseArguments) -> dict:
         Refused: inputs that are missing or do not belong together, or no row
             has a right response.
     """
+    with at_work(args.output_dir):
+        return _make(args)
+
+
+def _make(args: ConciseArguments) -> dict:
     vocabulary, tokenizer = AbstractVocabulary.load(args.model), AutoTokenizer.from_pretrained(args.model)
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, None, len(data))

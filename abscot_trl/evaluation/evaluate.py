@@ -21,7 +21,7 @@ from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import describe_answers, summarise
 from abscot_trl.examples import Example
-from abscot_trl.storage import Parts, phase_settings, written_whole
+from abscot_trl.storage import Parts, at_work, phase_settings, written_whole
 from abscot_trl.traces.backends import load_sampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -168,6 +168,7 @@ def evaluate(args: EvaluateArguments) -> list[dict]:
     vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
     problems = load_problems(args.problems, args.problems_split, args.problems_config, args.limit)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    evaluation = Evaluation(args, problems, tokenizer, vocabulary)
-    evaluation.make(lambda: load_sampler(args, args.model, tokenizer, vocabulary))
-    return evaluation.join()
+    with at_work(args.output_dir):
+        evaluation = Evaluation(args, problems, tokenizer, vocabulary)
+        evaluation.make(lambda: load_sampler(args, args.model, tokenizer, vocabulary))
+        return evaluation.join()

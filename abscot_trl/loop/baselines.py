@@ -10,14 +10,15 @@ from pathlib import Path
 
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.data.splits import load_splits, run_splits, save_splits
+from abscot_trl.data.splits import load_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.concise import ROWS_FILE
-from abscot_trl.evaluation.results import read_results, write_results
-from abscot_trl.loop.driver import Stage, launcher_of, locked, print_stages, print_times, run_stages
-from abscot_trl.loop.warmup import WarmupArguments, check_stages, choose_stages
+from abscot_trl.evaluation.results import read_results
+from abscot_trl.loop.arguments import RunArguments
+from abscot_trl.loop.driver import drive
+from abscot_trl.loop.launch import launcher_of
+from abscot_trl.loop.stages import Stage, check_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
-from abscot_trl.report.tables import results_table
 from abscot_trl.storage import read_json
 from abscot_trl.training.configs import BASELINES
 from abscot_trl.training.resume import LOG_FILE
@@ -27,11 +28,11 @@ from abscot_trl.vocabulary import AbstractVocabulary
 NAMES = ("base", *BASELINES)
 
 
-@dataclass
-class BaselinesArguments(WarmupArguments):
+@dataclass(kw_only=True)
+class BaselinesArguments(RunArguments):
     """
-    The baselines beside a warm-up: its fields, of which `rounds`, `rows_per_phase` and `seed` give the same rows, the
-    phases' recipes the same steps, and the following ones.
+    The baselines beside a warm-up, whose `rounds`, `rows_per_phase` and `seed` give the same rows, the phases' recipes
+    and `rehearsal` the same steps.
 
     Args:
         names (`list[str]`): which, of `base` (the untrained model, verbal) and those of [`BaselineTrainer`].
@@ -163,27 +164,9 @@ def baselines(args: BaselinesArguments) -> list[dict]:
             with other settings.
     """
     todo = baseline_stages(args)
+    launcher_of(args)
     check_stages(todo, args)
     data, _ = load_prepared(args.data)
     if args.warmup is not None:
         load_splits(Path(args.warmup) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
-    chosen, run = choose_stages(todo, args), Path(args.run_dir)
-    splits = run_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
-    if args.dry_run:
-        print_stages(todo, chosen)
-        return collect_baselines(run)
-    run.mkdir(parents=True, exist_ok=True)
-
-    def after(stage: Stage) -> None:
-        if stage.phase == "evaluate":
-            write_results(run / "results.json", collect_baselines(run))
-
-    with locked(run) as lock:
-        if not (run / "splits.json").is_file():
-            save_splits(run / "splits.json", splits, len(data), args.seed)
-        times = run_stages(run, todo, chosen, args, lock, after)
-    results = collect_baselines(run)
-    if results:
-        print(results_table(results))  # noqa: T201
-    print_times(times)
-    return results
+    return drive(todo, args, args.name, len(data), lambda: collect_baselines(args.run_dir))

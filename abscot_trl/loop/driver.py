@@ -6,28 +6,34 @@ A stage writes one folder. Before it starts, `<folder>.running` records its sett
 from its last sealed checkpoint, `abscot traces` from its parts; the others are short and begin again.
 """
 
-import fcntl
+import glob
 import json
+import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.cli import TRAINING
+from abscot_trl.data.splits import run_splits, save_splits
 from abscot_trl.errors import Refused
+from abscot_trl.evaluation.results import write_results
+from abscot_trl.loop.arguments import DriverOptions, RunArguments
+from abscot_trl.loop.launch import launch
 from abscot_trl.loop.memory import GIB, stage_disk
-from abscot_trl.loop.record import environment, write_record
-from abscot_trl.phases import read_yaml, run_phase
+from abscot_trl.loop.record import RECORDS, environment, write_record
+from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
+from abscot_trl.report.tables import results_table
 from abscot_trl.storage import (
     INPUTS,
     MANIFEST,
     PRUNED,
+    SETTINGS,
+    TEMPORARY,
+    at_work,
     differences,
     input_digests,
     path_digest,
@@ -35,68 +41,7 @@ from abscot_trl.storage import (
     read_manifest,
     write_whole,
 )
-from abscot_trl.training.resume import LOG_FILE, remove_checkpoint, sealed_checkpoints
-
-
-@dataclass
-class Stage:
-    """One step of the loop: a phase, its settings, and the folder (`output_dir` of the settings) it writes."""
-
-    name: str
-    phase: str
-    settings: dict
-
-    @property
-    def output(self) -> Path:
-        return Path(self.settings["output_dir"])
-
-
-def is_done(stage: Stage) -> bool:
-    return (stage.output / MANIFEST).is_file()
-
-
-def launcher_of(args) -> dict:
-    """
-    The accelerate configuration; empty without one.
-
-    Raises:
-        Refused: no such file or name, or no such configuration.
-    """
-    if args.accelerate_config is None:
-        return {}
-    path = accelerate_config_path(args.accelerate_config)
-    config = read_yaml(path)
-    processes = config.get("num_processes", 1)
-    if type(processes) is not int or processes < 1:
-        raise Refused(f"{path}: num_processes: {processes!r} is no number of processes")
-    if not isinstance(config.get("deepspeed_config", {}), dict):
-        raise Refused(f"{path}: deepspeed_config: {config['deepspeed_config']!r} is no mapping")
-    return config
-
-
-def launch(stage: Stage, config: Path, args, held: tuple[int, ...] = ()) -> None:
-    """
-    Run a stage from its configuration file.
-
-    Raises:
-        Refused: the stage's process failed.
-    """
-    if args.launch == "inline":
-        run_phase(stage.phase, ["--config", str(config)])
-        return
-    module = ["-m", f"abscot_trl.scripts.{stage.phase}", "--config", str(config)]
-    command = [sys.executable, *module]
-    if stage.phase in TRAINING and args.accelerate_config:
-        accelerate = ["--accelerate_config", args.accelerate_config, "--config", str(config)]
-        command = [sys.executable, "-m", "abscot_trl.cli", stage.phase, *accelerate]
-    elif stage.phase in TRAINING:
-        command = [sys.executable, "-m", "accelerate.commands.launch", *module]
-    code = subprocess.run(command, pass_fds=held).returncode  # an orphan of a killed driver keeps the run's lock
-    if code:
-        raise Refused(
-            f"stage {stage.name} failed with exit code {code} (its settings: {config}); mend its recipe and run the "
-            "same command again to continue from it"
-        )
+from abscot_trl.training.resume import LOG_FILE, MARK, remove_checkpoint, sealed_checkpoints
 
 
 def _differences(then: dict, now: dict) -> str:
@@ -110,6 +55,11 @@ def _differences(then: dict, now: dict) -> str:
     return ", ".join([*words.values(), *other])
 
 
+def _is_whole(stage: Stage) -> bool:
+    """Made to its end, if perhaps killed before its manifest. Phases that do not train rename their folder last."""
+    return (stage.output / LOG_FILE).is_file() if stage.phase in TRAINING else stage.output.exists()
+
+
 def _begin(stage: Stage, record: dict, running: Path) -> int:
     """
     Clear what an attempt that did not end has left, except the work it can go on from, and note the new attempt.
@@ -118,29 +68,28 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
         `int`: which attempt this is, from 1.
 
     Raises:
-        Refused: the folder is there but not of this run's making;
-            checkpoints are there that were made with other settings or inputs.
+        Refused: the folder is there but not of this run's making, or somebody is at work on it;
+            it is whole, or holds checkpoints, but was made with other settings or inputs.
     """
     output, attempt = stage.output, 1
+    with at_work(output):  # nobody else is
+        pass
     if running.exists():
         remedy = f"remove it and {output} to begin this stage again"
         then = read_json(running, remedy, "settings", "inputs", "attempt")
         attempt = then["attempt"] + 1
-        different = _differences(then, record)
-        if sealed_checkpoints(output) and different:
+        different, sealed = _differences(then, record), sealed_checkpoints(output)
+        if different and (sealed or _is_whole(stage)):
             raise Refused(
                 f"{output} was begun with other settings ({different}); go back to them to continue from "
-                f"{sealed_checkpoints(output)[-1].name}, or remove the folder to begin this stage again"
+                f"{sealed[-1].name if sealed else 'there'}, or remove the folder to begin this stage again"
             )
-        if sealed_checkpoints(output):
-            (output / LOG_FILE).unlink(missing_ok=True)
-        elif output.exists() and (different or stage.phase != "evaluate"):
+        if (output / MARK).is_file() and not sealed and not _is_whole(stage):
             shutil.rmtree(output)
-        for left in output.parent.glob(f".{output.name}-*"):  # of `written_whole`; the run's lock is ours
+        for left in output.parent.glob(f".{glob.escape(output.name)}-*{TEMPORARY}/"):  # of `written_whole`
             shutil.rmtree(left)
     elif output.exists():
         raise Refused(f"{output} is there but was not made by this run; move it away")
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(running, json.dumps(record | {"attempt": attempt}, indent=2) + "\n")
     return attempt
 
@@ -159,7 +108,7 @@ def check_disk(stage: Stage) -> None:
         )
 
 
-def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
+def run_stage(stage: Stage, options: DriverOptions) -> float:
     """
     Run a stage unless its manifest says it is done with the same settings; returns its wall time in seconds.
 
@@ -182,10 +131,11 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
         config = output.with_name(output.name + ".yaml")
         write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))
         start = time.monotonic()
-        if output.exists() and stage.phase == "evaluate":  # whole, and killed before its manifest: graded once
-            shutil.rmtree(f"{output}.parts", ignore_errors=True)
-        else:
-            launch(stage, config, args, held)
+        parts = Path(f"{output}.parts")
+        if not _is_whole(stage):
+            launch(stage, config, options)
+        elif (parts / SETTINGS).is_file():
+            shutil.rmtree(parts)
         record["wall_s"] = round(time.monotonic() - start, 1)
         record |= {"attempts": attempt, "environment": environment()}
         write_whole(output / MANIFEST, json.dumps(record, indent=2) + "\n")
@@ -194,9 +144,10 @@ def run_stage(stage: Stage, args, held: tuple[int, ...] = ()) -> float:
     if different:
         raise Refused(f"{output} was made with other settings ({different}); use another run_dir")
     running.unlink(missing_ok=True)
-    if not args.keep_checkpoints:
-        for checkpoint in output.glob("checkpoint-*"):
-            remove_checkpoint(checkpoint)
+    if not options.keep_checkpoints:
+        for checkpoint in output.glob("checkpoint-*/"):
+            if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
+                remove_checkpoint(checkpoint)
     return done["wall_s"]
 
 
@@ -220,58 +171,96 @@ def prune_models(todo: list[Stage], done: int, keep: str) -> None:
         if is_model and output not in last.values() and str(output) not in needed:
             if not (output / PRUNED).is_file():
                 write_whole(output / PRUNED, json.dumps({"digest": path_digest(output)}) + "\n")
-            for weights in output.glob("*.safetensors"):
+            for weights in output.glob("model*.safetensors"):
                 weights.unlink()
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[int]:
+def locked(run: Path) -> Iterator[None]:
     """
-    Hold the run's lock; yields its file descriptor.
+    Hold the run's lock, and remove the half-written files of whoever was killed in it.
 
     Raises:
-        Refused: another warm-up, or a process that a killed one left behind, still works in this folder.
+        Refused: another driver is at work in this folder.
     """
-    with open(run / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"{run}: another warm-up, or a process it left behind, is still at work here") from None
-        for left in run.rglob(".*.[0-9]*"):  # of `write_whole`, killed
+    with at_work(run, lock=run / ".lock"):
+        for left in run.rglob(f".*{TEMPORARY}"):
             if left.is_file():
                 left.unlink()
-        yield lock.fileno()
+        yield
 
 
-def run_stages(
-    run: Path, todo: list[Stage], chosen: list[Stage], args, lock: int, after: Callable[[Stage], None]
-) -> list[tuple[str, float]]:
+def run_all(
+    run: Path, todo: list[Stage], chosen: list[Stage], options: DriverOptions, title: str, after: Callable
+) -> list[dict]:
     """
-    Run those `chosen` among the run's stages `todo`; after each, prune models, call `after` and write the record.
+    Run those `chosen` among the stages `todo`; print results and wall times.
 
     Args:
-        args: the run's fields: `name`, `launch`, `accelerate_config`, `keep`, `keep_checkpoints`.
-        lock (`int`): the file descriptor that `locked` yields.
+        after (`Callable`): called when a stage is done; gives the results so far.
 
     Returns:
-        (name, wall seconds) of each stage chosen.
+        The results at the end.
     """
-    times = []
+    times, results = [], []
     for stage in chosen:
         number = todo.index(stage) + 1
-        print(f"[{number}/{len(todo)}] {args.name} {stage.name}{' (done)' * is_done(stage)}", flush=True)  # noqa: T201
-        times.append((stage.name, run_stage(stage, args, held=(lock,))))
-        prune_models(todo, number, args.keep)
-        after(stage)
+        print(f"[{number}/{len(todo)}] {title}{stage.name}{' (done)' * is_done(stage)}", flush=True)  # noqa: T201
+        times.append((stage.name, run_stage(stage, options)))
+        prune_models(todo, number, options.keep)
+        results = after(number)
+    if results:
+        print(results_table(results))  # noqa: T201
+    print_times(times)
+    return results
+
+
+def drive(
+    todo: list[Stage],
+    args: RunArguments,
+    title: str,
+    n_rows: int,
+    collect: Callable[[], list[dict]],
+    warn: Callable[[], list[str]] = list,
+) -> list[dict]:
+    """
+    Run the stages of a warm-up or its baselines that are chosen and not done, in `args.run_dir`.
+
+    Args:
+        todo (`list[Stage]`): all stages, in order.
+        title (`str`): what the terminal calls the run.
+        n_rows (`int`): rows of the prepared data, which the run's splits are drawn from.
+        collect (`Callable`): the results of what is done.
+        warn (`Callable`): sentences to print after an evaluation.
+
+    Returns:
+        The rows of `results.json`.
+
+    Raises:
+        Refused: too few rows, a run that was started with other settings, or a folder that holds what it would write.
+    """
+    chosen, run = choose_stages(todo, args), Path(args.run_dir)
+    splits = run_splits(run / "splits.json", n_rows, args.rounds, args.rows_per_phase, args.seed)
+    foreign = [name for name in ("results.json", *RECORDS) if (run / name).exists()]
+    if foreign and not (run / ".lock").exists():
+        raise Refused(f"{run} holds a {foreign[0]} but no run; use another run_dir")
+    if args.dry_run:
+        print_stages(todo, chosen)
+        return collect()
+
+    def after(number: int) -> list[dict]:
+        if todo[number - 1].phase == "evaluate":
+            write_results(run / "results.json", collect())
+            for sentence in warn():
+                print(f"WARNING: {sentence}", flush=True)  # noqa: T201
         write_record(run, todo[:number])
-    return times
+        return collect()
 
-
-def print_stages(todo: list[Stage], chosen: list[Stage]) -> None:
-    """What `dry_run` says: which of the stages are done, which are to do."""
-    for stage in todo:
-        note = "done" if is_done(stage) else "to do" if stage in chosen else "not asked for"
-        print(f"{stage.name:<24} {note:<14} {stage.settings['output_dir']}")  # noqa: T201
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run):
+        if not (run / "splits.json").is_file():
+            save_splits(run / "splits.json", splits, n_rows, args.seed)
+        return run_all(run, todo, chosen, args, f"{title} ", after)
 
 
 def print_times(times: list[tuple[str, float]]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.errors import Refused
-from abscot_trl.loop.driver import Stage, is_done
+from abscot_trl.loop.stages import Stage, is_done
 from abscot_trl.storage import read_json
 from abscot_trl.vocabulary import AbstractVocabulary
 

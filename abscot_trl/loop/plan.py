@@ -18,7 +18,7 @@ from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import staged_splits
 from abscot_trl.errors import Refused
 from abscot_trl.examples import best_fit
-from abscot_trl.loop.driver import Stage, launcher_of
+from abscot_trl.loop.launch import launcher_of
 from abscot_trl.loop.lengths import check_lengths, row_tokens
 from abscot_trl.loop.memory import (
     GIB,
@@ -28,6 +28,7 @@ from abscot_trl.loop.memory import (
     training_disk,
     training_memory,
 )
+from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.training.steps import accumulation_of, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary

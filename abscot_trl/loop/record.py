@@ -13,6 +13,7 @@ from abscot_trl.storage import MANIFEST, read_json, read_manifest, write_whole
 from abscot_trl.training.resume import LOG_FILE
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "vllm", "datasets", "math-verify")
+RECORDS = ("losses.csv", "losses.png", "record.md")
 COLUMNS = ["step", "learning_rate", "loss", "loss_trace", "loss_end", "loss_answer", "grad_norm", "num_tokens"]
 COLUMNS += ["padding", "sequences_per_step", "supervised_tokens_per_step"]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import read_results, write_results
-from abscot_trl.loop.driver import Stage, is_done, locked, print_times, run_stage
+from abscot_trl.loop.arguments import DriverOptions
+from abscot_trl.loop.driver import locked, run_all
+from abscot_trl.loop.stages import Stage, check_server, is_done
 from abscot_trl.phases import check_fields, read_yaml
 from abscot_trl.report.runs import rounds
-from abscot_trl.report.tables import results_table
 from abscot_trl.storage import MANIFEST, PRUNED, read_manifest
 
 
@@ -38,7 +39,6 @@ class SweepArguments:
         default="process",
         metadata={"help": "A process an evaluation, or all in this one.", "choices": ["process", "inline"]},
     )
-    keep_checkpoints = True  # what the driver asks of a run; an evaluation has none
 
 
 def models(run: Path) -> list[tuple[str, Path]]:
@@ -108,14 +108,16 @@ def sweep(args: SweepArguments) -> list[dict]:
             with other settings or of another model;
             the run is at work, or an evaluation failed; the same command goes on from there.
     """
-    todo, times = sweep_stages(args), []
-    (Path(args.run) / "sweep").mkdir(exist_ok=True)
-    with locked(Path(args.run)) as lock:
-        for number, stage in enumerate(todo, 1):
-            print(f"[{number}/{len(todo)}] {stage.name}{' (done)' * is_done(stage)}", flush=True)  # noqa: T201
-            times.append((stage.name, run_stage(stage, args, held=(lock,))))
-            write_results(Path(args.run) / "sweep" / "results.json", collect(todo))
-    results = collect(todo)
-    print(results_table(results))  # noqa: T201
-    print_times(times)
-    return results
+    todo, run = sweep_stages(args), Path(args.run)
+    check_server(todo)
+    path = run / "sweep" / "results.json"
+    if path.exists() and not any(run.glob("sweep/*.yaml")):
+        raise Refused(f"{path} is there but was not made by a sweep; move it away")
+    path.parent.mkdir(exist_ok=True)
+
+    def after(number: int) -> list[dict]:
+        write_results(path, collect(todo))
+        return collect(todo)
+
+    with locked(run):
+        return run_all(run, todo, todo, DriverOptions(launch=args.launch), "", after)

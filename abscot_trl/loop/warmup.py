@@ -9,69 +9,39 @@ Every stage reads files and writes a folder; it is done when its `manifest.json`
 """
 
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-import yaml
-
-from abscot_trl.cli import TRAINING
 from abscot_trl.data.prepare import load_prepared, row_lengths
-from abscot_trl.data.problems import load_problems
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.data.splits import run_splits, save_splits
+from abscot_trl.data.splits import run_splits
 from abscot_trl.errors import Refused
-from abscot_trl.evaluation.results import read_results, write_results
+from abscot_trl.evaluation.results import read_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
-from abscot_trl.loop.driver import Stage, is_done, launcher_of, locked, print_stages, print_times, run_stages
+from abscot_trl.loop.arguments import RunArguments
+from abscot_trl.loop.driver import drive
+from abscot_trl.loop.launch import launcher_of
 from abscot_trl.loop.lengths import check_lengths
-from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
-from abscot_trl.report.tables import results_table
+from abscot_trl.loop.stages import Stage, check_stages
+from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.traces.backends import SamplerArguments
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
-@dataclass
-class WarmupArguments(SamplerArguments):
+@dataclass(kw_only=True)
+class WarmupArguments(SamplerArguments, RunArguments):
     """
     The policy iteration.
 
     Args:
-        run_dir (`str`): folder of the run; a second call continues it.
-        model (`str`): extended checkpoint (`abscot init`).
-        data (`str`): prepared data (`abscot data`).
-        bottleneck, distill, evaluate (`str`): recipes of the phases, `{tuning}` in a name standing for `tuning`;
-            `evaluate` may be left out.
-        tuning (`str`): which of the phases' recipes: `lora` or `full`.
         name (`str`): the recipe's name in results: `informed`, `paper`.
-        rounds (`int`): T.
-        rows_per_phase (`int`): size of each part D_{t,1}, D_{t,2}.
         initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided).
-        rehearsal (`float`): loss weight of the masked row in phase B.
-        keep (`str`): whose weights stay when no later stage needs them: `all`, `rounds` (the last model of each round)
-            or `last`; all else of a stage stays.
-        keep_checkpoints (`bool`): keep the checkpoints of finished phases (`save_total_limit` prunes while they run).
-        from_stage, until (`str`, *optional*): first and last stage to run, such as `round2/distill`.
-        dry_run (`bool`): say what is done and what is to do, and write nothing.
-        launch (`str`): `accelerate`, each phase in a process of its own, or `inline`, all in this one.
     """
 
-    run_dir: str = field(metadata={"help": "Folder of the run; a second call continues it."})
-    model: str = field(metadata={"help": "Extended checkpoint (abscot init)."})
-    data: str = field(metadata={"help": "Prepared data (abscot data)."})
-    bottleneck: str = field(metadata={"help": "Recipe of phase A."})
-    distill: str = field(metadata={"help": "Recipe of phase B."})
-    evaluate: str | None = field(default=None, metadata={"help": "Recipe of the evaluation after each round."})
-    tuning: str = field(
-        default="lora",
-        metadata={"help": "Which recipes {tuning} in their names stands for.", "choices": ["lora", "full"]},
-    )
     name: str = field(default="informed", metadata={"help": "The recipe's name in results.json."})
-    rounds: int = field(default=3, metadata={"help": "Rounds T."})
-    rows_per_phase: int = field(default=5000, metadata={"help": "Rows of each part D_t,1 and D_t,2."})
     initial: str = field(
         default="clusters",
         metadata={
@@ -83,37 +53,15 @@ class WarmupArguments(SamplerArguments):
         default="cot",
         metadata={"help": "What phase B's traces are drawn from: prompt or cot.", "choices": ["prompt", "cot"]},
     )
-    rehearsal: float = field(default=1.0, metadata={"help": "Loss weight of the masked row in phase B."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
-    seed: int = field(default=0, metadata={"help": "Seed of splits, traces and training."})
-    keep: str = field(
-        default="all", metadata={"help": "Models whose weights stay.", "choices": ["all", "rounds", "last"]}
-    )
-    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep the checkpoints of finished phases."})
-    from_stage: str | None = field(default=None, metadata={"help": "First stage to run.", "aliases": ["--from"]})
-    until: str | None = field(default=None, metadata={"help": "Last stage to run, e.g. round1/distill."})
-    dry_run: bool = field(default=False, metadata={"help": "Say what is done and what is to do; write nothing."})
-    launch: str = field(
-        default="accelerate",
-        metadata={"help": "A process a phase, or all in this one.", "choices": ["accelerate", "inline"]},
-    )
-    accelerate_config: str | None = field(
-        default=None, metadata={"help": "accelerate configuration of the training phases: a file, or a name."}
-    )
 
     def __post_init__(self):
-        super().__post_init__()
-        for phase in (*PARTS, "evaluate"):
-            path = getattr(self, phase)
-            setattr(self, phase, path and path.replace("{tuning}", self.tuning))
+        SamplerArguments.__post_init__(self)
+        RunArguments.__post_init__(self)
         if self.backend == "vllm" and self.launch == "inline":
             raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
-        if not all(0 <= value < math.inf for value in (self.temperature, self.rehearsal)):
-            raise Refused(
-                f"temperature {self.temperature} and rehearsal {self.rehearsal} must be finite and not negative"
-            )
-        if self.rounds < 1 or self.rows_per_phase < 1:
-            raise Refused(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")
+        if not 0 <= self.temperature < math.inf:
+            raise Refused(f"temperature {self.temperature} must be finite and not negative")
 
 
 def stages(args: WarmupArguments) -> Iterator[Stage]:
@@ -169,53 +117,6 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
             yield Stage(f"round{t}/evaluate", "evaluate", settings)
 
 
-def check_stages(todo: list[Stage], args: WarmupArguments) -> None:
-    """
-    What can be refused before hours are spent: the stages' settings, the launcher's configuration, the problems.
-
-    Training recipes were checked field by field in `stages`; building their `TrainingArguments` here would hold a GPU.
-
-    Raises:
-        Refused: as the stage itself would, later.
-    """
-    launcher_of(args)
-    with tempfile.TemporaryDirectory() as folder:
-        for stage in (stage for stage in todo if stage.phase not in TRAINING):
-            if stage.settings.get("backend") == "vllm" and args.launch == "inline":
-                raise Refused(f"{args.evaluate}: backend vllm hangs in a process that trains; use launch: accelerate")
-            path = Path(folder) / f"{stage.phase}.yaml"
-            path.write_text(yaml.safe_dump(stage.settings))
-            try:
-                parse(PHASES[stage.phase][1], ["--config", str(path)])
-            except ValueError as error:
-                raise Refused(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
-            if stage.phase == "evaluate":
-                settings = stage.settings
-                where = settings.get("problems_split", "test"), settings.get("problems_config")
-                load_problems(settings["problems"], *where, limit=1)
-
-
-def choose_stages(todo: list[Stage], args: WarmupArguments) -> list[Stage]:
-    """
-    Those from `from_stage` to `until`.
-
-    Raises:
-        Refused: no stage of that name, none between the two, or one before them that is not done.
-    """
-    names = [stage.name for stage in todo]
-    for name in (args.from_stage, args.until):
-        if name is not None and name not in names:
-            raise Refused(f"no stage {name!r}; the run has {', '.join(names)}")
-    first = names.index(args.from_stage or names[0])
-    chosen = todo[first : names.index(args.until or names[-1]) + 1]
-    if not chosen:
-        raise Refused(f"from {args.from_stage} until {args.until} holds no stage: they are the other way round")
-    missing = [stage.name for stage in todo[:first] if not is_done(stage)]
-    if missing:
-        raise Refused(f"from {args.from_stage}: {missing[0]} is not done; leave `from` out to run it too")
-    return chosen
-
-
 def collect_results(args: WarmupArguments) -> list[dict]:
     """Rows of all evaluated rounds, each with its `round`."""
     results = []
@@ -254,30 +155,10 @@ def warmup(args: WarmupArguments) -> list[dict]:
             that was started with other settings.
     """
     todo = list(stages(args))
+    launcher_of(args)
     check_stages(todo, args)
     data, _ = load_prepared(args.data)
-    chosen, run = choose_stages(todo, args), Path(args.run_dir)
-    splits = run_splits(run / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+    splits = run_splits(Path(args.run_dir) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     for sentence in check_lengths(todo, row_lengths(data), splits, AbstractVocabulary.load(args.model), args.model):
         print(f"WARNING: {sentence}", flush=True)  # noqa: T201
-    if args.dry_run:
-        print_stages(todo, chosen)
-        return collect_results(args)
-    run.mkdir(parents=True, exist_ok=True)
-
-    def after(stage: Stage) -> None:
-        if stage.phase == "evaluate":
-            results = collect_results(args)
-            write_results(run / "results.json", results)
-            for sentence in lost_rounds(args):
-                print(f"WARNING: {sentence}", flush=True)  # noqa: T201
-
-    with locked(run) as lock:
-        if not (run / "splits.json").is_file():
-            save_splits(run / "splits.json", splits, len(data), args.seed)
-        times = run_stages(run, todo, chosen, args, lock, after)
-    results = collect_results(args)
-    if results:
-        print(results_table(results))  # noqa: T201
-    print_times(times)
-    return results
+    return drive(todo, args, args.name, len(data), lambda: collect_results(args), lambda: lost_rounds(args))

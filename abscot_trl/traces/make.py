@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.errors import Refused
-from abscot_trl.storage import Parts, phase_settings, written_whole
+from abscot_trl.processes import start
+from abscot_trl.storage import Parts, at_work, phase_settings, written_whole
 from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
@@ -103,13 +104,15 @@ def make_traces(args: TracesArguments) -> dict:
         Refused: inputs that are missing or do not belong together.
     """
     if (args.engine or {}).get("data_parallel_size", 1) > 1:
-        return _by_processes(args)
+        with at_work(f"{args.output_dir}.shards"):  # each of them is at work on `output_dir`
+            return _by_processes(args)
     vocabulary = AbstractVocabulary.load(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, args.part, len(data))
     if args.method == "policy":
-        return _from_policy(args, vocabulary, tokenizer, data.select(rows), rows)
+        with at_work(args.output_dir, beside=args.shard is not None):
+            return _from_policy(args, vocabulary, tokenizer, data.select(rows), rows)
     with written_whole(args.output_dir) as folder:
         part = data.select(rows)
         if args.method == "clusters":
@@ -251,7 +254,7 @@ def _by_processes(args: TracesArguments) -> dict:
                 mine = ",".join(devices[share * width : (share + 1) * width])
                 visible = {"CUDA_VISIBLE_DEVICES": mine} if devices else {}
                 command = [sys.executable, "-m", "abscot_trl.scripts.traces", "--config", str(config)]
-                processes.append(subprocess.Popen(command, env=os.environ | visible, stdout=subprocess.DEVNULL))
+                processes.append(start(command, env=os.environ | visible, stdout=subprocess.DEVNULL))
             failed = sum(process.wait() != 0 for process in processes)
         finally:
             for process in processes:

@@ -2,9 +2,11 @@
 
 import copy
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -12,6 +14,7 @@ from trl import ModelConfig
 from abscot_trl.checkpoint import verify_checkpoint, write_model_card
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
+from abscot_trl.storage import at_work
 from abscot_trl.traces.files import read_traces
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.baselines import BaselineTrainer
@@ -131,16 +134,28 @@ def train(
     return trainer.state.log_history[-1]
 
 
+def _train_alone(*inputs) -> dict:
+    """`train`, one job at a time: each of its processes holds the folder's lock, so that none is overlooked."""
+    output, state = inputs[2].output_dir, PartialState()
+    with ExitStack() as held:
+        if state.is_main_process:
+            held.enter_context(at_work(output))
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            held.enter_context(at_work(output, beside=True))
+        return train(*inputs)
+
+
 def train_bottleneck(args: TrainArguments, training_args: BottleneckConfig, model_args: ModelConfig) -> dict:
     """`abscot bottleneck`: phase A (eq. 3)."""
-    return train(BottleneckSFTTrainer, args, training_args, model_args)
+    return _train_alone(BottleneckSFTTrainer, args, training_args, model_args)
 
 
 def train_distill(args: TrainArguments, training_args: DistillationConfig, model_args: ModelConfig) -> dict:
     """`abscot distill`: phase B (eq. 4)."""
-    return train(SelfDistillationTrainer, args, training_args, model_args)
+    return _train_alone(SelfDistillationTrainer, args, training_args, model_args)
 
 
 def train_baseline(args: BaselineArguments, training_args: BaselineConfig, model_args: ModelConfig) -> dict:
     """`abscot baseline`: what a warm-up is compared with."""
-    return train(BaselineTrainer, args, training_args, model_args)
+    return _train_alone(BaselineTrainer, args, training_args, model_args)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from abscot_trl.errors import Refused
 from abscot_trl.storage import write_whole
 
-MARK = ".abscot"
+MARK = ".abscot"  # in the folder of a training phase from its beginning
 SEAL = "sealed.json"
 FINAL = ".final"  # where the trained model is written before it is moved into place
 LOG_FILE = "training_log.json"  # the last file to be moved into place: with it a phase has ended

@@ -1,0 +1,55 @@
+"""A stage and its process: started from a configuration file, and ended when its driver is."""
+
+import sys
+from pathlib import Path
+
+from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.errors import Refused
+from abscot_trl.loop.arguments import DriverOptions
+from abscot_trl.loop.stages import Stage
+from abscot_trl.phases import read_yaml, run_phase
+from abscot_trl.processes import run
+
+
+def launcher_of(options: DriverOptions) -> dict:
+    """
+    The accelerate configuration; empty without one.
+
+    Raises:
+        Refused: no such file or name, or no such configuration.
+    """
+    if options.accelerate_config is None:
+        return {}
+    path = accelerate_config_path(options.accelerate_config)
+    config = read_yaml(path)
+    processes = config.get("num_processes", 1)
+    if type(processes) is not int or processes < 1:
+        raise Refused(f"{path}: num_processes: {processes!r} is no number of processes")
+    if not isinstance(config.get("deepspeed_config", {}), dict):
+        raise Refused(f"{path}: deepspeed_config: {config['deepspeed_config']!r} is no mapping")
+    return config
+
+
+def launch(stage: Stage, config: Path, options: DriverOptions) -> None:
+    """
+    Run a stage from its configuration file.
+
+    Raises:
+        Refused: the stage's process failed.
+    """
+    if options.launch == "inline":
+        run_phase(stage.phase, ["--config", str(config)])
+        return
+    module = ["-m", f"abscot_trl.scripts.{stage.phase}", "--config", str(config)]
+    command = [sys.executable, *module]
+    if stage.phase in TRAINING and options.accelerate_config:
+        accelerate = ["--accelerate_config", options.accelerate_config, "--config", str(config)]
+        command = [sys.executable, "-m", "abscot_trl.cli", stage.phase, *accelerate]
+    elif stage.phase in TRAINING:
+        command = [sys.executable, "-m", "accelerate.commands.launch", *module]
+    code = run(command)
+    if code:
+        raise Refused(
+            f"stage {stage.name} failed with exit code {code} (its settings: {config}); mend its recipe and run the "
+            "same command again to continue from it"
+        )

@@ -1,0 +1,72 @@
+"""
+Processes that end with the one that started them. The kernel sees to it (Linux), so that no kill leaves one behind:
+driver, launcher, trainers, and what those fork. Elsewhere `storage.at_work` keeps a second one from starting.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+DRIVER = "ABSCOT_DRIVER"  # in the environment of what a driver or `abscot` launched: its process id
+PR_SET_PDEATHSIG = 1
+STOP_S = 20.0  # what a child may take to end after SIGTERM
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not between a fork and what follows
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send `number` when the thread that started this process ends."""
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, number)
+
+
+def end_with_launcher() -> None:
+    """
+    At the start of a phase's process: end with the driver or launcher that started it (one started by hand outlives
+    its shell), and let what it forks end with it.
+    """
+    if DRIVER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+        if os.getppid() == 1 and os.environ.get(DRIVER) != "1":  # it ended before we asked
+            os._exit(1)
+    by_main_thread = [True]
+
+    def note() -> None:
+        by_main_thread[0] = threading.current_thread() is threading.main_thread()
+
+    def tie() -> None:
+        if by_main_thread[0]:  # other threads may end before the process does
+            die_with_parent()
+
+    os.register_at_fork(before=note, after_in_child=tie)
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
+    """`subprocess.Popen` of a process that ends with this one, and with it what it launches of this package."""
+    parent = os.getpid()
+
+    def tie() -> None:
+        die_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)
+
+    options["env"] = options.get("env", os.environ) | {DRIVER: str(parent)}
+    return subprocess.Popen(command, preexec_fn=tie, **options)
+
+
+def run(command: list[str]) -> int:
+    """Exit code of a command; when this process is told to stop, the command is first: it may tidy up."""
+    with start(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_S)
+            finally:
+                process.kill()
+            raise
