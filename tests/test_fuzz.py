@@ -1,0 +1,35 @@
+"""Hostile inputs to all that is read: refused in words or taken, never a traceback, a hang or a file that is gone."""
+
+import random
+
+import pytest
+from fuzz import KINDS, TOY, Wrong, check_box, fill_box, fuzz, mutated, stamps
+
+
+@pytest.mark.slow
+def test_hostile_inputs_are_taken_or_refused():
+    findings = fuzz(400, seed=0)
+    assert findings.results.keys() == KINDS.keys()
+    assert not findings.violations(), findings
+
+
+def test_inputs_are_reproducible_and_differ():
+    """A number names its input."""
+    drawn = [[mutated(TOY[0], random.Random(f"rows {number}")) for number in range(50)] for _ in range(2)]
+    assert repr(drawn[0]) == repr(drawn[1]) and len(set(map(repr, drawn[0]))) > 45
+
+
+@pytest.mark.parametrize("name", [".notes.2024", "sub/.backup.2024-11-01.tar", "out.parts/.hidden"])
+def test_a_foreign_file_that_is_changed_or_gone_is_seen(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fixed").mkdir()
+    (tmp_path / "fixed" / "rows.jsonl").write_text("{}")
+    box, before = tmp_path / "box", stamps(tmp_path / "fixed")
+    fill_box(box)
+    check_box(box, before)
+    (box / name).write_text("other")
+    with pytest.raises(Wrong, match=f"changed: {name}"):
+        check_box(box, before)
+    (box / name).unlink()
+    with pytest.raises(Wrong, match=f"gone: {name}"):
+        check_box(box, before)
