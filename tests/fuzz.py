@@ -6,7 +6,7 @@ Hostile inputs to everything that this package reads, each made by a seeded muta
     python tests/fuzz.py --kind http --show 17              # number 17 again, with its traceback
 
 An input may succeed, or be refused (`Refused`; over HTTP a 4xx or 502 in OpenAI's form). Anything else is a violation:
-another exception, over 10 s of processor time (or 30 s by the clock), over 2 GB of memory, a file that was changed
+another exception, over 10 s of processor time (or 60 s by the clock), over 2 GB of memory, a file that was changed
 though it is none of ours. Inputs run in a worker that is killed and replaced when it hangs or grows, in a folder that
 is salted with foreign files and made anew each time; `output_dir` is absent, empty, a link, a file, full, `.`, ...
 """
@@ -59,17 +59,17 @@ from abscot_trl.evaluation.grading import extract_answer, is_correct, normal_for
 from abscot_trl.evaluation.statistics import own_scores
 from abscot_trl.loop.baselines import BaselinesArguments, baselines
 from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
-from abscot_trl.loop.sweep import SweepArguments, models
+from abscot_trl.loop.sweep import SweepArguments, models, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import PHASES, parse, run_phase
 from abscot_trl.report.report import ReportArguments, report
-from abscot_trl.scripts.demo import DemoArguments
+from abscot_trl.scripts.demo import DemoArguments, demo
 from abscot_trl.serving.chat import Chat, chat_app
-from abscot_trl.serving.server import ServeArguments, load_chat
+from abscot_trl.serving.server import ServeArguments, engine_flags, load_chat
 from abscot_trl.traces.files import read_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
-SECONDS, CLOCK, BYTES = 10, 30, 2 * 10**9
+SECONDS, CLOCK, BYTES = 10, 60, 2 * 10**9
 WORDY = 2000  # characters of a refusal that nobody reads
 PACKAGE = Path(abscot_trl.__file__).parent
 FIXED = "../fixed"  # of the box that an input runs in
@@ -271,9 +271,11 @@ def build(root: Path) -> None:
     """The valid inputs, in `root/fixed`: model, rows, prepared data, traces, an evaluation, a finished warm-up."""
     fill_box(root / "box")
     tokenizer, vocabulary, model = toy_tokenizer(), AbstractVocabulary(8, 1, 6), tiny_model(vocabulary=40)
+    for part in (model, tokenizer):
+        part.save_pretrained(f"{FIXED}/base")
     vocabulary.extend(tokenizer)
     extend_model(model, vocabulary.all_ids(tokenizer))
-    Path(FIXED, "model").mkdir(parents=True)
+    Path(FIXED, "model").mkdir()
     save_checkpoint(model, tokenizer, vocabulary, f"{FIXED}/model")
     put(f"{FIXED}/rows.jsonl", as_lines(TOY, random.Random(0)))
     for phase, recipe in {"bottleneck": TRAINING, "distill": TRAINING, "evaluate": EVALUATION}.items():
@@ -428,7 +430,9 @@ def fuzz_yaml(rng) -> None:
         name, text = rng.choice(list(found)), str(atom(rng))[:9999]
         tries = [[f"--{name}"], [f"--{name}", text], [f"--{name}={text}"], ["--config"], ["--config", text], ["x"]]
         arguments += rng.choice([*tries, ["--", "x"], ["--config=recipe.yaml"], ["--no_such", "1"]])
-    parse(classes, arguments)
+    args, *_ = parse(classes, arguments)
+    if isinstance(args, ServeArguments):
+        engine_flags(args.engine)
 
 
 ACCELERATE = {
@@ -665,6 +669,52 @@ def fuzz_manifest(rng) -> None:
     rng.choices(choices, [4, 2, 2, 1, 1])[0](rng)
 
 
+# Commands on good inputs, or none, and a folder that they must not touch
+
+INPUTS = {"model": f"{FIXED}/model", "data": f"{FIXED}/data"}
+TRAINED = {"model_name_or_path": f"{FIXED}/model", "data": f"{FIXED}/data", "traces": f"{FIXED}/traces"}
+JUDGED = {"outputs": "sub", "reference_outputs": "train.jsonl", "judge": "http://127.0.0.1:9", "judge_model": "x"}
+MISSING_INPUTS = ["none/such", "sub", "", "report.md", "loop", f"{FIXED}/rows.jsonl"]
+GOOD = {
+    "init": {"base_model": f"{FIXED}/base", "codebook_size": 4, "m_max": 4},
+    "data": {"data": f"{FIXED}/rows.jsonl", "data_format": "problems", "tokenizer": f"{FIXED}/model"},
+    "traces": INPUTS | {"method": "policy", "temperature": 0.0},
+    "concise": INPUTS | {"samples": 1, "temperature": 0.0, "max_new_tokens": 2},
+    "evaluate": EVALUATION | {"model": f"{FIXED}/model", "swaps": ["own"]},
+    "bottleneck": TRAINING | TRAINED,
+    "merge": {"adapter": f"{FIXED}/model"},
+    "alpaca": JUDGED,
+    "demo": {"recipes": "none/such", "rows_per_phase": 2, "test_rows": 2, "models": ["sft"]},
+    "report": {"runs": [f"{FIXED}/evaluation"]},
+    "warmup": WARMUP | {"until": "round1/bottleneck-traces"},
+    "baselines": WARMUP | BASELINES | {"names": ["base"]},
+    "sweep": {"evaluate": f"{FIXED}/evaluate.yaml", "launch": "inline"},
+}
+MAINS = {"alpaca": (alpaca, AlpacaArguments), "demo": (demo, DemoArguments), "report": (report, ReportArguments)}
+MAINS |= {"warmup": (warmup, WarmupArguments), "baselines": (baselines, BaselinesArguments)}
+MAINS |= {"sweep": (sweep, SweepArguments)}
+
+
+def fuzz_folders(rng) -> None:
+    """Any command whose folder is not its own, or whose inputs are not there."""
+    name, place = rng.choice(list(GOOD)), rng.choice(["new", *OUTPUTS])
+    key = {"warmup": "run_dir", "baselines": "run_dir", "sweep": "run"}.get(name, "output_dir")
+    settings = GOOD[name] | {key: place}
+    if name == "sweep" or rng.random() < 0.1:
+        with suppress(OSError, ValueError):  # a run is there already
+            shutil.copytree(f"{FIXED}/run", place, dirs_exist_ok=True)
+    if rng.random() < 0.4:
+        paths = [at for at, value in settings.items() if isinstance(value, str) and value.startswith(FIXED)]
+        if paths:
+            settings |= {rng.choice(paths): rng.choice(MISSING_INPUTS)}
+    put("recipe.yaml", yaml.safe_dump(settings))
+    if name in MAINS:
+        function, cls = MAINS[name]
+        function(*parse((cls,), ["--config", "recipe.yaml"]))
+    else:
+        run_phase(name, ["--config", "recipe.yaml"])
+
+
 # HTTP
 
 USER = {"role": "user", "content": "7+4-2="}
@@ -881,7 +931,7 @@ def fuzz_grading(rng) -> None:
 
 KINDS = {  # and the share of each in 100
     "rows": (fuzz_rows, 11),
-    "problems": (fuzz_problems, 15),
+    "problems": (fuzz_problems, 11),
     "yaml": (fuzz_yaml, 24),
     "recipes": (fuzz_recipes, 7),
     "results": (fuzz_results, 7),
@@ -889,6 +939,7 @@ KINDS = {  # and the share of each in 100
     "splits": (fuzz_splits, 5),
     "traces": (fuzz_traces, 4),
     "manifest": (fuzz_manifest, 7),
+    "folders": (fuzz_folders, 4),
     "http": (fuzz_http, 10),
     "upstream": (fuzz_upstream, 2),
     "grading": (fuzz_grading, 2),
