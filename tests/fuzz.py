@@ -406,7 +406,7 @@ def plausible(one, rng):
         numbers = [n for n in NUMBERS if isinstance(n, float if "float" in kind else int)]
         return rng.choice(numbers if "int" in kind or "float" in kind else TEXTS)
     if one.metadata.get("choices"):
-        return rng.choice(one.metadata["choices"])
+        return rng.choice(list(one.metadata["choices"]))
     if "bool" in kind:
         return rng.random() < 0.5
     if "list" in kind:
