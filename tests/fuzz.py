@@ -1024,6 +1024,8 @@ def worker(connection, kind: str, numbers: list[int], root: Path) -> None:
         result = run_one(kind, number, root)
         os.ftruncate(log, 0)
         connection.send((number, result))
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
     os._exit(0)
 
 
@@ -1034,7 +1036,7 @@ def used(process: psutil.Process) -> tuple[float, int]:
         with suppress(psutil.Error):
             times = one.cpu_times()
             seconds += times.user + times.system
-            size += one.memory_info().rss
+            size += one.memory_full_info().pss  # what forks share counts once
     return seconds, size
 
 
