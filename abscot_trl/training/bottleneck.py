@@ -44,8 +44,10 @@ def temporary_caches() -> Iterator[None]:
 
 def trace_of(row: dict) -> list[int]:
     """
+    A row's trace.
+
     Raises:
-        Refused: the row has none.
+        Refused: it has none.
     """
     if row.get("trace") is None:
         raise Refused("a row has no trace: make traces with `abscot traces`, or train without by `abscot baseline`")
