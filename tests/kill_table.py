@@ -30,19 +30,13 @@ from itertools import product
 from pathlib import Path
 
 import yaml
+from kill_watch import MARK, Process, Watch
 
 from abscot_trl.processes import die_with_parent
 
 VICTIMS, SIGNALS = ("driver", "launcher", "trainer", "sampler"), ("SIGKILL", "SIGTERM", "SIGINT")
 TUNINGS, PROCESSES = ("lora", "full"), (1, 2)
-ROLES = {
-    "abscot_trl.cli": "launcher",
-    "abscot_trl.scripts.bottleneck": "trainer",
-    "abscot_trl.scripts.distill": "trainer",
-    "abscot_trl.scripts.traces": "sampler",
-}
-MARK = "ABSCOT_KILL_TABLE"  # in the environment of all processes of an attempt: which cell, which attempt
-BATCH, STEPS = 4, 8  # rows a process and step; steps of each phase
+BATCH, STEPS = 4, 10  # rows a process and step; steps of each phase, no multiple of an epoch's 8 or 4
 CLOCK = {"wall_s", "attempts", "environment"}
 TRAINING = {
     "dtype": "float32", "attn_implementation": "sdpa", "max_length": 2048, "pad_to_multiple_of": 8,
@@ -92,70 +86,6 @@ def contents(run: Path) -> dict[str, str]:
         if path.name != "record.md" and path.suffix != ".lock" and path.name != ".lock":
             found[str(path.relative_to(run))] = hashlib.sha256(content).hexdigest()
     return found
-
-
-@dataclass(frozen=True)
-class Process:
-    pid: int
-    attempt: str  # cell and number of the attempt
-    command: str
-    rank: int
-
-    @property
-    def role(self) -> str | None:
-        """Which of the `VICTIMS` this is."""
-        words = self.command.split("\0")
-        return ROLES.get(words[words.index("-m") + 1]) if "-m" in words[:-1] else None
-
-
-class Watch(threading.Thread):
-    """Looks again and again at all processes that carry `MARK`, whoever their parent is by now."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.known: dict[tuple[int, str], Process | None] = {}
-        self.now: list[Process] = []
-        self.looks = 0
-        self.beside: set[str] = set()  # cells with two trainers of one rank, or two samplers, at work at once
-        self.ended = False
-        self.start()
-
-    def run(self) -> None:
-        while not self.ended:
-            found, known = [], {}
-            for pid in filter(str.isdecimal, os.listdir("/proc")):
-                try:
-                    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                    command = Path(f"/proc/{pid}/cmdline").read_text()
-                    if stat[0] == "Z" or not command:
-                        continue
-                    key = int(pid), stat[19] + command  # when it began: process ids come back
-                    if key not in self.known:
-                        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                        pairs = dict(entry.decode(errors="replace").partition("=")[::2] for entry in environment)
-                        mine = Process(int(pid), pairs[MARK], command, int(pairs.get("RANK", 0)))
-                        self.known[key] = mine if MARK in pairs else None
-                except (OSError, KeyError):
-                    continue
-                known[key] = self.known[key]
-                found += [self.known[key]] if self.known[key] else []
-            seen = {}
-            for process in found:
-                if process.role in ("trainer", "sampler"):
-                    cell = process.attempt.partition(":")[0]
-                    other = seen.setdefault((cell, process.role, process.rank), process)
-                    if other.attempt != process.attempt:
-                        self.beside.add(cell)
-            self.known, self.now = known, found
-            self.looks += 1
-            time.sleep(0.05)
-
-    def fresh(self) -> list[Process]:
-        """What a look that began after this call finds."""
-        looks = self.looks
-        while self.looks < looks + 2:
-            time.sleep(0.005)
-        return self.now
 
 
 class Table:
