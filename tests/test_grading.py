@@ -162,6 +162,7 @@ def test_an_empty_gold_is_an_error():
         is_correct("\\boxed{5}", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hard", ["10^{10^{10}}!", "7^{10^{9}}!"])  # beyond its memory, beyond its time
 def test_a_comparison_in_c_is_ended_and_only_that_one(hard, caplog):
     """28 s and 8.8 GB in this very process, once: no signal reaches the arithmetic. The next answers are graded."""
