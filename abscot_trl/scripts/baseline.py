@@ -5,7 +5,7 @@ One baseline: SFT without or with CoT, with a cut CoT, with pause tokens, or wit
         --config recipes/qwen3-4b/bottleneck.lora.yaml --config recipes/baselines/baseline.icot.yaml
 """
 
-from abscot_trl.phases import main
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    main("baseline")
+    run_script("baseline")

@@ -5,7 +5,7 @@ Phase A: bottlenecked SFT under the block mask (eq. 3).
         --config recipes/qwen3-4b/bottleneck.lora.yaml
 """
 
-from abscot_trl.phases import main
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    main("bottleneck")
+    run_script("bottleneck")

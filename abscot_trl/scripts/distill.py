@@ -5,7 +5,7 @@ Phase B: self-distillation (eq. 4).
         --config recipes/qwen3-4b/distill.lora.yaml
 """
 
-from abscot_trl.phases import main
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    main("distill")
+    run_script("distill")
