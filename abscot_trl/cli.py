@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -34,9 +35,14 @@ def accelerate_config_path(name: str) -> str:
 
 @contextmanager
 def _machine_refuses() -> Iterator[None]:
-    """A full disk and missing rights are the machine's state, whatever met them: said in one line."""
+    """A full disk, missing rights and packages are the machine's state, whatever met them: said in one line."""
     try:
         yield
+    except ImportError as error:
+        # Without a name a library says in words what it wants installed.
+        if error.name and (error.name.startswith("abscot_trl") or find_spec(error.name.partition(".")[0])):
+            raise
+        raise Refused(f"{error}; install it, or change what asks for it") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise

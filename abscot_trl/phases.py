@@ -6,6 +6,7 @@ What a phase calls is imported when it is called: a training process imports no 
 
 import dataclasses
 import difflib
+import json
 import reprlib
 import sys
 import typing
@@ -258,12 +259,11 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError, OSError) as error:  # of transformers, about the values given
-        raise Refused(f"{', '.join(recipes) or 'command line'}: {error}") from error
+        words = f"{error} in {_short(error.doc)}" if isinstance(error, json.JSONDecodeError) else error
+        raise Refused(f"{', '.join(recipes) or 'command line'}: {words}") from error
     if unknown:
-        names = [field.name for cls in classes for field in dataclasses.fields(cls)]
-        raise Refused(
-            f"command line: unknown {unknown[0]!r}; {_meant(unknown[0].lstrip('-').partition('=')[0], names)}"
-        )
+        names = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)]
+        raise Refused(f"command line: unknown {unknown[0]!r}; {_meant(unknown[0].partition('=')[0], names)}")
     return tuple(parsed)
 
 

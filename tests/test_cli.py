@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import tiny_model
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig
 
 from abscot_trl import cli
@@ -30,17 +31,21 @@ def abscot(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """`abscot <phase> ..` in this process: its exit code and the last line it says."""
+    """`abscot <phase> ..` in this process; returns what it exits with: a code, or the line it says."""
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
 
-    def call(phase: str, *arguments) -> tuple[int | str | None, str]:
+    def call(phase: str, *arguments) -> int | str | None:
         monkeypatch.setattr(sys, "argv", ["abscot", phase, *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
             cli.main()
         capsys.readouterr()
         return exit.value.code
 
-    return call
+    before = dict(os.environ)
+    yield call
+    unset_hf_deepspeed_config()  # this and the environment are set by TrainingArguments
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_every_phase_has_a_script_and_help(capsys):
@@ -97,13 +102,16 @@ def prepared(checkpoint, tmp_path_factory):
         "no-tokenizer": ("tokenizer.json", lambda content: b"{}"),
         "bad-generation": ("generation_config.json", lambda content: b"{"),
     }
-    for name, (file, change) in damage.items():
-        shutil.copytree(checkpoint, folder / name)
-        (folder / name / file).write_bytes(change((folder / name / file).read_bytes()))
-    shutil.copytree(checkpoint, folder / "no-weights")
-    (folder / "no-weights" / "model.safetensors").unlink()
-    (folder / "empty").mkdir()
-    (folder / "file").write_text("x")
+    tiny_model(vocabulary=40).save_pretrained(folder / "base")
+    toy_tokenizer().save_pretrained(folder / "base")
+    for source, models in ((checkpoint, folder / "extended"), (folder / "base", folder / "bases")):
+        for name, (file, change) in damage.items():
+            shutil.copytree(source, models / name)
+            (models / name / file).write_bytes(change((models / name / file).read_bytes()))
+        shutil.copytree(source, models / "no-weights")
+        (models / "no-weights" / "model.safetensors").unlink()
+        (models / "empty").mkdir()
+        (models / "file").write_text("x")
     return folder
 
 
@@ -115,7 +123,8 @@ COMMANDS = {
     "traces": "traces --model {model} --data {here}/data --output_dir {out}",
     "bottleneck": "bottleneck --model_name_or_path {model} --data {here}/data --traces {here}/traces "
     "--output_dir {out} --use_cpu true --bf16 false --max_length 128 --max_steps 1 --report_to none",
-    "evaluate": "evaluate --model {model} --problems {here}/train.jsonl --output_dir {out} --modes verbal --limit 2",
+    "evaluate": "evaluate --model {model} --problems {here}/train.jsonl --output_dir {out} --modes verbal --limit 2 "
+    "--max_new_tokens 8",
     "concise": "concise --model {model} --data {here}/data --output_dir {out}",
 }
 # A model's tokenizer or weights that a phase does not read cannot be wrong there.
@@ -125,7 +134,7 @@ UNREAD |= {("data", "other-config"), ("data", "list-config")}
 
 @pytest.mark.parametrize("phase", COMMANDS)
 def test_a_model_that_cannot_be_read_is_one_line(phase, prepared, tmp_path, run, monkeypatch):
-    monkeypatch.chdir(prepared)
+    monkeypatch.chdir(prepared / ("bases" if phase == "init" else "extended"))
     for model in (model for model in MODELS if (phase, model) not in UNREAD):
         out = tmp_path / model.replace("/", "-")
         code = run(*COMMANDS[phase].format(model=model, here=prepared, out=out).split())
@@ -137,13 +146,16 @@ def test_a_model_that_cannot_be_read_is_one_line(phase, prepared, tmp_path, run,
 
 MISTAKES = [
     # arguments, with {here} the prepared folder and {out} a new one; what is said
-    ("init --base_model {ok} --output_dir {here}/file/x", "file, not a folder"),
-    ("init --base_model {ok} --output_dir {long}", "no name of a folder"),
-    ("init --base_model {ok} --output_dir /proc/nowhere/x", "nowhere"),
+    ("init --base_model {here}/base --output_dir {here}/file/x", "file, not a folder"),
+    ("init --base_model {here}/base --output_dir {long}", "no name of a folder"),
+    ("init --base_model {here}/base --output_dir /dev/null/x", "/dev/null is a file, not a folder"),
     ("init --base_model {here}/base --output_dir {out} --dtype float99", "float99"),
-    ("init --base_model {ok} --output_dir {out} --m_min 9 --m_max 8", "0 <= m_min <= m_max"),
-    ("init --base_model {ok} --output_dir {out} --codebok_size 8", "did you mean '--codebook_size'?"),
-    ("init --base_model {ok} --output_dir {out} --codebook_size many", "invalid int value: 'many'"),
+    ("init --base_model {here}/base --output_dir {out} --m_min 9 --m_max 8", "0 <= m_min <= m_max"),
+    (
+        "init --base_model {here}/base --output_dir {out} --codebok_size 8",
+        "unknown '--codebok_size'; did you mean '--codebook_size'?",
+    ),
+    ("init --base_model {here}/base --output_dir {out} --codebook_size many", "invalid int value: 'many'"),
     ("init --config {here}/file --output_dir {out}", "must hold a YAML mapping"),
     ("init --config {here}", "no such recipe"),
     ("init --config", "--config needs a file"),
@@ -160,7 +172,7 @@ MISTAKES = [
     ("evaluate --model {ok} --problems {here}/bad.jsonl --output_dir {out}", "bad.jsonl"),
     ("evaluate --model {ok} --problems {here}/empty --output_dir {out}", "empty"),
     ("evaluate --model {ok} --problems no/such-problems --output_dir {out}", "no/such-problems"),
-    ("evaluate --model {ok} --problems {here}/train.jsonl --output_dir {out} --dtype float99 --limit 1", "float99"),
+    ("evaluate --model {ok} --problems {here}/train.jsonl --output_dir {out} --dtype float99 --swaps own", "float99"),
     ("data --data no/such-data --tokenizer {ok} --output_dir {out}", "no/such-data"),
     ("data --data {here}/latin.jsonl --tokenizer {ok} --output_dir {out} --num_proc 2", "latin.jsonl"),
     ("{train} --traces {here}/data", "traces.jsonl is missing"),
@@ -175,12 +187,12 @@ MISTAKES = [
     ("{train} --save_strategy sometimes", "sometimes"),
     ("{train} --use_liger_kernel true", "iger"),
     ("{train} --deepspeed {here}/nothere.json", "nothere.json"),
-    ("{train} --deepspeed {here}/file", "file"),
+    ("{train} --deepspeed {here}/file", "Expecting value: line 1 column 1 (char 0) in 'x'"),
     ("{train} --fsdp full_shard", "fsdp"),
     ("{train} --accelerator_config {here}/nothere.json", "nothere.json"),
     ("{train} --gradient_checkpointing_kwargs [", "gradient_checkpointing_kwargs"),
     ("{train} --learning_rate fast", "invalid float value: 'fast'"),
-    ("{train} --load_in_4bit true --use_peft true", "itsandbytes"),
+    ("{train} --load_in_4bit true --use_peft true", "load_in_4bit has no effect here"),
     ("{train} --use_peft true --lora_target_modules nonsense", "nonsense"),
     ("{train} --use_peft true --lora_r 0", "r"),
     ("{train} --output_dir {here}/file", "file, not a folder"),
@@ -192,9 +204,8 @@ MISTAKES = [
 @pytest.fixture(scope="module")
 def mistaken(prepared):
     """What the mistakes below name."""
-    (prepared / "base").mkdir()
-    tiny_model(vocabulary=40).save_pretrained(prepared / "base")
-    toy_tokenizer().save_pretrained(prepared / "base")
+    (prepared / "file").write_text("x")
+    (prepared / "empty").mkdir()
     (prepared / "bad.parquet").write_bytes(b"PAR1" + b"\0" * 40)
     (prepared / "bad.jsonl").write_text('{"prompt": "2+2?", "cot": \n')
     (prepared / "latin.jsonl").write_bytes('{"prompt": "é", "cot": "c", "answer": "a", "gold": "4"}'.encode("latin-1"))

@@ -13,9 +13,9 @@ import torch
 import yaml
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from abscot_trl.checkpoint import written_whole
+from abscot_trl.checkpoint import load_model, load_tokenizer, written_whole
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.errors import Refused
@@ -96,7 +96,7 @@ def make_traces(args: TracesArguments) -> dict:
     if (args.engine or {}).get("data_parallel_size", 1) > 1:
         return _by_processes(args)
     vocabulary = AbstractVocabulary.load(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, args.part, len(data))
     if args.method == "policy":
@@ -105,7 +105,7 @@ def make_traces(args: TracesArguments) -> dict:
         part = data.select(rows)
         if args.method == "clusters":
             traces = initial.cluster_traces(
-                AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto"),
+                load_model(args.model, args.dtype, device_map="auto"),
                 tokenizer,
                 part.select_columns(["id", "cot", "prompt_ids", "cot_ids"]),
                 vocabulary.size,

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from trl import SFTConfig
+from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig, SFTConfig
 
+from abscot_trl.attention import IMPLEMENTATIONS
 from abscot_trl.errors import Refused
 
 # The baselines by the mode in which each answers.
@@ -142,3 +144,39 @@ class BaselineConfig(BottleneckConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refused(f"{name} must be at least 1, got {value}")
+
+
+def check_settings(training_args: BottleneckConfig, model_args: ModelConfig) -> None:
+    """
+    What the libraries would say later, or never.
+
+    Raises:
+        Refused: an attention implementation that carries no mask, a `report_to` that is not installed, or a field of
+            trl's that has no effect here.
+    """
+    attention = model_args.attn_implementation
+    if attention not in (None, *IMPLEMENTATIONS):
+        raise Refused(f"attn_implementation {attention!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise Refused(f"{name} has no effect here; leave it out")
+    for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        if isinstance(getattr(training_args, name), str):
+            raise Refused(f"{name}: {getattr(training_args, name)!r} is no JSON object")
+    there = get_available_reporting_integrations()
+    missing = [name for name in training_args.report_to if name not in there]
+    if missing:
+        raise Refused(f"report_to: {', '.join(missing)} is not installed; {', '.join(there) or 'none'} is")
+
+
+def built(trainer_class: type, **arguments):
+    """
+    A trainer. ValueErrors of trl, peft and transformers while it is built are about the recipe.
+
+    Raises:
+        Refused: they take the recipe's values not.
+    """
+    try:
+        return trainer_class(**arguments)
+    except ValueError as error:
+        raise error if isinstance(error, Refused) else Refused(f"the trainer refuses its settings: {error}") from error
