@@ -110,13 +110,15 @@ def prepared(checkpoint, tmp_path_factory):
             (models / name / file).write_bytes(change((models / name / file).read_bytes()))
         shutil.copytree(source, models / "no-weights")
         (models / "no-weights" / "model.safetensors").unlink()
+        shutil.copytree(source, models / "no-template")
+        (models / "no-template" / "chat_template.jinja").unlink()
         (models / "empty").mkdir()
         (models / "file").write_text("x")
     return folder
 
 
 MODELS = ["nothere", "no/such-model", "empty", "file", "cut-weights", "no-header", "no-config", "other-config"]
-MODELS += ["list-config", "cut-tokenizer", "no-tokenizer", "no-weights", "bad-generation"]
+MODELS += ["list-config", "cut-tokenizer", "no-tokenizer", "no-weights", "no-template", "bad-generation"]
 COMMANDS = {
     "init": "init --base_model {model} --output_dir {out}",
     "data": "data --data {here}/train.jsonl --data_format problems --tokenizer {model} --output_dir {out}",
@@ -173,6 +175,12 @@ MISTAKES = [
     ("evaluate --model {ok} --problems {here}/empty --output_dir {out}", "empty"),
     ("evaluate --model {ok} --problems no/such-problems --output_dir {out}", "no/such-problems"),
     ("evaluate --model {ok} --problems {here}/train.jsonl --output_dir {out} --dtype float99 --swaps own", "float99"),
+    ("evaluate --model {here}/bad-template --problems {here}/train.jsonl --output_dir {out}", "chat template"),
+    (
+        "evaluate --model {ok} --problems {here}/train.jsonl --output_dir {out} --backend server --server http://[",
+        "http://[",
+    ),
+    ("traces --model {ok} --data {here}/data --output_dir {out} --backend server --server http://127.0.0.1:9", ":9"),
     ("data --data no/such-data --tokenizer {ok} --output_dir {out}", "no/such-data"),
     ("data --data {here}/latin.jsonl --tokenizer {ok} --output_dir {out} --num_proc 2", "latin.jsonl"),
     ("{train} --traces {here}/data", "traces.jsonl is missing"),
@@ -206,6 +214,8 @@ def mistaken(prepared):
     """What the mistakes below name."""
     (prepared / "file").write_text("x")
     (prepared / "empty").mkdir()
+    shutil.copytree(prepared / "extended" / "no-template", prepared / "bad-template")
+    (prepared / "bad-template" / "chat_template.jinja").write_text("{% if %}")
     (prepared / "bad.parquet").write_bytes(b"PAR1" + b"\0" * 40)
     (prepared / "bad.jsonl").write_text('{"prompt": "2+2?", "cot": \n')
     (prepared / "latin.jsonl").write_bytes('{"prompt": "é", "cot": "c", "answer": "a", "gold": "4"}'.encode("latin-1"))
@@ -282,6 +292,24 @@ def test_refused_by_the_machine_or_the_user(tmp_path, monkeypatch, run):
     with pytest.raises(Refused, match="c"):
         monkeypatch.setattr(sys, "argv", ["abscot", *map(str, arguments)])
         cli.main()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "notes.txt"])
+def test_a_demo_overwrites_nothing(name, tmp_path, run):
+    (tmp_path / name).write_text("mine")
+    code = run("demo", "--config", ROOT / "recipes/demo/demo.yaml", "--output_dir", tmp_path)
+    assert code == f"abscot demo: {tmp_path} is not empty ({name}); choose another output_dir or remove it"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_make_demo_removes_its_own_folder_only():
+    def printed(*arguments: str) -> str:
+        command = ["make", "--dry-run", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+    for target in ("demo", "demo-baselines"):
+        assert f"rm -rf runs/{target}\n" in printed(target)
+        assert "rm -rf" not in printed(target, "ARGS=--output_dir /home/me")
 
 
 def test_a_recipe_holds_fields_only(tmp_path, monkeypatch):

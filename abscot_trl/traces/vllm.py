@@ -269,16 +269,20 @@ class ServerTraceSampler(EngineTraceSampler):
         model_path, vocabulary: the checkpoint that it serves, as in [`VLLMTraceSampler`].
 
     Raises:
-        ConnectionError: nothing answers at `url`.
-        Refused: it serves a model with other abstract tokens, or gives log-probabilities that are not renormalised.
+        Refused: no vLLM server answers at `url`;
+            it serves a model with other abstract tokens, or gives log-probabilities that are not renormalised.
     """
 
     def __init__(self, url: str, model_path: str, vocabulary: AbstractVocabulary | None = None):
         from trl.generation.vllm_client import VLLMClient
 
         vocabulary = vocabulary or own_vocabulary(model_path)
-        client = VLLMClient(base_url=url.rstrip("/"))
-        super().__init__(partial(complete_there, client), model_path, vocabulary, served_positions(client))
+        try:
+            client = VLLMClient(base_url=url.rstrip("/"))
+            positions = served_positions(client)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise Refused(f"server: no `vllm serve` answers at {url} ({error})") from error
+        super().__init__(partial(complete_there, client), model_path, vocabulary, positions)
         if vocabulary is not None:
             check_server(client, self.end, vocabulary.end)
 
