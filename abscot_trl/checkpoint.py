@@ -100,6 +100,10 @@ def load_model(path: str | Path, dtype: str | None = "auto", **options) -> PreTr
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(path, "model", error) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):  # a GPU's memory, for one
+            raise
+        raise _unreadable(path, "model, whose weights are of another shape than its config.json,", error) from error
 
 
 @contextmanager
@@ -294,7 +298,7 @@ def merge_adapter(args: MergeArguments) -> Path:
     vocabulary, tokenizer, model = AbstractVocabulary.load(base), load_tokenizer(base), load_model(base)
     try:
         adapted = PeftModel.from_pretrained(model, args.adapter)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # RuntimeError: of a model of other shape
         raise _unreadable(args.adapter, "adapter", error) from error
     merged = adapted.merge_and_unload()
     with written_whole(args.output_dir) as folder:

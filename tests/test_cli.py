@@ -66,6 +66,7 @@ def test_every_phase_has_a_script_and_help(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_training_process_imports_no_server_plots_or_clusters():
     """Nor is torch imported for `abscot --help`."""
     code = """
@@ -186,6 +187,7 @@ MISTAKES = [
     ("{train} --traces {here}/data", "traces.jsonl is missing"),
     ("{train} --attn_implementation flash_attention_2", "flash_attention_2"),
     ("{train} --attn_implementation nonsense", "nonsense"),
+    ("{train} --attn_implementation flex_attention", "take sdpa on CPU"),
     ("{train} --dtype float99", "float99"),
     ("{train} --optim nonsense", "nonsense"),
     ("{train} --optim adamw_bnb_8bit", "bitsandbytes"),

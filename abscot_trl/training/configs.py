@@ -157,6 +157,8 @@ def check_settings(training_args: BottleneckConfig, model_args: ModelConfig) -> 
     attention = model_args.attn_implementation
     if attention not in (None, *IMPLEMENTATIONS):
         raise Refused(f"attn_implementation {attention!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if attention == "flex_attention" and training_args.device.type == "cpu":
+        raise Refused("attn_implementation flex_attention trains on a GPU only; take sdpa on CPU")
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name):
             raise Refused(f"{name} has no effect here; leave it out")
