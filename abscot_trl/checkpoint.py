@@ -49,6 +49,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises nothing narrower
+        if (Path(path) / "config.json").is_file():
+            load_config(path)  # it is read for the tokenizer's class, and may be what is damaged
         raise _unreadable(path, "tokenizer", error) from error
 
 
@@ -72,7 +74,12 @@ def check_model(path: str | Path, dtype: str | None = "auto") -> None:
     """
     if dtype not in ("auto", None) and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise Refused(f"dtype {dtype!r} is none of torch: bfloat16, float16, float32 or auto")
-    load_config(path)
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a wrong value leads to
+        raise _unreadable(path, "config.json", error) from error
     if not Path(path).is_dir():
         return
     index = Path(path) / "model.safetensors.index.json"

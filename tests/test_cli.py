@@ -97,6 +97,9 @@ def prepared(checkpoint, tmp_path_factory):
         "cut-weights": ("model.safetensors", lambda content: content[:1000]),
         "no-header": ("model.safetensors", lambda content: b"\xff" * 64),
         "no-config": ("config.json", lambda content: content[:50]),
+        "bad-width": ("config.json", lambda content: content.replace(b'"hidden_size": 64', b'"hidden_size": 32')),
+        "bad-activation": ("config.json", lambda content: content.replace(b'"silu"', b'"nonsense"')),
+        "bad-heads": ("config.json", lambda content: content.replace(b'heads": 2', b'heads": "two"')),
         "other-config": ("config.json", lambda content: b'{"model_type": "notamodel"}'),
         "list-config": ("config.json", lambda content: b"[1, 2]"),
         "cut-tokenizer": ("tokenizer.json", lambda content: content[:100]),
@@ -120,6 +123,7 @@ def prepared(checkpoint, tmp_path_factory):
 
 MODELS = ["nothere", "no/such-model", "empty", "file", "cut-weights", "no-header", "no-config", "other-config"]
 MODELS += ["list-config", "cut-tokenizer", "no-tokenizer", "no-weights", "no-template", "bad-generation"]
+MODELS += ["bad-width", "bad-activation", "bad-heads"]
 COMMANDS = {
     "init": "init --base_model {model} --output_dir {out}",
     "data": "data --data {here}/train.jsonl --data_format problems --tokenizer {model} --output_dir {out}",
@@ -132,7 +136,7 @@ COMMANDS = {
 }
 # A model's tokenizer or weights that a phase does not read cannot be wrong there.
 UNREAD = {("data", name) for name in ("cut-weights", "no-header", "no-weights", "bad-generation", "no-config")}
-UNREAD |= {("data", "other-config"), ("data", "list-config")}
+UNREAD |= {("data", "other-config"), ("data", "list-config"), ("data", "bad-width"), ("data", "bad-activation")}
 
 
 @pytest.mark.parametrize("phase", COMMANDS)
@@ -189,6 +193,16 @@ MISTAKES = [
     ("{train} --attn_implementation nonsense", "nonsense"),
     ("{train} --attn_implementation flex_attention", "take sdpa on CPU"),
     ("{train} --dtype float99", "float99"),
+    ("{train} --chat_template_path /nothere", "/nothere"),
+    ("{train} --eos_token nonsense", "nonsense"),
+    ("{train} --optim_args zzz", "zzz"),
+    ('{train} --lr_scheduler_kwargs {{"a":1}}', "unexpected keyword argument 'a'"),
+    ("{train} --learning_rate -1", "Invalid learning rate: -1.0"),
+    ("{train} --adam_beta1 2", "Invalid beta parameter"),
+    ("{train} --per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
+    ("{train} --gradient_accumulation_steps 0", "gradient_accumulation_steps"),
+    ("{train} --dataloader_num_workers -1", "dataloader_num_workers must be at least 0, got -1"),
+    ("plan --config recipes/qwen3-4b/warmup.informed.yaml --model {here}/extended/bad-heads", "bad-heads"),
     ("{train} --optim nonsense", "nonsense"),
     ("{train} --optim adamw_bnb_8bit", "bitsandbytes"),
     ("{train} --lr_scheduler_type nonsense", "nonsense"),
