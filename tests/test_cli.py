@@ -181,10 +181,6 @@ MISTAKES = [
     ("evaluate --model {ok} --problems no/such-problems --output_dir {out}", "no/such-problems"),
     ("evaluate --model {ok} --problems {here}/train.jsonl --output_dir {out} --dtype float99 --swaps own", "float99"),
     ("evaluate --model {here}/bad-template --problems {here}/train.jsonl --output_dir {out}", "chat template"),
-    (
-        "evaluate --model {ok} --problems {here}/train.jsonl --output_dir {out} --backend server --server http://[",
-        "http://[",
-    ),
     ("traces --model {ok} --data {here}/data --output_dir {out} --backend server --server http://127.0.0.1:9", ":9"),
     ("data --data no/such-data --tokenizer {ok} --output_dir {out}", "no/such-data"),
     ("data --data {here}/latin.jsonl --tokenizer {ok} --output_dir {out} --num_proc 2", "latin.jsonl"),
@@ -202,7 +198,10 @@ MISTAKES = [
     ("{train} --per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
     ("{train} --gradient_accumulation_steps 0", "gradient_accumulation_steps"),
     ("{train} --dataloader_num_workers -1", "dataloader_num_workers must be at least 0, got -1"),
-    ("plan --config recipes/qwen3-4b/warmup.informed.yaml --model {here}/extended/bad-heads", "bad-heads"),
+    (
+        "plan --config {root}/recipes/demo/warmup.paper.yaml --run_dir {out} --data d --model {here}/extended/bad-heads",
+        "bad-heads",
+    ),
     ("{train} --optim nonsense", "nonsense"),
     ("{train} --optim adamw_bnb_8bit", "bitsandbytes"),
     ("{train} --lr_scheduler_type nonsense", "nonsense"),
@@ -245,7 +244,7 @@ def test_a_mistake_is_one_line(command, words, mistaken, checkpoint, tmp_path, r
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     train = COMMANDS["bottleneck"].format(model=checkpoint, here=mistaken, out=out)
-    values = {"here": mistaken, "ok": checkpoint, "out": out, "long": tmp_path / ("n" * 300)}
+    values = {"root": ROOT, "here": mistaken, "ok": checkpoint, "out": out, "long": tmp_path / ("n" * 300)}
     before = {path: path.read_bytes() for path in mistaken.rglob("*") if path.is_file()}
     code = run(*command.format(train=train, **values).split())
     assert isinstance(code, str) and code.startswith(
