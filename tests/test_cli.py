@@ -181,7 +181,6 @@ MISTAKES = [
     ("evaluate --model {ok} --problems no/such-problems --output_dir {out}", "no/such-problems"),
     ("evaluate --model {ok} --problems {here}/train.jsonl --output_dir {out} --dtype float99 --swaps own", "float99"),
     ("evaluate --model {here}/bad-template --problems {here}/train.jsonl --output_dir {out}", "chat template"),
-    ("traces --model {ok} --data {here}/data --output_dir {out} --backend server --server http://127.0.0.1:9", ":9"),
     ("data --data no/such-data --tokenizer {ok} --output_dir {out}", "no/such-data"),
     ("data --data {here}/latin.jsonl --tokenizer {ok} --output_dir {out} --num_proc 2", "latin.jsonl"),
     ("{train} --traces {here}/data", "traces.jsonl is missing"),
@@ -199,7 +198,7 @@ MISTAKES = [
     ("{train} --gradient_accumulation_steps 0", "gradient_accumulation_steps"),
     ("{train} --dataloader_num_workers -1", "dataloader_num_workers must be at least 0, got -1"),
     (
-        "plan --config {root}/recipes/demo/warmup.paper.yaml --run_dir {out} --data d --model {here}/extended/bad-heads",
+        "plan --config {root}/recipes/demo/warmup.paper.yaml --run_dir r --data d --model {here}/extended/bad-heads",
         "bad-heads",
     ),
     ("{train} --optim nonsense", "nonsense"),
@@ -253,6 +252,14 @@ def test_a_mistake_is_one_line(command, words, mistaken, checkpoint, tmp_path, r
     assert words.format(**values) in code and "\n" not in code and "traceback" not in code, code
     assert not list(tmp_path.rglob("*.error*.txt"))
     assert {path: path.read_bytes() for path in mistaken.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow  # trl's client imports vLLM
+def test_a_server_that_is_not_there_is_one_line(prepared, checkpoint, tmp_path, run):
+    arguments = ["--model", checkpoint, "--data", prepared / "data", "--output_dir", tmp_path / "out"]
+    code = run("traces", *arguments, "--backend", "server", "--server", "http://127.0.0.1:9")
+    assert code.startswith("abscot traces: server: no `vllm serve` answers at http://127.0.0.1:9 (")
+    assert not list(tmp_path.glob("*.txt"))
 
 
 def test_another_error_shows_its_traceback_and_leaves_it_beside_the_run(tmp_path, monkeypatch, capsys, run):
