@@ -38,11 +38,11 @@ endif
 	touch $(READY)
 
 demo: $(READY) ## the whole method on a toy task, minutes on two CPU cores (ROUNDS=2: two rounds)
-	rm -rf runs/demo
+	$(if $(findstring --output_dir,$(ARGS)),,rm -rf runs/demo)
 	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) $(ARGS)
 
 demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's recipe and ours (an hour)
-	rm -rf runs/demo-baselines
+	$(if $(findstring --output_dir,$(ARGS)),,rm -rf runs/demo-baselines)
 	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) --output_dir runs/demo-baselines \
 	    --models sft cot pause icot cut-cot concise paper informed $(ARGS)
 

@@ -5,14 +5,24 @@ Every phase reads a full checkpoint and writes one. Tokenizer, embedding rows, c
 of a checkpoint agree; that is verified by loading it again after writing.
 """
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Template
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from abscot_trl.attention import check_supported
 from abscot_trl.errors import Refused
@@ -20,6 +30,84 @@ from abscot_trl.storage import written_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 INITIALISATIONS = ("mean+noise", "normal", "zeros")
+
+
+def _unreadable(path: str | Path, what: str, error: Exception) -> Refused:
+    where = path if Path(path).exists() else f"{path} is no folder here, and as a model of the hub"
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return Refused(f"{where}: its {what} cannot be read ({words[:300]})")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        Refused: no tokenizer at `path`, a folder or hub id.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises nothing narrower
+        if (Path(path) / "config.json").is_file():
+            load_config(path)  # it is read for the tokenizer's class, and may be what is damaged
+        raise _unreadable(path, "tokenizer", error) from error
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """
+    Raises:
+        Refused: no config.json of a model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # whatever a damaged value leads to
+        raise _unreadable(path, "config.json", error) from error
+
+
+def check_model(path: str | Path, dtype: str | None = "auto") -> None:
+    """
+    What can be said of a model before its weights are loaded; of those in a folder only the headers are read.
+
+    Raises:
+        Refused: no model at `path`, weights that are cut or missing, or no such dtype.
+    """
+    if dtype not in ("auto", None) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise Refused(f"dtype {dtype!r} is none of torch: bfloat16, float16, float32 or auto")
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a wrong value leads to
+        raise _unreadable(path, "config.json", error) from error
+    if not Path(path).is_dir():
+        return
+    index = Path(path) / "model.safetensors.index.json"
+    try:
+        parts = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ["model.safetensors"]
+        for name in parts:
+            with safe_open(Path(path) / name, "pt"):
+                pass
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        raise _unreadable(path, "weights (safetensors)", error) from error
+    try:  # transformers goes on without a damaged one
+        if (Path(path) / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(path, "generation_config.json", error) from error
+
+
+def load_model(path: str | Path, dtype: str | None = "auto", **options) -> PreTrainedModel:
+    """
+    Raises:
+        Refused: as in [`check_model`].
+    """
+    check_model(path, dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(path, "model", error) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):  # a GPU's memory, for one
+            raise
+        raise _unreadable(path, "model, whose weights are of another shape than its config.json,", error) from error
 
 
 @dataclass
@@ -98,8 +186,7 @@ def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -
             config, or rows that differ from `expected_rows` (M + 2, d).
     """
     vocabulary = AbstractVocabulary.load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
     ids = vocabulary.all_ids(tokenizer)
     for token, index in zip([*vocabulary.tokens, vocabulary.begin, vocabulary.end], ids, strict=True):
         if tokenizer(token, add_special_tokens=False)["input_ids"] != [index]:
@@ -128,13 +215,13 @@ def init_checkpoint(args: InitArguments) -> Path:
             the output is there already.
     """
     vocabulary = AbstractVocabulary(args.codebook_size, args.m_min, args.m_max)
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    tokenizer = load_tokenizer(args.base_model)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         missing = "chat template" if tokenizer.chat_template is None else "EOS token"
         raise Refused(f"{args.base_model}: the tokenizer has no {missing}; start from an instruction-tuned model")
     vocabulary.extend(tokenizer)
     ids = vocabulary.all_ids(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype)
+    model = load_model(args.base_model, args.dtype)
     check_supported(model)
     if args.m_max + 2 >= model.config.max_position_embeddings:
         raise Refused(f"m_max {args.m_max} exceeds the model's {model.config.max_position_embeddings} positions")
@@ -186,10 +273,16 @@ def merge_adapter(args: MergeArguments) -> Path:
     """
     if not (Path(args.adapter) / "adapter_config.json").is_file():
         raise Refused(f"{args.adapter} holds no adapter_config.json; full fine-tuning needs no merge")
-    base = args.base_checkpoint or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-    vocabulary, tokenizer = AbstractVocabulary.load(base), AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    merged = PeftModel.from_pretrained(model, args.adapter).merge_and_unload()
+    try:
+        base = args.base_checkpoint or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    except (ValueError, TypeError, KeyError) as error:
+        raise _unreadable(args.adapter, "adapter_config.json", error) from error
+    vocabulary, tokenizer, model = AbstractVocabulary.load(base), load_tokenizer(base), load_model(base)
+    try:
+        adapted = PeftModel.from_pretrained(model, args.adapter)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # RuntimeError: of a model of other shape
+        raise _unreadable(args.adapter, "adapter", error) from error
+    merged = adapted.merge_and_unload()
     with written_whole(args.output_dir) as folder:
         save_checkpoint(merged, tokenizer, vocabulary, folder)
         verify_checkpoint(folder)

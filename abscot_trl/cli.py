@@ -1,36 +1,22 @@
-"""`abscot <phase> ...`: the phases as one command; a front on `python -m abscot_trl.scripts.<phase>`."""
+"""`abscot <phase>` and `python -m abscot_trl.scripts.<phase>`: what a terminal gets of a phase, and of its errors."""
 
+import errno
+import json
 import os
-import runpy
+import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
-import yaml
-
-from abscot_trl.errors import Refused
+from abscot_trl.errors import Refused, save_error
+from abscot_trl.phases import PHASES, TRAINING, Phase, parse_phase, read_yaml
 from abscot_trl.processes import DRIVER
-
-PHASES = {
-    "init": "extend a base model by the codebook",
-    "data": "prepare rows: parse, tokenise, filter, count",
-    "traces": "make the traces of a phase, initial or on policy",
-    "bottleneck": "phase A: bottlenecked SFT under the block mask (eq. 3)",
-    "distill": "phase B: self-distillation (eq. 4)",
-    "baseline": "what a warm-up is compared with: SFT without or with CoT, pause tokens, ..",
-    "concise": "the base model's own shortest right answers, as rows to train on",
-    "merge": "merge an adapter into its checkpoint",
-    "evaluate": "score a model in verbal, direct and abstract mode, with every swap of the trace",
-    "sweep": "one evaluation of the base and of every model of a warm-up's rounds",
-    "alpaca": "a judge compares an evaluation's outputs on AlpacaEval's prompts with reference outputs",
-    "serve": "OpenAI's chat API for a trained checkpoint, the trace as reasoning_content",
-    "report": "figures, codebook and answers of one or more runs side by side: report.md, report.html",
-    "plan": "what a warm-up will take: steps, tokens, memory, disk, hours",
-    "warmup": "the policy iteration: all of the above, T rounds",
-    "baselines": "train and evaluate the baselines on a warm-up's rows, for as many steps",
-    "demo": "the whole on a toy task, minutes on a laptop",
-}
-TRAINING = ("bottleneck", "distill", "baseline")
 
 
 def accelerate_config_path(name: str) -> str:
@@ -51,18 +37,99 @@ def accelerate_config_path(name: str) -> str:
 
 
 def _check_processes(path: Path) -> None:
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or config.get("mpirun_config"):
-        return
+    config = read_yaml(path)
     kind, processes = config.get("distributed_type"), config.get("num_processes")
-    if isinstance(processes, int) and processes > 1 and kind in ("NO", "MULTI_CPU"):
+    if (
+        isinstance(processes, int)
+        and processes > 1
+        and kind in ("NO", "MULTI_CPU")
+        and not config.get("mpirun_config")
+    ):
         raise Refused(
             f"{path}: num_processes is {processes}, but accelerate starts one for distributed_type {kind}; write "
             "distributed_type: MULTI_GPU, which starts them on a machine without GPUs too"
         )
+
+
+@contextmanager
+def _machine_refuses() -> Iterator[None]:
+    """A full disk, missing rights and packages are the machine's state, whatever met them: said in one line."""
+    try:
+        yield
+    except ImportError as error:
+        # Without a name a library says in words what it wants installed.
+        if error.name and (error.name.startswith("abscot_trl") or find_spec(error.name.partition(".")[0])):
+            raise
+        raise Refused(f"{error}; install it, or change what asks for it") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise Refused(f"{error.filename or 'here'}: {error.strerror}; mend that and run the same command") from error
+
+
+def _check_folder(path: str) -> None:
+    """
+    Raises:
+        Refused: no folder can be made at `path`.
+    """
+    try:
+        there = next(found for found in (Path(path).absolute(), *Path(path).absolute().parents) if found.exists())
+    except (OSError, ValueError) as error:  # too long a name, or one with a null byte
+        raise Refused(f"{path!r:.80} is no name of a folder ({error})") from error
+    if not there.is_dir():
+        raise Refused(f"{path}: {there} is a file, not a folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"{path}: nothing may be written in {there}; choose another")
+
+
+def run_script(name: str) -> None:
+    """
+    What `python -m abscot_trl.scripts.<name>` does: run the phase and show its result.
+
+    A mistake of the user's is one line (with ABSCOT_TRACEBACK=1 also where it arose). Any other error shows its
+    traceback and leaves it beside what the phase writes. The exit code is 1 in both cases.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
+    phase, folder = PHASES[name], None
+    try:
+        with _machine_refuses():
+            given = parse_phase(name)
+            folder = phase.folder and next(vars(part)[phase.folder] for part in given if phase.folder in vars(part))
+            if folder:
+                _check_folder(folder)
+            result = resolve_name(phase.function)(*given)
+            text = _shown(phase, result)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Refused as error:
+        if os.environ.get("ABSCOT_TRACEBACK"):
+            raise
+        sys.exit(f"abscot {name}: {' '.join(str(error).split())}")
+    except Exception as error:
+        traceback.print_exc()
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.exit(f"abscot {name}: {words}{_kept(folder)}")
+    if text:
+        print(text)  # noqa: T201
+
+
+def _kept(folder: str | None) -> str:
+    """Where the traceback of the error at hand was left, in words; a disk may be full."""
+    if not folder:
+        return ""
+    try:
+        return f" (traceback: {save_error(folder, traceback.format_exc())})"
+    except OSError as error:
+        return f" (the traceback could not be left beside {folder}: {error})"
+
+
+def _shown(phase: Phase, result: Any) -> str:
+    """A phase's result for the terminal; empty where it has printed all there is to say."""
+    if phase.show:
+        return resolve_name(phase.show)(result) if result else ""
+    if isinstance(result, dict):
+        return json.dumps({key: value for key, value in result.items() if key != "settings"}, indent=2)
+    return str(result) if isinstance(result, Path) else ""
 
 
 def main() -> None:
@@ -70,7 +137,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, PHASES))
-        lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in PHASES.items())
+        lines = "\n".join(f"  {name:<{width}}  {phase.sentence}" for name, phase in PHASES.items())
         print(  # noqa: T201
             "usage: abscot <phase> --config FILE.yaml [--field value ..] [--accelerate_config NAME]\n\n"
             f"{lines}\n\nabscot <phase> --help lists a phase's fields; --accelerate_config (bottleneck, distill, "
@@ -80,24 +147,33 @@ def main() -> None:
     phase, *rest = arguments
     if phase not in PHASES:
         sys.exit(f"abscot: no phase {phase!r}; one of {', '.join(PHASES)}")
+    rest = [part for a in rest for part in (a.split("=", 1) if a.startswith("--accelerate_config=") else [a])]
     if phase in TRAINING and "--accelerate_config" in rest[:-1]:
         at = rest.index("--accelerate_config")
         try:
             config = accelerate_config_path(rest[at + 1])
+            read_yaml(config)
         except Refused as error:
             sys.exit(f"abscot {phase}: {error}")
-        from accelerate.commands.launch import main as launch
+        _launch(phase, config, rest[:at] + rest[at + 2 :])
+    else:
+        sys.argv = [f"abscot {phase}", *rest]
+        run_script(phase)
 
-        os.environ.setdefault(DRIVER, str(os.getpid()))  # so that what is launched ends with this process
-        sys.argv = ["accelerate", "--config_file", config, "-m", f"abscot_trl.scripts.{phase}"]
-        sys.argv += rest[:at] + rest[at + 2 :]
-        try:
-            launch()
-        except subprocess.CalledProcessError as error:  # the phase has said why
-            sys.exit(error.returncode)
-        return
-    sys.argv = [f"abscot {phase}", *rest]
-    runpy.run_module(f"abscot_trl.scripts.{phase}", run_name="__main__")
+
+def _launch(phase: str, config: str, arguments: list[str]) -> None:
+    """The phase by accelerate; exits with its code where it failed, for it has said why."""
+    from accelerate.commands.launch import main as launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.setdefault(DRIVER, str(os.getpid()))  # so that what is launched ends with this process
+    sys.argv = ["accelerate", "--config_file", config, "-m", f"abscot_trl.scripts.{phase}", *arguments]
+    try:
+        launch()
+    except subprocess.CalledProcessError as error:  # one process
+        sys.exit(error.returncode)
+    except ChildFailedError as error:  # several
+        sys.exit(error.get_first_failure()[1].exitcode)
 
 
 if __name__ == "__main__":

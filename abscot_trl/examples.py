@@ -48,7 +48,12 @@ def prompt_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
     The chat template with a generation prompt; thinking mode off, as in the paper.
 
     Ends before `<beginabstract>`, which rows and samplers add: a base model and its extended checkpoint give the same.
+
+    Raises:
+        Refused: there is no template. jinja2's `TemplateError` is the template's own word on the messages.
     """
+    if tokenizer.chat_template is None:
+        raise Refused(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; take an instruct model's")
     settings = {"add_generation_prompt": True, "enable_thinking": False, "abstract": False}
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **settings)
 

@@ -1,52 +1,150 @@
-"""The phases by name: what each calls, and the fields of its YAML. Scripts, driver and demo all go through it."""
+"""
+The phases: one table, and how a command line becomes a call.
+
+What a phase calls is imported when it is called: a training process imports no web server and no plotting.
+"""
 
 import dataclasses
 import difflib
 import json
-import os
-import signal
+import reprlib
 import sys
-import types
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from trl import ModelConfig, TrlParser
 
-from abscot_trl.checkpoint import InitArguments, MergeArguments, init_checkpoint, merge_adapter
-from abscot_trl.data.prepare import DataArguments, prepare
 from abscot_trl.errors import Refused
-from abscot_trl.evaluation.arguments import EvaluateArguments
-from abscot_trl.evaluation.concise import ConciseArguments, make_concise
-from abscot_trl.evaluation.evaluate import evaluate
-from abscot_trl.report.tables import results_table
-from abscot_trl.serving.server import ServeArguments, serve
-from abscot_trl.traces.files import describe_traces
-from abscot_trl.traces.make import TracesArguments, make_traces
-from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
-from abscot_trl.training.phase import (
-    BaselineArguments,
-    TrainArguments,
-    train_baseline,
-    train_bottleneck,
-    train_distill,
-)
 
-PHASES: dict[str, tuple[Callable, tuple[type, ...]]] = {
-    "init": (init_checkpoint, (InitArguments,)),
-    "data": (prepare, (DataArguments,)),
-    "traces": (make_traces, (TracesArguments,)),
-    "bottleneck": (train_bottleneck, (TrainArguments, BottleneckConfig, ModelConfig)),
-    "distill": (train_distill, (TrainArguments, DistillationConfig, ModelConfig)),
-    "baseline": (train_baseline, (BaselineArguments, BaselineConfig, ModelConfig)),
-    "concise": (make_concise, (ConciseArguments,)),
-    "merge": (merge_adapter, (MergeArguments,)),
-    "evaluate": (evaluate, (EvaluateArguments,)),
-    "serve": (serve, (ServeArguments,)),
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """
+    A command, `abscot <name>`; objects are named `module:object`.
+
+    Args:
+        sentence (`str`): what it does, for `abscot --help`.
+        function (`str`): what is called with one instance of each of `fields`.
+        fields (`tuple[str, ...]`): the dataclasses of its recipe and command line.
+        folder (`str`, *optional*): the field that names what it writes; errors are kept beside that.
+        first (`str`, *optional*): the field that values before the first `--field` are of.
+        show (`str`, *optional*): makes text for the terminal of the result; without it a dict is shown as JSON.
+        launched (`bool`): by accelerate.
+    """
+
+    sentence: str
+    function: str
+    fields: tuple[str, ...]
+    folder: str | None = "output_dir"
+    first: str | None = None
+    show: str | None = None
+    launched: bool = False
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return tuple(map(resolve_name, self.fields))
+
+
+def _training(sentence: str, name: str, arguments: str, config: str) -> Phase:
+    fields = (f"abscot_trl.training.phase:{arguments}", f"abscot_trl.training.configs:{config}", "trl:ModelConfig")
+    return Phase(sentence, f"abscot_trl.training.phase:train_{name}", fields, launched=True)
+
+
+PHASES = {
+    "init": Phase(
+        "extend a base model by the codebook",
+        "abscot_trl.checkpoint:init_checkpoint",
+        ("abscot_trl.checkpoint:InitArguments",),
+    ),
+    "data": Phase(
+        "prepare rows: parse, tokenise, filter, count",
+        "abscot_trl.data.prepare:prepare",
+        ("abscot_trl.data.arguments:DataArguments",),
+    ),
+    "traces": Phase(
+        "make the traces of a phase, initial or on policy",
+        "abscot_trl.traces.make:make_traces",
+        ("abscot_trl.traces.make:TracesArguments",),
+        show="abscot_trl.traces.files:describe_traces",
+    ),
+    "bottleneck": _training(
+        "phase A: bottlenecked SFT under the block mask (eq. 3)", "bottleneck", "TrainArguments", "BottleneckConfig"
+    ),
+    "distill": _training("phase B: self-distillation (eq. 4)", "distill", "TrainArguments", "DistillationConfig"),
+    "baseline": _training(
+        "what a warm-up is compared with: SFT without or with CoT, pause tokens, ..",
+        "baseline",
+        "BaselineArguments",
+        "BaselineConfig",
+    ),
+    "concise": Phase(
+        "the base model's own shortest right answers, as rows to train on",
+        "abscot_trl.evaluation.concise:make_concise",
+        ("abscot_trl.evaluation.concise:ConciseArguments",),
+    ),
+    "merge": Phase(
+        "merge an adapter into its checkpoint",
+        "abscot_trl.checkpoint:merge_adapter",
+        ("abscot_trl.checkpoint:MergeArguments",),
+    ),
+    "evaluate": Phase(
+        "score a model in verbal, direct and abstract mode, with every swap of the trace",
+        "abscot_trl.evaluation.evaluate:evaluate",
+        ("abscot_trl.evaluation.arguments:EvaluateArguments",),
+        show="abscot_trl.report.tables:results_table",
+    ),
+    "sweep": Phase(
+        "one evaluation of the base and of every model of a warm-up's rounds",
+        "abscot_trl.loop.sweep:sweep",
+        ("abscot_trl.loop.sweep:SweepArguments",),
+        folder="run",
+    ),
+    "alpaca": Phase(
+        "a judge compares an evaluation's outputs on AlpacaEval's prompts with reference outputs",
+        "abscot_trl.evaluation.alpaca:alpaca",
+        ("abscot_trl.evaluation.alpaca:AlpacaArguments",),
+        show="abscot_trl.report.tables:results_table",
+    ),
+    "serve": Phase(
+        "OpenAI's chat API for a trained checkpoint, the trace as reasoning_content",
+        "abscot_trl.serving.server:serve",
+        ("abscot_trl.serving.server:ServeArguments",),
+        folder=None,
+    ),
+    "report": Phase(
+        "figures, codebook and answers of one or more runs side by side: report.md, report.html",
+        "abscot_trl.report.make:report",
+        ("abscot_trl.report.make:ReportArguments",),
+        first="runs",
+    ),
+    "plan": Phase(
+        "what a warm-up will take: steps, tokens, memory, disk, hours",
+        "abscot_trl.loop.plan:plan",
+        ("abscot_trl.loop.plan:PlanArguments",),
+        folder=None,
+        show="abscot_trl.loop.plan:describe_plan",
+    ),
+    "warmup": Phase(
+        "the policy iteration: all of the above, T rounds",
+        "abscot_trl.loop.warmup:warmup",
+        ("abscot_trl.loop.warmup:WarmupArguments",),
+        folder="run_dir",
+    ),
+    "baselines": Phase(
+        "train and evaluate the baselines on a warm-up's rows, for as many steps",
+        "abscot_trl.loop.baselines:baselines",
+        ("abscot_trl.loop.baselines:BaselinesArguments",),
+        folder="run_dir",
+    ),
+    "demo": Phase(
+        "the whole on a toy task, minutes on a laptop",
+        "abscot_trl.loop.demo:demo",
+        ("abscot_trl.loop.demo:DemoArguments",),
+    ),
 }
+TRAINING = tuple(name for name, phase in PHASES.items() if phase.launched)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -60,40 +158,40 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """
-    A recipe's mapping.
-
-    Raises:
-        Refused: no such file, or not a YAML mapping; the message names the file.
-    """
+def _mapping(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise Refused(f"{path}: no such recipe")
     try:
         settings = yaml.load(Path(path).read_text(), _StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: not UTF-8, or no such date
+        raise Refused(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise Refused(f"{path} must hold a YAML mapping of fields, not {type(settings).__name__}")
     return settings
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a YAML value may stand for a field annotated `kind` (unions, lists, dicts and plain types)."""
-    origin = typing.get_origin(kind)
-    if kind is Any or isinstance(kind, typing.TypeVar):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(kind))
-    if origin is typing.Literal:
-        return value in typing.get_args(kind)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    if kind is float:
-        return isinstance(value, (int, float))
-    return isinstance(value, origin or kind) if isinstance(origin or kind, type) else True
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """
+    A recipe's mapping. `base: FILE` stands for the fields of that recipe, in the same folder; those beside it win.
+
+    Raises:
+        Refused: no such file, or not a YAML mapping; the message names the file.
+    """
+    settings = _mapping(path)
+    if "base" not in settings:
+        return settings
+    name = settings.pop("base")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise Refused(f"{path}: base: {_short(name)} is not the name of a recipe in the same folder")
+    fields = _mapping(Path(path).with_name(name))
+    if "base" in fields:
+        raise Refused(f"{path}: base: {name} has a base itself; name that one, or write the fields out")
+    return fields | settings
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+_short = _repr.repr  # of a value in a message, however deep or long
 
 
 def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str | Path) -> None:
@@ -104,30 +202,36 @@ def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str 
         Refused: a key that is a field of none of `classes`, a value of another type (`2e-5` is text in YAML), or
             one that is not among the field's choices.
     """
-    fields = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    fields = {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.init}
     kinds = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
+    strict = ConfigDict(strict=True, arbitrary_types_allowed=True)  # an int may stand for a float, nothing else
     for key, value in settings.items():
-        if key == "env":
-            continue
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else "see --help for the fields"
-            raise Refused(f"{path}: unknown key {key!r}; {hint}")
+            raise Refused(f"{path}: unknown key {_short(key)}; {_meant(str(key), fields)}")
         if isinstance(value, str) and kinds[key] in (int, float):
-            raise Refused(f"{path}: {key}: {value!r} is text; write a number (2.0e-5, not 2e-5)")
-        field_kind = getattr(kinds[key], "__name__", None) or str(kinds[key])
+            raise Refused(f"{path}: {key}: {_short(value)} is text; write a number (2.0e-5, not 2e-5)")
         choices = fields[key].metadata.get("choices")
         if choices and value not in choices:
-            raise Refused(f"{path}: {key}: {value!r} is not one of {', '.join(map(str, choices))}")
-        if not _fits(value, kinds[key]) and not (value is None and fields[key].default is None):
-            raise Refused(f"{path}: {key}: {value!r} does not fit; {field_kind} is wanted")
+            raise Refused(f"{path}: {key}: {_short(value)} is not one of {', '.join(map(str, choices))}")
+        if value is None and fields[key].default is None:
+            continue
+        try:
+            TypeAdapter(kinds[key], config=strict).validate_python(value)
+        except (ValidationError, RecursionError) as error:
+            kind = getattr(kinds[key], "__name__", None) or str(kinds[key])
+            raise Refused(f"{path}: {key}: {_short(value)} does not fit; {kind} is wanted") from error
 
 
-class _Parser(TrlParser):
-    """Says in one line what is wrong with a command line, without the usage of forty fields."""
+def _meant(name: str, fields: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "see --help for the fields"
 
-    def error(self, message: str):
-        raise Refused(f"{message}; see --help")
+
+def _refuse_usage(message: str) -> typing.NoReturn:
+    """In one line what is wrong with a command line, without the usage of forty fields."""
+    raise Refused(f"{message}; see --help")
 
 
 def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tuple:
@@ -138,54 +242,44 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
     Raises:
         Refused: an unknown key or a bad value; the message names the file.
     """
+    from trl import TrlParser
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser, path = _Parser(classes), None
+    parser, recipes = TrlParser(classes), []
+    parser.error = _refuse_usage
     while "--config" in arguments:
-        if arguments[-1] == "--config":
-            raise Refused("--config needs a file")
         at = arguments.index("--config")
-        path = arguments[at + 1]
-        check_fields(read_yaml(path), classes, path)
-        if "--config" not in arguments[at + 2 :]:
-            break
-        parser.set_defaults_with_config(**read_yaml(path))
+        if at + 1 == len(arguments):
+            raise Refused("--config needs a file")
+        recipes.append(arguments[at + 1])
+        settings = read_yaml(recipes[-1])
+        check_fields(settings, classes, recipes[-1])
+        parser.set_defaults_with_config(**settings)
         del arguments[at : at + 2]
     try:
-        return parser.parse_args_and_config(arguments)
-    except ValueError as error:
-        where = "command line" if path is None or "not used by" in str(error) else path
-        raise Refused(f"{where}: {error}") from error
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:  # of transformers, about the values given
+        words = f"{error} in {_short(error.doc)}" if isinstance(error, json.JSONDecodeError) else error
+        raise Refused(f"{', '.join(recipes) or 'command line'}: {words}") from error
+    if unknown:
+        names = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)]
+        raise Refused(f"command line: unknown {unknown[0]!r}; {_meant(unknown[0].partition('=')[0], names)}")
+    return tuple(parsed)
+
+
+def parse_phase(name: str, arguments: list[str] | None = None) -> tuple:
+    """The fields of phase `name`, as `parse` has them; values before the first `--field` are of the phase's first."""
+    phase, arguments = PHASES[name], list(sys.argv[1:] if arguments is None else arguments)
+    if phase.first and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{phase.first}", *arguments]
+    if phase.first and arguments.count(f"--{phase.first}") > 1:  # argparse would take the last
+        raise Refused(f"{phase.first} are named in two places; name all of them in one")
+    return parse(phase.classes, arguments)
 
 
 def run_phase(name: str, arguments: list[str] | None = None) -> Any:
     """Parse the fields of phase `name` and run it in this process."""
-    function, classes = PHASES[name]
-    return function(*parse(classes, arguments))
-
-
-@contextmanager
-def exit_with_words(name: str) -> Iterator[None]:
-    """Turn an error into one line and exit code 1; with ABSCOT_TRACEBACK=1 in the environment, show where it arose."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
-    try:
-        yield
-    except Exception as error:
-        if os.environ.get("ABSCOT_TRACEBACK"):
-            raise
-        words = " ".join(str(error).split())
-        if not isinstance(error, (ValueError, OSError, RuntimeError)):  # not one of ours
-            words = f"{type(error).__name__}: {words} (ABSCOT_TRACEBACK=1 shows where)"
-        sys.exit(f"abscot {name}: {words}")
-
-
-def main(name: str) -> None:
-    """What `python -m abscot_trl.scripts.<name>` does."""
-    with exit_with_words(name):
-        result = run_phase(name)
-    if name == "evaluate" and result:
-        print(results_table(result))  # noqa: T201
-    elif name == "traces" and "lengths" in result:
-        print(describe_traces(result))  # noqa: T201
-    elif isinstance(result, dict):
-        print(json.dumps({key: value for key, value in result.items() if key != "settings"}, indent=2))  # noqa: T201
+    return resolve_name(PHASES[name].function)(*parse_phase(name, arguments))

@@ -62,7 +62,7 @@ from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
 from abscot_trl.loop.sweep import SweepArguments, models, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import PHASES, parse, run_phase
-from abscot_trl.report.report import ReportArguments, report
+from abscot_trl.report.make import ReportArguments, report
 from abscot_trl.scripts.demo import DemoArguments, demo
 from abscot_trl.serving.chat import Chat, chat_app
 from abscot_trl.serving.server import ServeArguments, engine_flags, load_chat
@@ -385,7 +385,7 @@ def fuzz_problems(rng) -> None:
     """The problems of an evaluation, up to its first answer."""
     path = rows_file(rng.choice(PROBLEMS), rng.choice([".jsonl", ".json", ".csv", ".parquet"]), rng)
     problems = load_problems(path, limit=rng.choice([None, 1]))
-    args = PHASES["evaluate"][1][0](model=f"{FIXED}/model", problems=path, output_dir="new")
+    args = PHASES["evaluate"].classes[0](model=f"{FIXED}/model", problems=path, output_dir="new")
     evaluation.check_problems(problems, args)
     for problem in problems:
         with_instruction(problem, "verbal")

@@ -1,9 +1,10 @@
 """No recipe can rot: each parses, fits its model's real shape and forms its first batch; each command shown parses."""
 
+import ast
 import re
 import shlex
 import subprocess
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,14 +28,9 @@ from abscot_trl.checkpoint import extend_model, save_checkpoint
 from abscot_trl.cli import TRAINING, accelerate_config_path
 from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.errors import Refused
-from abscot_trl.evaluation.alpaca import AlpacaArguments
 from abscot_trl.loop.baselines import BaselinesArguments, baseline_stages
-from abscot_trl.loop.plan import PlanArguments
-from abscot_trl.loop.sweep import SweepArguments
 from abscot_trl.loop.warmup import WarmupArguments, stages
-from abscot_trl.phases import PHASES, check_fields, parse, read_yaml
-from abscot_trl.report.make import ReportArguments
-from abscot_trl.scripts.demo import DemoArguments
+from abscot_trl.phases import PHASES, check_fields, parse, parse_phase, read_yaml
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
@@ -49,14 +45,6 @@ MODELS = [path for path in FILES if path.parts[1] != "demo"]
 TRAINED = [path for path in MODELS if path.name.startswith(("bottleneck", "distill"))]
 WARMUPS = [path for path in MODELS if path.name.startswith("warmup")]
 COMPARED = [path for path in MODELS if path.name == "baselines.yaml"]
-CLASSES = {name: classes for name, (_, classes) in PHASES.items()}
-CLASSES |= {
-    "warmup": (WarmupArguments,),
-    "baselines": (BaselinesArguments,),
-    "report": (ReportArguments,),
-    "demo": (DemoArguments,),
-}
-CLASSES |= {"plan": (PlanArguments,), "sweep": (SweepArguments,), "alpaca": (AlpacaArguments,)}
 TRAINERS = {"bottleneck": BottleneckSFTTrainer, "distill": SelfDistillationTrainer}
 # What a recipe asks of a GPU, as a machine without one can be asked it.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--attn_implementation", "sdpa"]
@@ -132,25 +120,15 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def parse_as_its_phase(phase: str, arguments: list[str]) -> tuple:
-    """As `abscot <phase>` parses; what is required and comes from the driver or the command line is filled in."""
-    required = {
-        field.name
-        for cls in CLASSES[phase]
-        for field in fields(cls)
-        if field.init and field.default is MISSING and field.default_factory is MISSING
-    }
-    given = {part[2:] for part in arguments if part.startswith("--")}
-    path = Path(arguments[arguments.index("--config") + 1])
-    check_fields(read_yaml(path), CLASSES[phase], path)
-    given |= read_yaml(path).keys()
-    filled = [part for name in sorted(required - given) for part in (f"--{name}", "x")]
-    return parse(CLASSES[phase], [*arguments, *filled, *(ON_CPU if phase in TRAINING else [])])
+def own_arguments(path: Path) -> list[str]:
+    """The command that a recipe shows for itself, without its first two words."""
+    shown = [shlex.split(command) for command in commands(path) if f"--config {path}" in command]
+    return as_abscot(next(words for words in shown if words[1] == phase_of(path)))[2:]
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_recipe_parses_as_its_phase_would(path):
-    parsed = parse_as_its_phase(phase_of(path), ["--config", str(path)])
+@pytest.mark.parametrize("path", MODELS, ids=str)
+def test_a_recipe_shows_its_own_command(path):
+    parsed = parse_phase(phase_of(path), [*own_arguments(path), *(ON_CPU if phase_of(path) in TRAINING else [])])
     if path in TRAINED:
         _, training, model = parsed
         recipe = read_yaml(path)
@@ -158,6 +136,16 @@ def test_a_recipe_parses_as_its_phase_would(path):
         assert training.gradient_accumulation_steps == recipe["global_batch_size"]  # one process, a row at a time
         assert model.use_peft == (".lora." in path.name) and recipe["attn_implementation"] == "flex_attention"
         assert all(recipe["global_batch_size"] % processes == 0 for processes in (1, 2, 4, 8, 16))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path not in MODELS], ids=str)
+def test_the_demos_recipes_hold_fields_of_their_phases(path):
+    check_fields(read_yaml(path), PHASES[phase_of(path)].classes, path)
+
+
+@pytest.mark.parametrize("path", [path for path in TRAINED if path.name.startswith("distill")], ids=str)
+def test_phase_b_takes_phase_as_fields(path):
+    assert yaml.safe_load(path.read_text()) == {"base": path.name.replace("distill", "bottleneck")}
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in TRAINED}), ids=str)
@@ -242,10 +230,10 @@ def test_every_stage_of_a_warm_up_has_its_recipe(path, tuning, tmp_path):
     phases = ["train" if stage.phase in TRAINERS else stage.phase for stage in found]
     assert phases == 3 * (2 * a_phase + ["evaluate"])
     for stage in found:  # each as its own process would read it
-        check_fields(stage.settings, CLASSES[stage.phase], stage.name)
+        check_fields(stage.settings, PHASES[stage.phase].classes, stage.name)
         if stage.phase not in TRAINERS:
             (tmp_path / "stage.yaml").write_text(yaml.safe_dump(stage.settings))
-            parse(CLASSES[stage.phase], ["--config", str(tmp_path / "stage.yaml")])
+            parse(PHASES[stage.phase].classes, ["--config", str(tmp_path / "stage.yaml")])
     assert found[0].settings["method"] == args.initial and accelerate_config_path(args.accelerate_config)
 
 
@@ -263,7 +251,7 @@ def test_baselines_are_compared_with_their_warm_up(path, tuning):
     trained = {stage.name.split("/")[0]: stage.settings for stage in compared(args) if stage.phase == "baseline"}
     assert trained.keys() == BASELINES.keys()
     for name, settings in trained.items():
-        check_fields(settings, CLASSES["baseline"], name)
+        check_fields(settings, PHASES["baseline"].classes, name)
         other = {key for key, value in read_yaml(args.bottleneck).items() if settings.get(key) != value}
         assert settings["baseline"] == name and other == ({"packing"} if name == "icot" else set())
         assert settings["max_steps"] == 9
@@ -275,7 +263,7 @@ def compared(args: BaselinesArguments) -> list:
     names = [name for name in args.names if name != "pause"]
     found = baseline_stages(replace(args, names=names))
     recipe = read_yaml("recipes/baselines/baseline.pause.yaml")
-    check_fields(recipe, CLASSES["baseline"], "pause")
+    check_fields(recipe, PHASES["baseline"].classes, "pause")
     return [*found, replace(found[1], name="pause/train", settings=found[1].settings | recipe)]
 
 
@@ -286,7 +274,7 @@ def test_a_baseline_forms_its_first_batch(path, kind, stand_ins, tmp_path):
     checkpoint = stand_ins[base_model(path)]
     arguments = ["--config", str(path), "--config", f"recipes/baselines/baseline.{kind}.yaml", "--max_length", "256"]
     arguments += ["--output_dir", str(tmp_path), "--dtype", "float32", "--model_name_or_path", str(checkpoint)]
-    _, training, model = parse(CLASSES["baseline"], [*arguments, "--data", "x", "--max_steps", "4", *ON_CPU])
+    _, training, model = parse(PHASES["baseline"].classes, [*arguments, "--data", "x", "--max_steps", "4", *ON_CPU])
     assert training.learning_rate == read_yaml(path)["learning_rate"] and training.baseline == kind
     ids = AbstractVocabulary.load(checkpoint).all_ids(AutoTokenizer.from_pretrained(checkpoint))
     data = rows(checkpoint, n=64, trace=False)
@@ -370,9 +358,9 @@ def test_a_phase_forms_its_first_batch(path, stand_ins, tmp_path):
     """The recipe's own fields on a tiny model of the family and toy rows; only sizes and the device are others."""
     phase, recipe, checkpoint = phase_of(path), read_yaml(path), stand_ins[base_model(path)]
     sizes = ["--max_length", "256", "--output_dir", str(tmp_path), "--dtype", "float32", "--disable_tqdm", "true"]
-    arguments = ["--config", str(path), "--model_name_or_path", str(checkpoint), *sizes]
+    arguments = [*own_arguments(path), "--model_name_or_path", str(checkpoint), *sizes, *ON_CPU]
     arguments += ["--rehearsal", "1.0"] if phase == "distill" else []
-    _, training, model = parse_as_its_phase(phase, arguments)
+    _, training, model = parse_phase(phase, arguments)
     ids = AbstractVocabulary.load(checkpoint).all_ids(AutoTokenizer.from_pretrained(checkpoint))
     data = rows(checkpoint, n=64)
     trainer = TRAINERS[phase](str(checkpoint), training, data, peft_config=lora_config(model, ids))
@@ -394,42 +382,81 @@ def test_a_phase_forms_its_first_batch(path, stand_ins, tmp_path):
 
 
 def commands(path: Path) -> list[str]:
-    """The `abscot ..` and `make ..` lines of a recipe's comments, or of a document's fenced blocks, whole."""
+    """The `abscot`, `make`, `python -m` and `accelerate launch` commands that a file prints, each in one line."""
     text = (ROOT / path).read_text()
     if path.suffix == ".yaml":
         text = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-        text = re.sub(r" {3,}\(.*", "", text)  # the hardware, after the command
-    else:
-        text = "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
-    lines = text.replace("\\\n", " ").splitlines()
-    shown = [line.strip() for line in lines if re.match(r"(abscot|make) [a-z]+ .*(--|RECIPE=)", line.strip())]
-    return [line for line in shown if "..." not in line.split()]
+    elif path.suffix == ".py":
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant | ast.JoinedStr)]
+        strings = [
+            getattr(node, "values", [node]) for node in nodes
+        ]  # in a message VALUE stands for what is filled in
+        text = "\n".join("".join(str(getattr(part, "value", "VALUE")) for part in parts) for parts in strings)
+    lines = text.replace("\\\n", " ").splitlines() + re.findall(r"`([^`\n]+)`", text)
+    lines = [re.sub(r"( #| {2,}\(|(?<=\w)[.,:;]$).*", "", line.strip()) for line in lines]  # alone
+    begins = rf"(abscot ({'|'.join(PHASES)})|make [a-z-]+|python -m abscot_trl\.\S+|accelerate launch)( |$)"
+    return list(dict.fromkeys(line for line in lines if re.match(begins, line) and re.match(COMMAND, line)))
 
 
-SHOWN = [(path, command) for path in DOCUMENTS if path.parts[1:2] != ("demo",) for command in commands(path)]
+def as_abscot(words: list[str]) -> list[str]:
+    """`accelerate launch --config_file F -m abscot_trl.scripts.P ..` and the like as `abscot P ..`, no launcher."""
+    for flag in ("--config_file", "--accelerate_config"):
+        if flag in words:
+            at = words.index(flag)
+            assert accelerate_config_path(words[at + 1])
+            words = words[:at] + words[at + 2 :]
+    if "-m" in words:
+        _, module, *rest = words[words.index("-m") :]
+        words = ["abscot", module.removeprefix("abscot_trl.scripts."), *rest]
+    return words
 
 
-def test_each_recipe_shows_its_own_command():
-    for path in MODELS:
-        own = [command for command in commands(path) if command.startswith(f"abscot {phase_of(path)} ")]
-        assert any(f"--config {path}" in command for command in own), path
+COMMAND = r".*(--|=|/)|(make|abscot) [\w-]+$"  # what begins like one and is none: "abscot data counts every row"
+CODE = [path.relative_to(ROOT) for path in sorted((ROOT / "abscot_trl").rglob("*.py"))]
+CARD = Path("abscot_trl/model_card.md")
+SHOWN = [(path, command) for path in [*DOCUMENTS, CARD, *CODE] for command in commands(path)]
+# Others are shown in part: `abscot traces ... --shard 2/8`, or in running text.
+WHOLE = [
+    (path, command)
+    for path, command in SHOWN
+    if not re.search(r"\.\.|[<|]", command)
+    and (command.startswith("make ") or " -" in command or "/" in command)
+    and (path not in CODE or path.parent.name == "scripts")
+]
 
 
-@pytest.mark.parametrize("path, command", SHOWN, ids=[f"{path}:{command[:60]}" for path, command in SHOWN])
-def test_a_command_that_is_shown_parses(path, command):
-    if command.startswith("make"):
+def test_commands_are_found_where_they_are_printed():
+    found = {(str(path), command.split()[0]) for path, command in WHOLE}
+    for name in PHASES:
+        assert (f"abscot_trl/scripts/{name}.py", "accelerate" if name in TRAINING else "python") in found
+    assert {("README.md", "abscot"), ("README.md", "make"), (str(CARD), "abscot")} <= found
+    assert sum(command not in dict(map(reversed, WHOLE)) for _, command in SHOWN) > 20
+
+
+@pytest.mark.parametrize("path, command", WHOLE, ids=[f"{path}:{command[:60]}" for path, command in WHOLE])
+def test_a_command_that_is_shown_parses_as_it_stands(path, command):
+    words = shlex.split(command)
+    if words[0] == "make":
         printed = subprocess.run(
-            ["make", "--dry-run", "--no-print-directory", *shlex.split(command.partition(" #")[0])[1:]],
-            capture_output=True,
-            text=True,
+            ["make", "--dry-run", "--no-print-directory", *words[1:]], capture_output=True, text=True
         )
         assert printed.returncode == 0, printed.stderr
-        command = next(line for line in printed.stdout.splitlines() if "/abscot " in line)
-    _, phase, *arguments = shlex.split(command, comments=True)
-    if phase in TRAINING and "--accelerate_config" in arguments:
-        at = arguments.index("--accelerate_config")
-        accelerate_config_path(arguments[at + 1])
-        del arguments[at : at + 2]
-    parsed = parse(CLASSES[phase], [*arguments, *(ON_CPU if phase in TRAINING else [])])
+        calls = [shlex.split(line) for line in printed.stdout.replace("\\\n", " ").splitlines() if "/abscot " in line]
+        if not calls:
+            return  # make install, make test
+        words = calls[-1]
+    _, phase, *arguments = as_abscot(words)
+    parsed = parse_phase(phase, [*arguments, *(ON_CPU if phase in TRAINING else [])])
     if phase == "warmup":
         assert list(stages(parsed[0])) and accelerate_config_path(parsed[0].accelerate_config)
+
+
+def test_what_is_shown_in_part_names_phases_and_their_fields():
+    for path, command in SHOWN:
+        words = command.split()
+        if (path, command) in WHOLE or words[0] != "abscot":
+            continue
+        names = {"--help", "--config", "--accelerate_config"}
+        for field in (field for cls in PHASES[words[1]].classes for field in fields(cls)):
+            names |= {f"--{field.name}", *field.metadata.get("aliases", ())}
+        assert {word for word in words if word.startswith("--")} <= names, (path, command)

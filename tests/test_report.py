@@ -20,12 +20,12 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.statistics import summarise
 from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.loop.record import COLUMNS
+from abscot_trl.phases import parse_phase
 from abscot_trl.report import make
 from abscot_trl.report.make import ReportArguments, report, write_own
 from abscot_trl.report.page import as_json, browser
 from abscot_trl.report.runs import TEXT_LIMIT, over_training, read_answers, read_losses, read_settings, read_wall_times
 from abscot_trl.report.verdict import difference, verdicts
-from abscot_trl.scripts.report import with_runs
 from abscot_trl.storage import write_whole
 from abscot_trl.traces.files import summarise_traces
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -398,15 +398,15 @@ def test_old_and_damaged_answers(tmp_path, capsys):
     assert f"m ({tmp_path.name})" in text.replace("\\", "") and "m (b)" in text
     with pytest.raises(ValueError, match="stands twice"):
         report(ReportArguments([str(tmp_path), str(tmp_path)]))
-    assert with_runs(["a", "b", "--title", "T"]) == ["--runs", "a", "b", "--title", "T"]
-    assert with_runs(["--runs", "a"]) == ["--runs", "a"]
+    (args,) = parse_phase("report", ["a", "b", "--title", "T"])
+    assert (args.runs, args.title) == (["a", "b"], "T") and parse_phase("report", ["--runs", "a"])[0].runs == ["a"]
     (tmp_path / "answers.jsonl").write_text(lines[0] + "\n" + lines[1].replace("[0, 1]", "[0, -1]") + "\n")
     with pytest.raises(ValueError, match="answers.jsonl line 2 is no answer"):
         report(ReportArguments([str(tmp_path)]))
     with pytest.raises(ValueError, match="stands twice"):
         report(ReportArguments([str(tmp_path), f"{tmp_path}/b/.."]))
     with pytest.raises(ValueError, match="named in two places"):
-        with_runs(["a", "--runs", "b"])
+        parse_phase("report", ["a", "--runs", "b"])
     with pytest.raises(ValueError, match="chance must lie in"):
         ReportArguments([], chance=float("nan"))
     for wrong in ({"model": 5}, {"response": None}, {"score": "1"}, {"score": float("nan")}):

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.dolci import data_files, iter_packed
 from abscot_trl.data.rows import FEATURES, KEPT
@@ -55,7 +56,7 @@ def prepare(args: DataArguments) -> dict[str, Any]:
     if output.exists():
         raise Refused(f"{output} exists already; remove it or choose another output_dir")
     vocabulary = AbstractVocabulary.load(args.tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     vocabulary.ids(tokenizer)  # says what to do when the tokenizer was not extended
     elsewhere = {"output_dir", "num_proc"}  # where and by whom the work is done, not what it is
     settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}

@@ -6,6 +6,10 @@ Chain arithmetic: a task whose answer needs its steps, small enough for a laptop
     answer  \\boxed{3}
 """
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -49,6 +53,12 @@ def chain_arithmetic(n: int, steps: int, modulus: int, seed: int) -> list[Exampl
             ),
         )
     return list(problems.values())
+
+
+def write_problems(path: Path, rows: list[Example]) -> str:
+    """The rows as problems that `abscot data` and `evaluate` read; returns the path."""
+    path.write_text("".join(json.dumps({**asdict(row), "prompt": row.prompt[0]["content"]}) + "\n" for row in rows))
+    return str(path)
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:

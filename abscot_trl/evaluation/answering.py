@@ -10,6 +10,7 @@ are none. Of a swapped chain of thought they are what was kept of it; what was f
 import functools
 from collections.abc import Callable
 
+import jinja2
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -84,7 +85,10 @@ class Answerer:
             self.most["verbal"] = 2 * FORCED  # a shuffled chain of thought may take a few tokens more, too
         for mode in args.modes:
             messages = [with_instruction(p, mode) if args.instruction else p.prompt for p in problems]
-            self.prompts[mode] = [prompt_ids(message, tokenizer) for message in messages]
+            try:
+                self.prompts[mode] = [prompt_ids(message, tokenizer) for message in messages]
+            except jinja2.TemplateError as error:
+                raise Refused(f"{args.model}: its chat template refuses the problems ({error})") from error
             longest = max(map(len, self.prompts[mode]))
             if longest + self.most[mode] + args.max_new_tokens > sampler.positions:
                 raise Refused(

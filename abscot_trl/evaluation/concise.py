@@ -13,8 +13,9 @@ from functools import cache
 
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared
 from abscot_trl.data.problems import last_boxed
 from abscot_trl.data.splits import part_rows
@@ -152,7 +153,7 @@ def make_concise(args: ConciseArguments) -> dict:
 
 
 def _make(args: ConciseArguments) -> dict:
-    vocabulary, tokenizer = AbstractVocabulary.load(args.model), AutoTokenizer.from_pretrained(args.model)
+    vocabulary, tokenizer = AbstractVocabulary.load(args.model), load_tokenizer(args.model)
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, None, len(data))
     part = data.select(rows).select_columns(["id", "prompt", "prompt_ids", "answer", "gold"])

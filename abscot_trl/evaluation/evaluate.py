@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.problems import ALPACAEVAL, HOTPOTQA, kind_of, load_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.answering import Answerer
@@ -167,7 +168,7 @@ def evaluate(args: EvaluateArguments) -> list[dict]:
     """
     vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
     problems = load_problems(args.problems, args.problems_split, args.problems_config, args.limit)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     with at_work(args.output_dir):
         evaluation = Evaluation(args, problems, tokenizer, vocabulary)
         evaluation.make(lambda: load_sampler(args, args.model, tokenizer, vocabulary))

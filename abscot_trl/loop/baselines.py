@@ -105,8 +105,8 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
     if not args.evaluate:
         raise Refused("evaluate: a recipe is needed; baselines are there to be compared")
     recipes = {phase: read_yaml(getattr(args, phase)) for phase in ("bottleneck", "evaluate")}
-    check_fields(recipes["bottleneck"], PHASES["baseline"][1], args.bottleneck)
-    check_fields(recipes["evaluate"], PHASES["evaluate"][1], args.evaluate)
+    check_fields(recipes["bottleneck"], PHASES["baseline"].classes, args.bottleneck)
+    check_fields(recipes["evaluate"], PHASES["evaluate"].classes, args.evaluate)
     run, found = Path(args.run_dir), []
     splits = str(run / "splits.json")
     steps = warmup_steps(args) if args.names != ["base"] else 0
@@ -120,11 +120,11 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
         if name != "base":
             path = f"{args.recipes}/baseline.{name}.yaml"
             recipe = read_yaml(path)
-            check_fields(recipe, PHASES["baseline"][1], path)
+            check_fields(recipe, PHASES["baseline"].classes, path)
             rows = {"data": args.data, "splits": splits}
             if name == "concise":
                 concise = read_yaml(args.concise)
-                check_fields(concise, PHASES["concise"][1], args.concise)
+                check_fields(concise, PHASES["concise"].classes, args.concise)
                 settings = concise | {"model": model, "seed": args.seed} | rows
                 samples = add("concise/samples", "concise", folder / "samples", settings)
                 settings = {"data": [f"{samples}/{ROWS_FILE}"], "data_format": "problems", "tokenizer": model}

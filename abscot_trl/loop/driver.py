@@ -17,7 +17,6 @@ from pathlib import Path
 
 import yaml
 
-from abscot_trl.cli import TRAINING
 from abscot_trl.data.splits import run_splits, save_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import write_results
@@ -26,6 +25,7 @@ from abscot_trl.loop.launch import launch
 from abscot_trl.loop.memory import GIB, stage_disk
 from abscot_trl.loop.record import RECORDS, environment, write_record
 from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
+from abscot_trl.phases import TRAINING
 from abscot_trl.report.tables import results_table
 from abscot_trl.storage import (
     INPUTS,

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from abscot_trl.cli import TRAINING, accelerate_config_path
+from abscot_trl.cli import accelerate_config_path
 from abscot_trl.errors import Refused
 from abscot_trl.loop.arguments import DriverOptions
 from abscot_trl.loop.stages import Stage
-from abscot_trl.phases import read_yaml, run_phase
+from abscot_trl.phases import TRAINING, read_yaml, run_phase
 from abscot_trl.processes import run
 
 

@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from abscot_trl.checkpoint import load_config
 from abscot_trl.errors import Refused
 from abscot_trl.training.steps import accumulation_of
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -48,7 +49,7 @@ def shape_of(path: str) -> Shape:
     if not file.is_file():
         raise Refused(f"{file} is not there; run `abscot init` first, or give model_config")
     try:
-        config = AutoConfig.from_pretrained(file.parent if file.name == "config.json" else file)
+        config = load_config(file.parent if file.name == "config.json" else file)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         return _shape(config, model)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from abscot_trl.cli import TRAINING
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared, row_lengths
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import staged_splits
@@ -30,6 +29,7 @@ from abscot_trl.loop.memory import (
 )
 from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, stages
+from abscot_trl.phases import TRAINING
 from abscot_trl.training.steps import accumulation_of, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
 

@@ -8,7 +8,6 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from abscot_trl.report.plots import plot_losses
 from abscot_trl.storage import MANIFEST, read_json, read_manifest, write_whole
 from abscot_trl.training.resume import LOG_FILE
 
@@ -88,6 +87,8 @@ def write_record(run: Path, stages: list) -> None:
     lines.append(f"| total | | | {total:.1f} | |")
     write_whole(run / "losses.csv", table.getvalue())
     if logs:
+        from abscot_trl.report.plots import plot_losses  # matplotlib
+
         plot_losses(logs, run / "losses.png")
     about = environment()
     words = [

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from abscot_trl.cli import TRAINING
 from abscot_trl.data.problems import load_problems
 from abscot_trl.errors import Refused
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
-from abscot_trl.phases import PHASES, parse
+from abscot_trl.phases import PHASES, TRAINING, parse
 from abscot_trl.storage import MANIFEST
 
 
@@ -82,7 +81,7 @@ def check_stages(todo: list[Stage], args: RunArguments) -> None:
             path = Path(folder) / f"{stage.phase}.yaml"
             path.write_text(yaml.safe_dump(stage.settings))
             try:
-                parse(PHASES[stage.phase][1], ["--config", str(path)])
+                parse(PHASES[stage.phase].classes, ["--config", str(path)])
             except ValueError as error:
                 raise Refused(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
             if stage.phase == "evaluate":

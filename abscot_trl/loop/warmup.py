@@ -68,7 +68,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
     """The stages in order. Reads the phase recipes; what a stage needs of an earlier one is a path."""
     recipes = {phase: read_yaml(getattr(args, phase)) for phase in (*PARTS, "evaluate") if getattr(args, phase)}
     for phase, recipe in recipes.items():
-        check_fields(recipe, PHASES[phase][1], getattr(args, phase))
+        check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
     sampling = {"backend": args.backend, "engine": args.engine, "server": args.server}
     for t in range(1, args.rounds + 1):

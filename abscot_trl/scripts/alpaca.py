@@ -6,10 +6,7 @@ Have a judge compare an evaluation's outputs on AlpacaEval's prompts with refere
         --judge http://127.0.0.1:8000 --judge_model NAME --output_dir runs/x/alpacaeval-judged
 """
 
-from abscot_trl.evaluation.alpaca import AlpacaArguments, alpaca
-from abscot_trl.phases import exit_with_words, parse
-from abscot_trl.report.tables import results_table
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    with exit_with_words("alpaca"):
-        print(results_table(alpaca(*parse((AlpacaArguments,)))))
+    run_script("alpaca")

@@ -4,7 +4,7 @@ The base model's own shortest right answers, as rows to train on.
     python -m abscot_trl.scripts.concise --config recipes/qwen3-4b/concise.yaml
 """
 
-from abscot_trl.phases import main
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    main("concise")
+    run_script("concise")

@@ -4,7 +4,7 @@ Prepare rows: parse, tokenise, filter, count.
     python -m abscot_trl.scripts.data --config recipes/qwen3-4b/data.yaml
 """
 
-from abscot_trl.phases import main
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    main("data")
+    run_script("data")

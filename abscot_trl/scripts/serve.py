@@ -4,7 +4,7 @@ Serve a trained checkpoint by OpenAI's chat API; the trace comes as `reasoning_c
     python -m abscot_trl.scripts.serve --model runs/qwen3-4b/informed/model --port 8000
 """
 
-from abscot_trl.phases import main
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    main("serve")
+    run_script("serve")

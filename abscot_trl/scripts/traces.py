@@ -5,7 +5,7 @@ Make the traces of a phase, initial or on policy.
         --output_dir runs/qwen3-4b/traces --method clusters
 """
 
-from abscot_trl.phases import main
+from abscot_trl.cli import run_script
 
 if __name__ == "__main__":
-    main("traces")
+    run_script("traces")

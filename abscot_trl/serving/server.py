@@ -25,8 +25,8 @@ from typing import Any
 
 import httpx
 import uvicorn
-from transformers import AutoTokenizer
 
+from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.errors import Refused
 from abscot_trl.serving.chat import Chat, chat_app
 from abscot_trl.traces.backends import engine_arguments
@@ -226,7 +226,7 @@ def load_chat(args: ServeArguments, url: str) -> Chat:
     Raises:
         Refused: as [`ServerTraceSampler`].
     """
-    vocabulary, tokenizer = AbstractVocabulary.load(args.model), AutoTokenizer.from_pretrained(args.model)
+    vocabulary, tokenizer = AbstractVocabulary.load(args.model), load_tokenizer(args.model)
     sampler = ServerTraceSampler(url, args.model, vocabulary)
     client = httpx.AsyncClient(
         base_url=url,

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.checkpoint import load_model
 from abscot_trl.errors import Refused
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.server import ServerTraceSampler
@@ -80,5 +81,5 @@ def load_sampler(
         return ServerTraceSampler(args.server, model, vocabulary)
     if args.backend == "vllm":
         return VLLMTraceSampler(model, vocabulary, **{"dtype": args.dtype} | (args.engine or {}))
-    weights = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype, device_map="auto")
+    weights = load_model(model, args.dtype, device_map="auto")
     return HFTraceSampler(weights, tokenizer, vocabulary, args.batch_tokens)

@@ -7,6 +7,7 @@ with <endabstract> out of A_i before m_min codebook tokens, and alone in it afte
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,8 +53,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, model: str | GenerationConfig) 
     if isinstance(model, str):
         try:
             model = GenerationConfig.from_pretrained(model)
-        except OSError:  # a checkpoint need not have one
-            model = GenerationConfig()
+        except OSError as error:
+            if (Path(model) / "generation_config.json").is_file():
+                raise Refused(f"{model}: its generation_config.json cannot be read ({error})") from error
+            model = GenerationConfig()  # a checkpoint need not have one
     others = model.eos_token_id or []
     return sorted({tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])} - {None})
 

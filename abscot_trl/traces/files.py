@@ -121,6 +121,8 @@ def _bars(title: str, labels: Iterable, values: list[float], unit: str = "") -> 
 
 def describe_traces(summary: dict) -> str:
     """The summary for a terminal: what to look at first, then lengths, tokens and positions as bars."""
+    if "lengths" not in summary:  # of a shard that is not the last
+        return json.dumps(summary, indent=2)
     s, n = summary, summary["traces"]
     lines = [
         f"{n} traces, {s['distinct']} distinct, {s['empty']} empty, {s['dropped_too_long']} rows dropped (too long)",

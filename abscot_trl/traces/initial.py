@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -126,6 +125,8 @@ def cluster_traces(
             f"{len(sample)} CoT steps in {len(chosen)} rows cannot form {vocabulary_size} clusters; give more rows "
             "or a smaller codebook"
         )
+    from sklearn.cluster import MiniBatchKMeans  # seconds to import
+
     kmeans = MiniBatchKMeans(vocabulary_size, random_state=seed, n_init=10, batch_size=4096, max_iter=300).fit(sample)
     traces: list[list[int]] = [[]] * len(rows)
     for i, states in _states(model, tokenizer, rows, range(len(rows)), **options):

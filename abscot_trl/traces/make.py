@@ -14,8 +14,9 @@ import torch
 import yaml
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.checkpoint import load_model, load_tokenizer
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.errors import Refused
@@ -107,7 +108,7 @@ def make_traces(args: TracesArguments) -> dict:
         with at_work(f"{args.output_dir}.shards"):  # each of them is at work on `output_dir`
             return _by_processes(args)
     vocabulary = AbstractVocabulary.load(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, args.part, len(data))
     if args.method == "policy":
@@ -117,7 +118,7 @@ def make_traces(args: TracesArguments) -> dict:
         part = data.select(rows)
         if args.method == "clusters":
             traces = initial.cluster_traces(
-                AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto"),
+                load_model(args.model, args.dtype, device_map="auto"),
                 tokenizer,
                 part.select_columns(["prompt_ids", "cot_ids", "step_ends"]),
                 vocabulary.size,

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from abscot_trl.checkpoint import load_config, load_tokenizer
 from abscot_trl.errors import Refused
 from abscot_trl.traces.constraint import Continuation, Trace, check_answer_request, check_request, stop_ids
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
@@ -67,7 +68,7 @@ def check_tensor_parallel(model_path: str, size: int) -> None:
     Raises:
         Refused: `size` does not divide the attention heads; the message names the sizes that do.
     """
-    heads = AutoConfig.from_pretrained(model_path).num_attention_heads
+    heads = load_config(model_path).num_attention_heads
     if size < 1 or heads % size:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise Refused(
@@ -155,7 +156,7 @@ class EngineTraceSampler:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.complete, self.positions, self.cache_tokens = complete, positions, cache_tokens
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_path)
+        tokenizer = tokenizer or load_tokenizer(model_path)
         self.stops = stop_ids(tokenizer, model_path)
         self.model_path, self.codebook = model_path, []
         if vocabulary is not None:

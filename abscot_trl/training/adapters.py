@@ -5,10 +5,10 @@ import os
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config
 
+from abscot_trl.checkpoint import load_config
 from abscot_trl.errors import Refused
 
 
@@ -42,7 +42,7 @@ def lora_config(model_args: ModelConfig, token_ids: list[int]) -> LoraConfig | N
             "leave it out, the abstract tokens' rows are trained anyway"
         )
     config.trainable_token_indices = {"embed_tokens": token_ids}
-    if not AutoConfig.from_pretrained(model_args.model_name_or_path).tie_word_embeddings:
+    if not load_config(model_args.model_name_or_path).tie_word_embeddings:
         config.trainable_token_indices["lm_head"] = token_ids
     return config
 

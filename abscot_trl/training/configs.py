@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from trl import SFTConfig
+import torch
+from transformers import get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig, SFTConfig
 
+from abscot_trl.attention import IMPLEMENTATIONS
 from abscot_trl.errors import Refused
 
 # The baselines by the mode in which each answers.
@@ -152,3 +156,58 @@ class BaselineConfig(BottleneckConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refused(f"{name} must be at least 1, got {value}")
+
+
+def check_settings(training_args: BottleneckConfig, model_args: ModelConfig) -> None:
+    """
+    What the libraries would say later, or never.
+
+    Raises:
+        Refused: an attention implementation that carries no mask, a `report_to` that is not installed, or a field of
+            trl's that has no effect here.
+    """
+    attention = model_args.attn_implementation
+    if attention not in (None, *IMPLEMENTATIONS):
+        raise Refused(f"attn_implementation {attention!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if attention == "flex_attention" and training_args.device.type == "cpu":
+        raise Refused("attn_implementation flex_attention trains on a GPU only; take sdpa on CPU")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise Refused(f"{name} has no effect here; leave it out")
+    at_least = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+    for name, least in at_least.items():
+        if getattr(training_args, name) < least:
+            raise Refused(f"{name} must be at least {least}, got {getattr(training_args, name)}")
+    if training_args.optim_args and not all("=" in part for part in training_args.optim_args.split(",")):
+        raise Refused(f"optim_args: {training_args.optim_args!r} is not of the form name=value,name=value")
+    for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        if isinstance(getattr(training_args, name), str):
+            raise Refused(f"{name}: {getattr(training_args, name)!r} is no JSON object")
+    args = training_args
+    try:
+        betas = (args.adam_beta1, args.adam_beta2)
+        adam = torch.optim.AdamW([torch.zeros(1)], args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+        get_scheduler(args.lr_scheduler_type, adam, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"learning_rate, adam_*, weight_decay, lr_scheduler_*: {error}") from error
+    there = get_available_reporting_integrations()
+    missing = [name for name in training_args.report_to if name not in there]
+    if missing:
+        raise Refused(f"report_to: {', '.join(missing)} is not installed; {', '.join(there) or 'none'} is")
+
+
+def built(trainer_class: type, **arguments):
+    """
+    A trainer.
+
+    Raises:
+        Refused: trl, peft or transformers do not take the recipe's values, or the weights are of another shape.
+    """
+    try:
+        return trainer_class(**arguments)
+    except Refused:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mismatch" not in str(error):  # a GPU's memory, for one
+            raise
+        raise Refused(f"{arguments['model']}: the trainer refuses it or its settings: {error}") from error

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, List, Value
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from abscot_trl.checkpoint import verify_checkpoint, write_model_card
+from abscot_trl.checkpoint import check_model, load_tokenizer, verify_checkpoint, write_model_card
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.storage import at_work
@@ -19,7 +19,7 @@ from abscot_trl.traces.files import read_traces
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
-from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
+from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig, built, check_settings
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.resume import FINAL, LOG_FILE, begin_output, check_output, sealed_checkpoints
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -95,7 +95,9 @@ def train(
     path, output = model_args.model_name_or_path, Path(training_args.output_dir)
     check_output(output, training_args.resume_from_checkpoint)
     vocabulary = AbstractVocabulary.load(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
+    check_settings(training_args, model_args)
+    check_model(path, model_args.dtype)
     token_ids = vocabulary.all_ids(tokenizer)
     training_args = copy.copy(training_args)  # the caller's stays as it is
     training_args.model_init_kwargs = {
@@ -103,7 +105,8 @@ def train(
         "attn_implementation": model_args.attn_implementation or "sdpa",
     }
     peft_config = lora_config(model_args, token_ids)  # refuses before rows are read
-    trainer = trainer_class(
+    trainer = built(
+        trainer_class,
         model=path,
         args=training_args,
         train_dataset=training_rows(args, vocabulary, tokenizer),
