@@ -33,6 +33,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import Thread
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -58,12 +59,12 @@ from abscot_trl.evaluation.alpaca import AlpacaArguments, alpaca
 from abscot_trl.evaluation.grading import extract_answer, is_correct, normal_form, score
 from abscot_trl.evaluation.statistics import own_scores
 from abscot_trl.loop.baselines import BaselinesArguments, baselines
+from abscot_trl.loop.demo import DemoArguments, demo
 from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
 from abscot_trl.loop.sweep import SweepArguments, models, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import PHASES, parse, run_phase
 from abscot_trl.report.make import ReportArguments, report
-from abscot_trl.scripts.demo import DemoArguments, demo
 from abscot_trl.serving.chat import Chat, chat_app
 from abscot_trl.serving.server import ServeArguments, engine_flags, load_chat
 from abscot_trl.traces.files import read_traces
@@ -377,7 +378,7 @@ def fuzz_rows(rng) -> None:
         settings["data"] = rng.choice(
             [["."], ["sub"], ["loop"], ["empty"], ["a/b"], [""], ["a\x00"], settings["data"] * 2]
         )
-    function, (cls,) = PHASES["data"]
+    function, (cls,) = resolve_name(PHASES["data"].function), PHASES["data"].classes
     function(cls(tokenizer=f"{FIXED}/model", **settings))
 
 
@@ -393,8 +394,7 @@ def fuzz_problems(rng) -> None:
 
 # Fields and recipes
 
-MORE = (AlpacaArguments, BaselinesArguments, PlanArguments, SweepArguments, WarmupArguments, ReportArguments)
-CLASSES = [classes for _, classes in PHASES.values()] + [(cls,) for cls in (*MORE, DemoArguments)]
+CLASSES = [phase.classes for phase in PHASES.values()]
 # what would reach out of the box, or leave something behind in this process
 LEFT_OUT = {"push_to_hub", "report_to", "deepspeed", "local_rank", "python", "torch_compile"}
 
@@ -523,7 +523,7 @@ def fuzz_splits(rng) -> None:
         fields_of_run = WARMUP | BASELINES | {"run_dir": "new", "warmup": "run", "steps": 1}
         baselines(BaselinesArguments(**fields_of_run, dry_run=True))
     else:
-        function, (cls,) = PHASES["traces"]
+        function, (cls,) = resolve_name(PHASES["traces"].function), PHASES["traces"].classes
         method, part = (
             rng.choice(["uniform", "cycle", "power_law"]),
             rng.choice(["1.bottleneck", "1.distill", "2.distill"]),

@@ -104,9 +104,8 @@ class Table:
         sys.path.insert(0, str(Path(__file__).parent))
         from conftest import make_checkpoint
 
-        from abscot_trl.data.toy import chain_arithmetic
+        from abscot_trl.data.toy import chain_arithmetic, write_problems
         from abscot_trl.phases import run_phase
-        from abscot_trl.scripts.demo import write_problems
 
         checkpoint = self.folder / "checkpoint"
         checkpoint.mkdir(parents=True, exist_ok=True)

@@ -11,13 +11,12 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.problems import load_problems
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.statistics import mean_interval
 from abscot_trl.evaluation.swaps import own_steps, swap_steps, verbal_prefix
 from abscot_trl.examples import prompt_ids
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig
 
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation import concise as module
 from abscot_trl.evaluation.concise import ConciseArguments, make_concise, shortest_right
@@ -33,7 +33,6 @@ from abscot_trl.loop import driver
 from abscot_trl.loop.baselines import NAMES, BaselinesArguments, baseline_stages, baselines, warmup_steps
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import parse, run_phase
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.training.baselines import BaselineTrainer, removed_tokens

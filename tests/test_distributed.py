@@ -14,9 +14,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from test_resume import contents, foreign, inputs  # noqa: F401
 
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.phases import run_phase
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.training.resume import sealed_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.problems import load_problems
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.answering import Answerer, verbal_reasoning_tokens
@@ -20,7 +20,6 @@ from abscot_trl.evaluation.statistics import mean_interval, wilson_interval
 from abscot_trl.evaluation.swaps import swap_traces
 from abscot_trl.report.make import ReportArguments, report
 from abscot_trl.report.tables import results_table
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.storage import Parts
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler

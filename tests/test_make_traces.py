@@ -14,10 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.phases import run_phase
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.storage import TEMPORARY, Parts
 from abscot_trl.traces import make
 from abscot_trl.traces.batching import cut

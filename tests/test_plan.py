@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
 from abscot_trl.data.prepare import load_prepared, row_lengths
 from abscot_trl.data.splits import staged_splits
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.examples import Encoder
 from abscot_trl.loop.lengths import row_tokens
@@ -22,7 +22,6 @@ from abscot_trl.loop.memory import GIB, shape_of, stage_disk, trained_parameters
 from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.steps import steps_of

@@ -12,10 +12,9 @@ from transformers import TrainerCallback
 from trl import ModelConfig
 
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.phases import parse, run_phase
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.files import write_traces
 from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer

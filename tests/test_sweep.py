@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_warmup import LORA, recipes, toy  # noqa: F401
 
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation import answering
 from abscot_trl.evaluation.arguments import EvaluateArguments
@@ -21,7 +21,6 @@ from abscot_trl.loop import sweep as module
 from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.storage import MANIFEST, Parts
 
 # Forks an evaluation, kills it by SIGKILL after three more finished parts, four times, then lets it end. Each answer

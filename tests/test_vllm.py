@@ -15,9 +15,8 @@ from scipy.stats import chi2_contingency, chisquare
 from test_answering import truncated_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.examples import cot_ids, prompt_ids
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.vllm import check_tensor_parallel
 from abscot_trl.vocabulary import AbstractVocabulary

@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from abscot_trl import storage
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.statistics import wilson_interval
 from abscot_trl.loop import driver
 from abscot_trl.loop.warmup import WarmupArguments, collect_results, lost_rounds, stages, warmup
 from abscot_trl.phases import parse, run_phase
-from abscot_trl.scripts.demo import write_problems
 from abscot_trl.storage import MANIFEST, input_digests, path_digest
 from abscot_trl.vocabulary import AbstractVocabulary
 

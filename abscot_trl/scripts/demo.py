@@ -7,7 +7,6 @@ report.md, report.html.
 """
 
 from abscot_trl.cli import run_script
-from abscot_trl.data.toy import write_problems  # noqa: F401 (tests import it from here)
 
 if __name__ == "__main__":
     run_script("demo")
