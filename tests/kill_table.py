@@ -83,7 +83,8 @@ def contents(run: Path) -> dict[str, str]:
             record = json.loads(content)
             assert record.keys() >= CLOCK
             content = json.dumps({key: value for key, value in record.items() if key not in CLOCK}).encode()
-        if path.name != "record.md" and path.suffix != ".lock" and path.name != ".lock":
+        # training_args.bin: a checkpoint's pickle, which nobody reads
+        if path.name not in ("record.md", "training_args.bin", ".lock") and path.suffix != ".lock":
             found[str(path.relative_to(run))] = hashlib.sha256(content).hexdigest()
     return found
 
