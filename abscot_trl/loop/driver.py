@@ -84,10 +84,13 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
                 f"{output} was begun with other settings ({different}); go back to them to continue from "
                 f"{sealed[-1].name if sealed else 'there'}, or remove the folder to begin this stage again"
             )
-        if (output / MARK).is_file() and not sealed and not _is_whole(stage):
-            shutil.rmtree(output)
-        for left in output.parent.glob(f".{glob.escape(output.name)}-*{TEMPORARY}/"):  # of `written_whole`
+        half = f".{glob.escape(output.name)}-*{TEMPORARY}/"  # of `written_whole`, and of the lines below
+        for left in output.parent.glob(half):
             shutil.rmtree(left)
+        if (output / MARK).is_file() and not sealed and not _is_whole(stage):
+            gone = output.with_name(f".{output.name}-gone{TEMPORARY}")  # a kill in here must not lose the mark alone
+            output.rename(gone)
+            shutil.rmtree(gone)
     elif output.exists():
         raise Refused(f"{output} is there but was not made by this run; move it away")
     write_whole(running, json.dumps(record | {"attempt": attempt}, indent=2) + "\n")

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -141,8 +140,6 @@ def train(
 def _train_alone(*inputs) -> dict:
     """`train`, one job at a time: each of its processes holds the folder's lock, so that none is overlooked."""
     output, state = inputs[2].output_dir, PartialState()
-    if inputs[2].device.type == "cpu":  # accelerate's "cpu:1" of rank 1 is no place that torch.load knows
-        vars(inputs[2])["_setup_devices"] = torch.device("cpu")
     with ExitStack() as held:
         if state.is_main_process:
             held.enter_context(at_work(output))

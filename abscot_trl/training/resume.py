@@ -23,9 +23,9 @@ SEAL = "sealed.json"
 FINAL = ".final"  # where the trained model is written before it is moved into place
 LOG_FILE = "training_log.json"  # the last file to be moved into place: with it a phase has ended
 
-# Several processes on CPU load their optimiser to "cpu:0", a place that torch.load does not know.
+# Several processes on CPU load their optimisers to "cpu:0" and "cpu:1", places that torch.load does not know.
 torch.serialization.register_package(
-    11, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
+    11, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
 )
 
 
