@@ -75,7 +75,10 @@ def all_cells() -> list[Cell]:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Digests of a run's files; of its manifests without the clock, without what shows wall times, without locks."""
+    """
+    Digests of a run's files; of its manifests without the clock; without what shows wall times, locks, and the errors
+    that a rank leaves beside the run when another one was killed.
+    """
     found = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         content = path.read_bytes()

@@ -80,8 +80,8 @@ def test_a_child_that_is_told_to_stop_may_tidy_up(tmp_path):
     child = f"""
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     time.sleep(0.2)

@@ -446,7 +446,7 @@ def test_a_process_a_phase(toy, tmp_path):
     assert warmup(WarmupArguments(**fields | launched)) == inline
     for name in ("bottleneck-traces", "distill-traces"):
         assert traces(tmp_path / "run" / "round1" / name) == traces(tmp_path / "launched" / "round1" / name)
-    (tmp_path / "bottleneck.yaml").write_text(yaml.safe_dump(TRAINING | {"max_length": 16}))
+    (tmp_path / "bottleneck.yaml").write_text(yaml.safe_dump(TRAINING | {"learning_rate": 1.0e30}))
     with pytest.raises(Refused, match="stage round1/bottleneck failed with exit code 1"):
         warmup(WarmupArguments(**fields | launched | {"run_dir": str(tmp_path / "fails")}))
     assert collect_results(WarmupArguments(**fields | launched)) == inline  # what was written is still there
