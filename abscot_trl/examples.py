@@ -58,31 +58,26 @@ def prompt_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **settings)
 
 
-def cot_ids(cot: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The verbal CoT and one trailing newline; a special token that it quotes stays text."""
-    return tokenizer(cot.rstrip() + "\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
 def cot_columns(cot: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """
     What a prepared row keeps of its CoT, which is tokenised this once.
 
     Returns:
-        `cot_ids` (as the function of that name) and, of each of the n steps, the CoT's lines that are not blank,
-        `step_ends` (n,): the index among `cot_ids` of its last token, its newline's; `step_lengths` (n,): how many
-        tokens hold some of its text, its newline left out.
+        `cot_ids`, the verbal CoT and one trailing newline (a special token that it quotes stays text), and, of each of
+        the n steps, the CoT's lines that are not blank, `step_ends` (n,): the index among `cot_ids` of its last token,
+        its newline's; `step_lengths` (n,): how many tokens hold some of its text, its newline left out.
     """
     text = cot.rstrip() + "\n"
     options = {"add_special_tokens": False, "split_special_tokens": True}
-    found = tokenizer(text, return_offsets_mapping=True, **options)
-    starts, ends = np.array(found["offset_mapping"], int).reshape(-1, 2).T
+    encoded = tokenizer(text, return_offsets_mapping=True, **options)
+    starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
     lines = text.split("\n")[:-1]
     steps = [i for i, line in enumerate(lines) if line.strip()]
     after = np.cumsum([len(line) + 1 for line in lines])[steps]  # where the next line begins
     before = after - [len(lines[i]) + 1 for i in steps]
     lengths = np.searchsorted(starts, after - 1) - np.searchsorted(ends, before, side="right")
     step_ends = np.searchsorted(starts, after) - 1
-    return {"cot_ids": found["input_ids"], "step_ends": step_ends.tolist(), "step_lengths": lengths.tolist()}
+    return {"cot_ids": encoded["input_ids"], "step_ends": step_ends.tolist(), "step_lengths": lengths.tolist()}
 
 
 def answer_ids(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,72 +1,54 @@
-"""Tiny models and a tokenizer made here: no test touches the network."""
-
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+"""Inputs that several files of tests share, made once."""
 
 import pytest
-import torch
-from transformers import (
-    GraniteMoeHybridConfig,
-    GraniteMoeHybridForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny import make_checkpoint
 
-from abscot_trl.checkpoint import extend_model, save_checkpoint
-from abscot_trl.data.toy import toy_tokenizer
+from abscot_trl.data.prepare import load_prepared
+from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer, write_problems
+from abscot_trl.phases import run_phase
+from abscot_trl.traces.files import write_traces
 from abscot_trl.vocabulary import AbstractVocabulary
-
-
-def tiny_model(family: str = "qwen3", layers: int = 2, vocabulary: int = 64, tied: bool = True, **kwargs):
-    """A random model of `family`, width 64, in float32."""
-    common = {
-        "vocab_size": vocabulary,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        **kwargs,
-    }
-    torch.manual_seed(0)
-    if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(head_dim=32, **common)).eval()
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**common)).eval()
-    return GraniteMoeHybridForCausalLM(
-        GraniteMoeHybridConfig(
-            **common,
-            layer_types=["full_attention"] * layers,
-            num_local_experts=0,
-            shared_intermediate_size=96,
-            position_embedding_type="rope",
-        )
-    ).eval()
-
-
-def make_checkpoint(folder) -> None:
-    """An extended checkpoint: tiny tied Qwen3, toy tokenizer, codebook of 8, traces of 1 to 6 tokens."""
-    tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_min=1, m_max=6)
-    model = tiny_model(vocabulary=40)
-    vocabulary.extend(tokenizer)
-    extend_model(model, vocabulary.all_ids(tokenizer))
-    save_checkpoint(model, tokenizer, vocabulary, folder)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """`make_checkpoint` on disk."""
     folder = tmp_path_factory.mktemp("checkpoint") / "extended"
-    folder.mkdir()
     make_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """One token a character, so that lengths can be counted by hand; a trace takes 6 + 2 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_max=6)
+    vocabulary.extend(tokenizer)
+    tokenizer.save_pretrained(folder)
+    vocabulary.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(checkpoint, tmp_path_factory) -> dict[str, str]:
+    """Prepared data of 16 rows, and traces of them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    problems = write_problems(folder / "rows.jsonl", chain_arithmetic(16, 3, 5, seed=0))
+    found = {"data": problems, "data_format": "problems", "tokenizer": str(checkpoint), "output_dir": folder / "data"}
+    run_phase("data", [part for key, value in found.items() for part in (f"--{key}", str(value))])
+    ids = load_prepared(folder / "data")[0]["id"]
+    write_traces(folder, [{"row": i, "id": name, "trace": [i % 8] * (1 + i % 6)} for i, name in enumerate(ids)])
+    return {"data": str(folder / "data"), "traces": str(folder)}
+
+
+@pytest.fixture
+def toy(checkpoint, tmp_path):
+    """Prepared toy rows, problems and recipes; returns the driver's fields."""
+    rows = chain_arithmetic(84, 4, 5, seed=0)
+    train = write_problems(tmp_path / "train.jsonl", rows[:64])
+    write_problems(tmp_path / "test.jsonl", rows[64:])
+    data = str(tmp_path / "data")
+    arguments = ["--data", train, "--data_format", "problems", "--tokenizer", str(checkpoint), "--output_dir", data]
+    run_phase("data", arguments)
+    fields = {"run_dir": str(tmp_path / "run"), "model": str(checkpoint), "data": data, "launch": "inline"}
+    return fields | {"rounds": 2, "rows_per_phase": 16, "seed": 0}

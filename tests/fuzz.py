@@ -45,7 +45,7 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import yaml
-from conftest import tiny_model
+from tiny import tiny_model
 from transformers import AutoTokenizer
 
 import abscot_trl

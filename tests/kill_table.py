@@ -31,6 +31,7 @@ from pathlib import Path
 
 import yaml
 from kill_watch import MARK, Process, Watch
+from warmups import LORA
 
 from abscot_trl.processes import die_with_parent
 
@@ -44,7 +45,6 @@ TRAINING = {
     "gradient_checkpointing": False, "bf16": False, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2,
     "save_total_limit": 2, "disable_tqdm": True,
 }  # fmt: skip
-LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,13 @@ class Table:
         """A tiny extended Qwen3, prepared rows and the recipes; those of an earlier call are used again."""
         if (self.folder / "ready").exists():
             return
-        sys.path.insert(0, str(Path(__file__).parent))
-        from conftest import make_checkpoint
+        from tiny import make_checkpoint
 
         from abscot_trl.data.toy import chain_arithmetic, write_problems
         from abscot_trl.phases import run_phase
 
         checkpoint = self.folder / "checkpoint"
-        checkpoint.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         make_checkpoint(checkpoint)
         train = write_problems(self.folder / "train.jsonl", chain_arithmetic(64, 4, 5, seed=0))
         fields = {

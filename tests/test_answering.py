@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sampling import truncated_softmax
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,15 +51,6 @@ def test_continuations_equal_plain_greedy_steps(checkpoint):
 def sampler(checkpoint):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     return HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint))
-
-
-def truncated_softmax(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
-    """By hand: the k likeliest, then the fewest of them that reach p together, renormalised."""
-    p = np.exp((logits - logits.max()) / temperature)
-    kept = np.argsort(-p, kind="stable")[: top_k or len(p)]
-    share = p[kept] / p[kept].sum()
-    kept = kept[: 1 + int((np.cumsum(share) < top_p).sum())]
-    return np.where(np.isin(np.arange(len(p)), kept), p, 0) / p[kept].sum()
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.8, 0), (1.0, 5), (0.8, 20), (0.7, 4)])

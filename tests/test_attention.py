@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,

@@ -17,11 +17,12 @@ import torch
 import yaml
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
-from test_training import rows, settings, weights
-from test_warmup import LORA, recipes, toy  # noqa: F401
+from launched import accelerate, run_processes
 from torch.utils.data import BatchSampler, SequentialSampler
+from trainers import build, rows, settings, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig
+from warmups import LORA, recipes
 
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic, write_problems
@@ -35,19 +36,12 @@ from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.traces.constraint import Continuation
 from abscot_trl.traces.hf import HFTraceSampler
-from abscot_trl.training.baselines import BaselineTrainer, removed_tokens
+from abscot_trl.training.baselines import removed_tokens
 from abscot_trl.training.configs import BASELINES, BaselineConfig
 from abscot_trl.training.phase import BaselineArguments, training_rows
 from abscot_trl.vocabulary import AbstractVocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def build(checkpoint, folder, baseline, data=None, callbacks=None, **fields) -> BaselineTrainer:
-    config = BaselineConfig(**settings(folder, baseline=baseline, **fields))
-    return BaselineTrainer(
-        str(checkpoint), config, rows(checkpoint, trace=False) if data is None else data, callbacks=callbacks
-    )
 
 
 def written_out(checkpoint, row: dict, kind: str) -> tuple[list[int], list[int]]:
@@ -282,20 +276,13 @@ def test_internalisation_resumed_is_internalisation_uninterrupted(checkpoint, tm
     assert resumed.state.log_history[:12] == whole.state.log_history[:12]
 
 
-def test_two_processes_of_zero3_internalise_as_one(checkpoint, tmp_path, monkeypatch):
+def test_two_processes_of_zero3_internalise_as_one(checkpoint, tmp_path):
     """The same rows a step, and moments that are forgotten in DeepSpeed's partitions too."""
-    import test_distributed as processes
-
-    script = processes.SCRIPT.replace("from test_training import lora, run", "from test_baselines import build")
-    trained = [line for line in script.splitlines() if line.startswith("trainer = run")][0]
-    script = script.replace(trained, "trainer = build(checkpoint, folder, 'icot', **fields)\ntrainer.train()")
-    monkeypatch.setattr(processes, "SCRIPT", script)
-    fields = {"max_steps": 8, "removal_stages": 3, "adam_epsilon": 1e-4}
+    fields = {"max_steps": 8, "removal_stages": 3, "adam_epsilon": 1e-4, "baseline": "icot"}
     fields |= {"per_device_train_batch_size": 2, "global_batch_size": 4}
-    monkeypatch.setattr(processes, "FIELDS", fields)
-    two = processes.run_processes(processes.accelerate("zero3"), checkpoint, tmp_path / "two")
+    two = run_processes(accelerate("zero3"), checkpoint, tmp_path / "two", fields)
     assert (two["processes"], two["kind"]) == (2, "DEEPSPEED")
-    one = build(checkpoint, tmp_path / "one", "icot", **fields)
+    one = build(checkpoint, tmp_path / "one", **fields)
     one.train()
     for a, b in zip(one.state.log_history, two["log"], strict=False):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["num_tokens"] == b["num_tokens"]
@@ -397,7 +384,7 @@ def test_concise_rows(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fields(toy, tmp_path, monkeypatch):  # noqa: F811
+def fields(toy, tmp_path, monkeypatch):
     """The driver's fields for a warm-up of one round and its baselines; the tiny model is said to answer right."""
     monkeypatch.chdir(ROOT)
     right = {"cot": "1+1=2;", "tokens": 9}

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import IterableDataset
+from tiny import row, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
@@ -20,7 +21,7 @@ from abscot_trl.data.rows import cut_cot
 from abscot_trl.data.splits import load_splits, save_splits, staged_splits
 from abscot_trl.data.toy import CHAT_TEMPLATE, toy_tokenizer
 from abscot_trl.errors import Refused
-from abscot_trl.examples import cot_columns, cot_ids
+from abscot_trl.examples import cot_columns
 from abscot_trl.vocabulary import AbstractVocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -38,12 +39,6 @@ SHAPE_OUTCOMES = {
 }
 
 
-def row(content="<think>\n1+1=2\n</think>\n\n2", earlier=(("user", "12="),), **kwargs):
-    turns = [*earlier, ("assistant", content)]
-    messages = [{"content": content, "role": role} for role, content in turns]
-    return {"messages": messages, "dataset_source": "sums", "id": "a", **kwargs}
-
-
 def outcome(value):
     try:
         parse_row(value)
@@ -54,22 +49,6 @@ def outcome(value):
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
-    """One token a character, so that lengths can be counted by hand; a trace takes 6 + 2 tokens."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_max=6)
-    vocabulary.extend(tokenizer)
-    tokenizer.save_pretrained(folder)
-    vocabulary.save(folder)
-    return str(folder)
 
 
 # parse_row
@@ -523,7 +502,8 @@ def test_text_and_ids_of_a_cut_cot_agree(tmp_path, byte_level_folder, overlong):
         assert counts["lengths"]["cot"]["max"] <= limit
         assert_adds_up(counts)
         for kept in data:
-            assert kept["cot_ids"] == cot_ids(kept["cot"], tokenizer)
+            text = kept["cot"].rstrip() + "\n"
+            assert kept["cot_ids"] == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             columns = cot_columns(kept["cot"], tokenizer)
             assert {name: kept[name] for name in columns} == columns
             assert kept["step_ends"][-1] == len(kept["cot_ids"]) - 1

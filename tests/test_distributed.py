@@ -5,20 +5,18 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from safetensors.torch import load_file
-from test_resume import contents, foreign, inputs  # noqa: F401
+from launched import ROOT, accelerate, launch, run_processes, torchrun
+from trainers import contents, foreign
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.phases import run_phase
 from abscot_trl.training.resume import sealed_checkpoints
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS, WARMUP, PEAK = 8, 2, 1.0e-3
 FIELDS = {
     "max_steps": STEPS,
@@ -29,95 +27,11 @@ FIELDS = {
     "warmup_steps": WARMUP / STEPS,  # a share, as in the recipes
     "max_grad_norm": 0.5,
 }
-SCRIPT = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from test_training import lora, run
-checkpoint, folder, fields, with_lora = json.loads(sys.argv[1])
-trainer = run(checkpoint, folder, peft_config=lora(checkpoint) if with_lora else None, **fields)
-trainer.save_model(folder + "/model")
-if trainer.is_world_process_zero():
-    found = {{
-        "processes": trainer.accelerator.num_processes,
-        "kind": trainer.accelerator.distributed_type.value,
-        "rate_at_end": trainer.lr_scheduler.get_last_lr(),
-        "log": trainer.state.log_history[: trainer.state.global_step],
-    }}
-    json.dump(found, open(folder + "/found.json", "w"))
-"""
-
-
-def run_processes(launcher: list[str], checkpoint, folder: Path, lora: bool = False) -> dict:
-    """Train by the launcher's processes; what the first of them found, and the weights that were saved."""
-    folder.mkdir(parents=True)
-    (folder / "train.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    arguments = json.dumps([str(checkpoint), str(folder), FIELDS, lora])
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(folder / "train.py"), arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    weights = next((folder / "model").glob("*model.safetensors"))
-    return json.loads((folder / "found.json").read_text()) | {"weights": load_file(weights)}
-
-
-TOGETHER = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-from test_resume import LAST, phase
-from test_training import rows, run, settings, weights
-from abscot_trl.errors import Refused
-from abscot_trl.training.bottleneck import BottleneckSFTTrainer
-from abscot_trl.training.configs import BottleneckConfig
-
-checkpoint, folder, inputs = json.loads(sys.argv[1])
-folder = Path(folder)
-
-def refusal(call, *args, **fields):
-    try:
-        call(*args, **fields)
-    except Refused as error:
-        return str(error)
-
-def log(trainer):
-    return [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-
-found = {{"foreign": refusal(phase, checkpoint, inputs, folder / "foreign")}}
-fields = {{"per_device_train_batch_size": 2, "max_steps": 10, "learning_rate": 1.0e30}}
-found["loss"] = refusal(run, checkpoint, folder / "loss", **fields)
-fields |= {{"save_strategy": "steps", "save_steps": 1}}
-found["weights"] = refusal(phase, checkpoint, inputs, folder / "weights", **fields)
-fields = LAST | {{"per_device_train_batch_size": 2}}
-whole = run(checkpoint, folder / "whole", **fields)
-found["processes"], found["same"] = whole.accelerator.num_processes, []
-for step in (6, 7):
-    config = BottleneckConfig(**settings(folder / "whole", **fields))
-    again = BottleneckSFTTrainer(checkpoint, config, rows(checkpoint))
-    again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{{step}}"))
-    equal = all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again)))
-    found["same"].append(equal and log(again) == log(whole) and again.state.global_step == 7)
-(folder / f"found{{whole.args.process_index}}.json").write_text(json.dumps(found))
-"""
-
-
-def torchrun(processes: int) -> list[str]:
-    return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-
-
-def accelerate(name: str, processes: int = 2) -> list[str]:
-    """`accelerate launch` with a configuration of the repository; what is overridden is what a CPU cannot."""
-    config = str(ROOT / "accelerate_configs" / f"{name}.yaml")
-    overridden = ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
-    return ["accelerate.commands.launch", "--config_file", config, *overridden]
 
 
 @pytest.fixture(scope="module")
 def ddp(checkpoint, tmp_path_factory):
-    return run_processes(accelerate("ddp"), checkpoint, tmp_path_factory.mktemp("ddp") / "run")
+    return run_processes(accelerate("ddp"), checkpoint, tmp_path_factory.mktemp("ddp") / "run", FIELDS)
 
 
 def assert_same_training(found: dict, expected: dict) -> None:
@@ -132,19 +46,15 @@ def assert_same_training(found: dict, expected: dict) -> None:
 
 
 def test_two_processes_train_as_one(checkpoint, tmp_path, ddp):
-    one = run_processes(torchrun(1), checkpoint, tmp_path / "one")
+    one = run_processes(torchrun(1), checkpoint, tmp_path / "one", FIELDS)
     assert (one["processes"], ddp["processes"], ddp["kind"]) == (1, 2, "MULTI_CPU")
     assert_same_training(ddp, one)
 
 
 @pytest.mark.slow
-def test_two_processes_refuse_stop_and_resume_together(checkpoint, inputs, tmp_path):  # noqa: F811
+def test_two_processes_refuse_stop_and_resume_together(checkpoint, inputs, tmp_path):
     before = foreign(tmp_path / "foreign")
-    (tmp_path / "train.py").write_text(TOGETHER.format(tests=str(Path(__file__).parent)))
-    arguments = json.dumps([str(checkpoint), str(tmp_path), inputs])
-    command = [sys.executable, "-m", *torchrun(2), str(tmp_path / "train.py"), arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(torchrun(2), "together", checkpoint, tmp_path, inputs)
     found = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1] and found[0]["processes"] == 2
     assert "no phase of ours wrote" in found[0]["foreign"] and contents(tmp_path / "foreign") == before
@@ -164,7 +74,7 @@ def test_the_cosine_ends_at_zero_and_never_rises_again(ddp):
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_zero_trains_as_ddp(checkpoint, tmp_path, ddp, name):
-    found = run_processes(accelerate(name), checkpoint, tmp_path / name)
+    found = run_processes(accelerate(name), checkpoint, tmp_path / name, FIELDS)
     assert (found["processes"], found["kind"]) == (2, "DEEPSPEED")
     assert_same_training(found, ddp)
     assert set(found["rate_at_end"]) == {0.0}
@@ -172,7 +82,8 @@ def test_zero_trains_as_ddp(checkpoint, tmp_path, ddp, name):
 
 def test_lora_under_zero2_trains_as_under_ddp(checkpoint, tmp_path):
     by_ddp, by_zero = (
-        run_processes(accelerate(name), checkpoint, tmp_path / name, lora=True) for name in ("ddp", "zero2")
+        run_processes(accelerate(name), checkpoint, tmp_path / name, FIELDS, with_lora=True)
+        for name in ("ddp", "zero2")
     )
     assert by_zero["kind"] == "DEEPSPEED" and any("token" in name for name in by_zero["weights"])
     assert_same_training(by_zero, by_ddp)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer
-from abscot_trl.examples import IGNORE, Collator, Encoder, Segment, answer_ids, cot_ids, pack, prompt_ids
+from abscot_trl.examples import IGNORE, Collator, Encoder, Segment, answer_ids, cot_columns, pack, prompt_ids
 from abscot_trl.vocabulary import AbstractVocabulary
 
 CODEBOOK, BEGIN, END = [100, 101, 102], 90, 91
@@ -90,7 +90,8 @@ def test_text_to_ids():
     example = chain_arithmetic(1, 6, 5, 0)[0]
     x = prompt_ids(example.prompt, tokenizer)
     assert tokenizer.decode(x).endswith("<assistant>") and example.prompt[0]["content"] in tokenizer.decode(x)
-    assert len(cot_ids(example.cot, tokenizer)) == 36 and tokenizer.decode(cot_ids(example.cot, tokenizer))[-1] == "\n"
+    c = cot_columns(example.cot, tokenizer)["cot_ids"]
+    assert len(c) == 36 and tokenizer.decode(c)[-1] == "\n"
     assert answer_ids(example.answer, tokenizer)[-1] == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS"):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from kill_table import Cell, Table, contents
-from test_warmup import LORA, recipes, toy  # noqa: F401
+from warmups import LORA, recipes
 
 
 @pytest.mark.parametrize("keep", ["all", "last"])
-def test_killed_again_and_again(toy, tmp_path, keep):  # noqa: F811
+def test_killed_again_and_again(toy, tmp_path, keep):
     training = LORA if keep == "all" else {}
     training = training | {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), training)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampling import CPU, ENGINE
 from transformers import AutoTokenizer
 
 from abscot_trl.data.prepare import load_prepared
@@ -263,8 +264,6 @@ def test_data_parallel_processes_of_vllm(arguments, checkpoint, prepared, monkey
     """Two vLLM engines share the rows (`data_parallel_size`); greedy, so the traces are transformers'."""
     if not (find_spec("vllm") and torch.version.cuda is None):
         pytest.skip("needs the CPU build of vLLM")
-    from test_vllm import CPU, ENGINE
-
     for name, value in CPU.items():
         monkeypatch.setenv(name, value)
     greedy = replace(arguments, temperature=0.0)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from test_training import lora, rows, run
-from test_warmup import LORA, TRAINING, recipes, toy  # noqa: F401
+from trainers import lora, rows, run
 from transformers import AutoModelForCausalLM, Qwen3Config
+from warmups import LORA, TRAINING, recipes
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
 from abscot_trl.data.prepare import load_prepared, row_lengths
@@ -160,7 +160,7 @@ def test_row_tokens_are_the_trainers(channel, rehearsal):
         assert row_tokens(lengths, lengths["trace"] + 2, phase, recipe).tolist() == wanted
 
 
-def test_a_plan_counts_the_copy_of_a_discrete_trace(toy, tmp_path):  # noqa: F811
+def test_a_plan_counts_the_copy_of_a_discrete_trace(toy, tmp_path):
     fields, found = toy | recipes(tmp_path, "", LORA | {"max_steps": -1, "num_train_epochs": 1}) | {"rounds": 1}, {}
     data, _ = load_prepared(fields["data"])
     part = staged_splits(len(data), 1, 16, 0)["1.bottleneck"]
@@ -173,7 +173,7 @@ def test_a_plan_counts_the_copy_of_a_discrete_trace(toy, tmp_path):  # noqa: F81
 
 
 @pytest.mark.parametrize("phase", ["bottleneck", "distill"])
-def test_rows_that_are_too_long_are_refused_before_the_first_stage(toy, tmp_path, capsys, phase):  # noqa: F811
+def test_rows_that_are_too_long_are_refused_before_the_first_stage(toy, tmp_path, capsys, phase):
     """However short their traces turn out, some rows or all of them exceed a phase's `max_length`."""
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), LORA) | {"rounds": 1, "rehearsal": 0.0}
     recipe, data = tmp_path / f"{phase}.yaml", load_prepared(fields["data"])[0]
@@ -203,7 +203,7 @@ def test_rows_that_are_too_long_are_refused_before_the_first_stage(toy, tmp_path
     assert not [w for w in plan(PlanArguments(**fields))["warnings"] if f"{phase}: max_length" in w]
 
 
-def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):  # noqa: F811
+def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):
     fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump(TRAINING | LORA | {"max_length": 4}))
     with pytest.raises(Refused, match="round1/distill: max_length 4 is shorter"):
@@ -212,7 +212,7 @@ def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):  # noqa: F8
     assert plan(PlanArguments(**fields | {"launch": "accelerate"}, backend="vllm", engine=engine))["stages"]
 
 
-def test_a_plan_is_the_run(toy, tmp_path, capsys):  # noqa: F811
+def test_a_plan_is_the_run(toy, tmp_path, capsys):
     """Steps of every training stage as they were taken, nothing written; then what makes no sense is said."""
     training = LORA | {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3}
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), training) | {"rounds": 1}

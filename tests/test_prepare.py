@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import psutil
 import pytest
-from test_data import row, tokenizer_folder, write_jsonl  # noqa: F401
+from tiny import row, write_jsonl
 from transformers import AutoTokenizer
 
 from abscot_trl.data import prepare as module
@@ -41,7 +41,7 @@ def numbered(n: int) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def fields(tmp_path_factory, tokenizer_folder):  # noqa: F811
+def fields(tmp_path_factory, tokenizer_folder):
     folder = tmp_path_factory.mktemp("rows")
     data = [write_jsonl(folder / f"{k}.jsonl", numbered(ROWS)[k * 300 : (k + 1) * 300]) for k in range(2)]
     return {"data": data, "tokenizer": tokenizer_folder, "shuffle_buffer": 50, "max_cot_tokens": 21}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
 from peft import get_peft_model
-from test_training import rows
+from tiny import make_checkpoint
+from trainers import rows
 from transformers import (
     AutoTokenizer,
     GraniteMoeHybridConfig,
@@ -24,9 +24,7 @@ from transformers import (
 from trl import ModelConfig
 
 from abscot_trl.attention import check_supported
-from abscot_trl.checkpoint import extend_model, save_checkpoint
 from abscot_trl.cli import TRAINING, accelerate_config_path
-from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.errors import Refused
 from abscot_trl.loop.baselines import BaselinesArguments, baseline_stages
 from abscot_trl.loop.warmup import WarmupArguments, stages
@@ -340,17 +338,11 @@ def test_lora_finds_its_targets_in_the_real_model(path, tmp_path):
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     """Tiny extended checkpoints of the families, their heads tied as in the real models."""
-    found = {}
+    made = {}
     for name, (_, config) in SHAPES.items():
-        folder = found[name] = tmp_path_factory.mktemp("stand-in") / "extended"
-        folder.mkdir()
-        tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(size=8, m_min=1, m_max=6)
-        family = "granite" if "granite" in name else "qwen3"
-        model = tiny_model(family, vocabulary=40, tied=config.tie_word_embeddings)
-        vocabulary.extend(tokenizer)
-        extend_model(model, vocabulary.all_ids(tokenizer))
-        save_checkpoint(model, tokenizer, vocabulary, folder)
-    return found
+        made[name] = tmp_path_factory.mktemp("stand-in") / "extended"
+        make_checkpoint(made[name], "granite" if "granite" in name else "qwen3", tied=config.tie_word_embeddings)
+    return made
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=str)

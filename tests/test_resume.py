@@ -3,59 +3,21 @@
 import json
 import shutil
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
-from test_training import lora, rows, run, settings, weights
+from trainers import LAST, contents, foreign, lora, phase, rows, run, settings, weights
 from transformers import TrainerCallback
 from trl import ModelConfig
 
-from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.phases import parse, run_phase
-from abscot_trl.traces.files import write_traces
 from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.phase import TrainArguments, train_bottleneck
 from abscot_trl.training.resume import sealed_checkpoints
-
-LAST = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3}  # 4 steps an epoch: the end lies within one
-
-
-@pytest.fixture(scope="module")
-def inputs(checkpoint, tmp_path_factory) -> dict[str, str]:
-    """Prepared data of 16 rows, and traces of them."""
-    folder = tmp_path_factory.mktemp("inputs")
-    problems = write_problems(folder / "rows.jsonl", chain_arithmetic(16, 3, 5, seed=0))
-    found = {"data": problems, "data_format": "problems", "tokenizer": str(checkpoint), "output_dir": folder / "data"}
-    run_phase("data", [part for key, value in found.items() for part in (f"--{key}", str(value))])
-    ids = load_prepared(folder / "data")[0]["id"]
-    write_traces(folder, [{"row": i, "id": name, "trace": [i % 8] * (1 + i % 6)} for i, name in enumerate(ids)])
-    return {"data": str(folder / "data"), "traces": str(folder)}
-
-
-def phase(checkpoint, inputs: dict, output, **changes) -> dict:
-    given = inputs | {key: changes.pop(key) for key in ("data", "traces") if key in changes}
-    model = ModelConfig(model_name_or_path=str(changes.pop("model", checkpoint)), dtype="float32")
-    config = BottleneckConfig(**settings(output, **{"per_device_train_batch_size": 4} | changes))
-    return train_bottleneck(TrainArguments(**given), config, model)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def foreign(folder: Path) -> dict[str, bytes | None]:
-    """A folder of somebody's: a note, another trainer's checkpoint, a hidden file."""
-    (folder / "checkpoint-5").mkdir(parents=True)
-    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"weeks of work")
-    (folder / "notes.txt").write_text("mine")
-    (folder / ".hidden").write_text("mine")
-    return contents(folder)
 
 
 @pytest.mark.parametrize("changes", [{}, {"traces": "/nothere"}, {"resume_from_checkpoint": True}], ids=str)

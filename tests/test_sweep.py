@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_warmup import LORA, recipes, toy  # noqa: F401
+from warmups import LORA, Killed, recipes
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
@@ -124,17 +124,13 @@ def test_an_evaluation_begun_with_other_settings_is_refused(arguments, monkeypat
 
 
 @pytest.fixture
-def run(toy, tmp_path):  # noqa: F811
+def run(toy, tmp_path):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), LORA) | {"rounds": 2, "keep": "rounds"}
     warmup(WarmupArguments(**fields | {"evaluate": None}))
     recipe = {"problems": str(tmp_path / "test.jsonl"), "instruction": False, "max_new_tokens": 6, "part_answers": 8}
     recipe |= {"swaps": ["own", "random"], "modes": ["abstract"], "task": "chain", "dtype": "float32"}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(recipe))
     return SweepArguments(fields["run_dir"], str(tmp_path / "sweep.yaml"), launch="inline")
-
-
-class Killed(BaseException):
-    """As sudden as a kill, within one process."""
 
 
 def test_sweep(run, monkeypatch, capsys):

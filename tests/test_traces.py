@@ -5,14 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file
 from scipy.stats import chisquare
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.errors import Refused
-from abscot_trl.examples import cot_columns, cot_ids, prompt_ids
+from abscot_trl.examples import cot_columns, prompt_ids
 from abscot_trl.traces.batching import batches
 from abscot_trl.traces.files import describe_traces, read_traces, summarise_traces, write_traces
 from abscot_trl.traces.hf import HFTraceSampler
@@ -35,7 +35,10 @@ def policy(checkpoint):
 def prefixes(tokenizer, n: int) -> list[list[int]]:
     """Prompts, every other one with its CoT: lengths vary."""
     rows = chain_arithmetic(n, 4, 5, seed=0)
-    return [prompt_ids(r.prompt, tokenizer) + (cot_ids(r.cot, tokenizer) if i % 2 else []) for i, r in enumerate(rows)]
+    return [
+        prompt_ids(r.prompt, tokenizer) + (cot_columns(r.cot, tokenizer)["cot_ids"] if i % 2 else [])
+        for i, r in enumerate(rows)
+    ]
 
 
 def test_thousands_of_traces_are_legal(policy):
@@ -165,7 +168,7 @@ def test_step_ends_and_groups(policy):
     cot = "1+2=3;\n\n4+1=0;\n7"
     columns = cot_columns(cot, tokenizer)
     ids, ends, lengths = columns.values()
-    assert ids == cot_ids(cot, tokenizer) and lengths == [5, 5, 1]
+    assert ids == tokenizer(cot + "\n", add_special_tokens=False)["input_ids"] and lengths == [5, 5, 1]
     assert [tokenizer.decode(ids[end]) for end in ends] == ["\n"] * 3 and ends[-1] == len(ids) - 1
     assert tokenizer.decode(ids[: ends[1] + 1]) == "1+2=3;\n\n4+1=0;\n"
     assert group_ends(6, 8) == [0, 1, 2, 3, 4, 5] and group_ends(7, 3) == [2, 4, 6] and group_ends(1, 5) == [0]

@@ -5,70 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trainers import lora, rows, run, settings, token_ids, weights
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
-from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.errors import Refused
-from abscot_trl.examples import answer_ids, cot_ids, prompt_ids
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
-
-
-def rows(checkpoint, n: int = 16, trace: bool = True) -> Dataset:
-    tokenizer, rng = AutoTokenizer.from_pretrained(checkpoint), np.random.default_rng(0)
-    examples = [chain_arithmetic(1, 2 + i % 3, 5, seed=i)[0] for i in range(n)]
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [prompt_ids(e.prompt, tokenizer) for e in examples],
-            "cot_ids": [cot_ids(e.cot, tokenizer) for e in examples],
-            "answer_ids": [answer_ids(e.answer, tokenizer) for e in examples],
-            "trace": [rng.integers(8, size=1 + i % 6).tolist() if trace else None for i in range(n)],
-        }
-    )
-
-
-def settings(folder, **fields) -> dict:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1.0e-2,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "pad_to_multiple_of": 8,
-        "max_length": 128,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 0,
-    }
-    return {**defaults, **fields}
-
-
-def token_ids(checkpoint) -> list[int]:
-    vocabulary, tokenizer = AbstractVocabulary.load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    return vocabulary.all_ids(tokenizer)
-
-
-def run(checkpoint, folder, trainer=BottleneckSFTTrainer, data=None, peft_config=None, **fields):
-    config = DistillationConfig if trainer is SelfDistillationTrainer else BottleneckConfig
-    built = trainer(
-        str(checkpoint),
-        config(**settings(folder, **fields)),
-        rows(checkpoint) if data is None else data,
-        peft_config=peft_config,
-    )
-    built.train()
-    return built
 
 
 def by_hand(checkpoint, data, cot: bool) -> dict[str, float]:
@@ -124,10 +72,6 @@ def test_rehearsal_adds_the_masked_rows(checkpoint, tmp_path):
         DistillationConfig(**settings(tmp_path, rehearsal=-1.0))
 
 
-def weights(trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in trainer.model.parameters()]
-
-
 @pytest.mark.parametrize("trainer", [BottleneckSFTTrainer, SelfDistillationTrainer])
 def test_every_parameter_moves(checkpoint, tmp_path, trainer):
     before = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -161,17 +105,6 @@ def test_gradient_checkpointing_changes_nothing(checkpoint, tmp_path):
     plain, saved = (run(checkpoint, tmp_path / str(c), max_steps=3, gradient_checkpointing=c) for c in (False, True))
     for a, b in zip(plain.state.log_history[:3], saved.state.log_history[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
-
-
-def lora(checkpoint):
-    arguments = ModelConfig(
-        model_name_or_path=str(checkpoint),
-        use_peft=True,
-        lora_r=4,
-        lora_dropout=0.0,
-        lora_target_modules=["q_proj", "down_proj"],
-    )
-    return lora_config(arguments, token_ids(checkpoint))
 
 
 def test_lora_trains_its_matrices_and_the_token_rows_only(checkpoint, tmp_path):

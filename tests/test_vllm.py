@@ -11,31 +11,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from sampling import CPU, ENGINE, truncated_softmax
 from scipy.stats import chi2_contingency, chisquare
-from test_answering import truncated_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
-from abscot_trl.examples import cot_ids, prompt_ids
+from abscot_trl.examples import cot_columns, prompt_ids
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.vllm import check_tensor_parallel
 from abscot_trl.vocabulary import AbstractVocabulary
 
 pytestmark = pytest.mark.slow
-CPU = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_USE_AOT_COMPILE": "0",
-}
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "distributed_executor_backend": "uni",
-    "gpu_memory_utilization": 0.2,
-    "max_model_len": 256,
-    "block_size": 32,
-}
 TRUNCATED = {"temperature": 2.0, "top_p": 0.9, "top_k": 12, "seed": 6}
 NINE = list(range(5, 95, 10))
 SCRIPT = """
@@ -59,7 +45,10 @@ def given(checkpoint):
     """500 prefixes of mixed lengths, one of them empty."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     rows = [e for steps in (2, 4, 8) for e in chain_arithmetic(167, steps, 5, seed=0)][:499]
-    ids = [prompt_ids(r.prompt, tokenizer) + (cot_ids(r.cot, tokenizer) if i % 3 else []) for i, r in enumerate(rows)]
+    ids = [
+        prompt_ids(r.prompt, tokenizer) + (cot_columns(r.cot, tokenizer)["cot_ids"] if i % 3 else [])
+        for i, r in enumerate(rows)
+    ]
     return [[], *ids]
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
 from safetensors.torch import save_file
+from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from warmups import LORA, TRAINING, Killed, recipes
 
 from abscot_trl import storage
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.statistics import wilson_interval
 from abscot_trl.loop import driver
@@ -28,49 +28,6 @@ from abscot_trl.storage import MANIFEST, input_digests, path_digest
 from abscot_trl.vocabulary import AbstractVocabulary
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
-TRAINING = {
-    "dtype": "float32",
-    "attn_implementation": "sdpa",
-    "max_length": 2048,
-    "pad_to_multiple_of": 8,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1.0e-3,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
-LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
-
-
-def recipes(folder: Path, problems: str, training: dict | None = None, **evaluation) -> dict[str, str]:
-    """Write the three phase recipes and return their paths as the driver's fields."""
-    evaluation = {
-        "problems": problems,
-        "instruction": False,
-        "max_new_tokens": 8,
-        "swaps": ["own", "random"],
-    } | evaluation
-    for name in ("bottleneck", "distill"):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(TRAINING | (training or {})))
-    (folder / "evaluate.yaml").write_text(yaml.safe_dump(evaluation))
-    return {name: str(folder / f"{name}.yaml") for name in ("bottleneck", "distill", "evaluate")}
-
-
-@pytest.fixture
-def toy(checkpoint, tmp_path):
-    """Prepared toy rows, problems and recipes; returns the driver's fields."""
-    rows = chain_arithmetic(84, 4, 5, seed=0)
-    train = write_problems(tmp_path / "train.jsonl", rows[:64])
-    write_problems(tmp_path / "test.jsonl", rows[64:])
-    data = str(tmp_path / "data")
-    arguments = ["--data", train, "--data_format", "problems", "--tokenizer", str(checkpoint), "--output_dir", data]
-    run_phase("data", arguments)
-    fields = {"run_dir": str(tmp_path / "run"), "model": str(checkpoint), "data": data, "launch": "inline"}
-    return fields | {"rounds": 2, "rows_per_phase": 16, "seed": 0}
 
 
 def traces(path) -> list[dict]:
@@ -234,10 +191,6 @@ def test_a_run_has_one_driver_and_deletes_only_what_it_made(toy, tmp_path, monke
         with pytest.raises(Refused, match="still at work here"):
             warmup(WarmupArguments(**fields))
         process.kill()
-
-
-class Killed(BaseException):
-    """As sudden as a kill, within one process."""
 
 
 FOREIGN = [".notes.2024", "sub/.backup.2024-11-01.tar", "round1/.bottleneck-traces-mine/notes", "round1/.x.json.1234"]

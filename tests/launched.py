@@ -1,0 +1,104 @@
+"""
+Training by several processes on CPU over gloo: how they are launched and, as their script, what each of them does.
+
+    accelerate launch .. tests/launched.py train '[CHECKPOINT, FOLDER, FIELDS, LORA]'
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from trainers import LAST, build, lora, phase, rows, run, settings, weights
+
+from abscot_trl.errors import Refused
+from abscot_trl.training.bottleneck import BottleneckSFTTrainer
+from abscot_trl.training.configs import BottleneckConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torchrun(processes: int) -> list[str]:
+    return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def accelerate(name: str, processes: int = 2) -> list[str]:
+    """`accelerate launch` with a configuration of the repository; what is overridden is what a CPU cannot."""
+    config = str(ROOT / "accelerate_configs" / f"{name}.yaml")
+    overridden = ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
+    return ["accelerate.commands.launch", "--config_file", config, *overridden]
+
+
+def launch(launcher: list[str], job: str, *args) -> None:
+    """Run `job(*args)` in the launcher's processes; paths become strings on the way."""
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, __file__, job, json.dumps(args, default=str)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_processes(launcher: list[str], checkpoint, folder: Path, fields: dict, with_lora: bool = False) -> dict:
+    """Train by the launcher's processes; what the first of them found, and the weights that were saved."""
+    folder.mkdir(parents=True)
+    launch(launcher, "train", checkpoint, folder, fields, with_lora)
+    weights = next((folder / "model").glob("*model.safetensors"))
+    return json.loads((folder / "found.json").read_text()) | {"weights": load_file(weights)}
+
+
+def train(checkpoint: str, folder: str, fields: dict, with_lora: bool) -> None:
+    """A bottleneck phase, or the baseline that `fields` names."""
+    if "baseline" in fields:
+        trainer = build(checkpoint, folder, **fields)
+        trainer.train()
+    else:
+        trainer = run(checkpoint, folder, peft_config=lora(checkpoint) if with_lora else None, **fields)
+    trainer.save_model(folder + "/model")
+    if trainer.is_world_process_zero():
+        found = {
+            "processes": trainer.accelerator.num_processes,
+            "kind": trainer.accelerator.distributed_type.value,
+            "rate_at_end": trainer.lr_scheduler.get_last_lr(),
+            "log": trainer.state.log_history[: trainer.state.global_step],
+        }
+        Path(folder, "found.json").write_text(json.dumps(found))
+
+
+def refusal(call, *args, **fields) -> str | None:
+    try:
+        call(*args, **fields)
+    except Refused as error:
+        return str(error)
+
+
+def together(checkpoint: str, folder: str, inputs: dict) -> None:
+    """What processes must refuse, stop and resume as one; each writes what it saw."""
+    folder = Path(folder)
+
+    def log(trainer) -> list[dict]:
+        return [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+
+    found = {"foreign": refusal(phase, checkpoint, inputs, folder / "foreign")}
+    fields = {"per_device_train_batch_size": 2, "max_steps": 10, "learning_rate": 1.0e30}
+    found["loss"] = refusal(run, checkpoint, folder / "loss", **fields)
+    fields |= {"save_strategy": "steps", "save_steps": 1}
+    found["weights"] = refusal(phase, checkpoint, inputs, folder / "weights", **fields)
+    fields = LAST | {"per_device_train_batch_size": 2}
+    whole = run(checkpoint, folder / "whole", **fields)
+    found["processes"], found["same"] = whole.accelerator.num_processes, []
+    for step in (6, 7):
+        config = BottleneckConfig(**settings(folder / "whole", **fields))
+        again = BottleneckSFTTrainer(checkpoint, config, rows(checkpoint))
+        again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
+        equal = all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+        found["same"].append(equal and log(again) == log(whole) and again.state.global_step == 7)
+    (folder / f"found{whole.args.process_index}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    {"train": train, "together": together}[sys.argv[1]](*json.loads(sys.argv[2]))

@@ -1,0 +1,40 @@
+"""The recipes of a tiny warm-up on CPU (its other fields: the fixture `toy`), and a kill within one process."""
+
+from pathlib import Path
+
+import yaml
+
+TRAINING = {
+    "dtype": "float32",
+    "attn_implementation": "sdpa",
+    "max_length": 2048,
+    "pad_to_multiple_of": 8,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1.0e-3,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+
+
+def recipes(folder: Path, problems: str, training: dict | None = None, **evaluation) -> dict[str, str]:
+    """Write the three phase recipes and return their paths as the driver's fields."""
+    evaluation = {
+        "problems": problems,
+        "instruction": False,
+        "max_new_tokens": 8,
+        "swaps": ["own", "random"],
+    } | evaluation
+    for name in ("bottleneck", "distill"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(TRAINING | (training or {})))
+    (folder / "evaluate.yaml").write_text(yaml.safe_dump(evaluation))
+    return {name: str(folder / f"{name}.yaml") for name in ("bottleneck", "distill", "evaluate")}
+
+
+class Killed(BaseException):
+    """As sudden as a kill, within one process."""
