@@ -141,6 +141,7 @@ def test_padding_changes_nothing_on_either_side():
     assert torch.allclose(shifted[0, 5:], alone[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_implementations_agree(family):
     rows = [*pack([row("hidden", 1), row("discrete", 2)], 128), *pack([row("hidden", 3, (9, 40, 6, 8))], 128)]

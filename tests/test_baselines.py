@@ -276,6 +276,7 @@ def test_internalisation_resumed_is_internalisation_uninterrupted(checkpoint, tm
     assert resumed.state.log_history[:12] == whole.state.log_history[:12]
 
 
+@pytest.mark.slow
 def test_two_processes_of_zero3_internalise_as_one(checkpoint, tmp_path):
     """The same rows a step, and moments that are forgotten in DeepSpeed's partitions too."""
     fields = {"max_steps": 8, "removal_stages": 3, "adam_epsilon": 1e-4, "baseline": "icot"}
@@ -397,6 +398,7 @@ def fields(toy, tmp_path, monkeypatch):
     return found | {"concise": str(tmp_path / "concise.yaml"), "run_dir": str(tmp_path / "baselines")}
 
 
+@pytest.mark.slow
 def test_same_rows_and_steps_as_the_warm_up(fields, tmp_path):
     like = {key: value for key, value in fields.items() if key != "concise"} | {"run_dir": str(tmp_path / "warm")}
     warmup(WarmupArguments(**like))
@@ -460,6 +462,7 @@ def test_dry_run_writes_nothing_and_mistakes_are_said(fields, tmp_path, capsys):
     assert not Path(fields["run_dir"]).exists()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(fields, tmp_path, monkeypatch):
     """A process killed within a training stage; the same call ends in the weights and results of an unbroken run."""
     fields |= {"names": ["base", "icot"]}

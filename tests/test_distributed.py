@@ -45,6 +45,7 @@ def assert_same_training(found: dict, expected: dict) -> None:
         assert (found["weights"][name] - weight).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(checkpoint, tmp_path, ddp):
     one = run_processes(torchrun(1), checkpoint, tmp_path / "one", FIELDS)
     assert (one["processes"], ddp["processes"], ddp["kind"]) == (1, 2, "MULTI_CPU")
@@ -64,6 +65,7 @@ def test_two_processes_refuse_stop_and_resume_together(checkpoint, inputs, tmp_p
     assert found[0]["same"] == [True, True]
 
 
+@pytest.mark.slow
 def test_the_cosine_ends_at_zero_and_never_rises_again(ddp):
     rates = [entry["learning_rate"] for entry in ddp["log"]]
     decay = [0.5 * (1 + math.cos(math.pi * i / (STEPS - WARMUP))) for i in range(STEPS - WARMUP)]
@@ -72,6 +74,7 @@ def test_the_cosine_ends_at_zero_and_never_rises_again(ddp):
     assert all(a > b for a, b in zip(after, after[1:], strict=False)) and set(ddp["rate_at_end"]) == {0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_zero_trains_as_ddp(checkpoint, tmp_path, ddp, name):
     found = run_processes(accelerate(name), checkpoint, tmp_path / name, FIELDS)
@@ -80,6 +83,7 @@ def test_zero_trains_as_ddp(checkpoint, tmp_path, ddp, name):
     assert set(found["rate_at_end"]) == {0.0}
 
 
+@pytest.mark.slow
 def test_lora_under_zero2_trains_as_under_ddp(checkpoint, tmp_path):
     by_ddp, by_zero = (
         run_processes(accelerate(name), checkpoint, tmp_path / name, FIELDS, with_lora=True)
@@ -89,6 +93,7 @@ def test_lora_under_zero2_trains_as_under_ddp(checkpoint, tmp_path):
     assert_same_training(by_zero, by_ddp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, words", [("zero3", "does not work under DeepSpeed ZeRO-3"), ("fsdp2", "under FSDP")])
 def test_lora_is_refused_in_words(checkpoint, tmp_path, name, words):
     rows = write_problems(tmp_path / "rows.jsonl", chain_arithmetic(4, 2, 5, seed=0))

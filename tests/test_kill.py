@@ -11,6 +11,8 @@ import pytest
 from kill_table import Cell, Table, contents
 from warmups import LORA, recipes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("keep", ["all", "last"])
 def test_killed_again_and_again(toy, tmp_path, keep):
@@ -48,7 +50,6 @@ def test_killed_again_and_again(toy, tmp_path, keep):
         assert sorted(path.parent.name for path in (tmp_path / "killed").rglob("model.safetensors")) == ["distill"]
 
 
-@pytest.mark.slow
 def test_a_part_of_the_table_of_kills(tmp_path):
     """Real processes under accelerate, LoRA and full, one and two ranks; the whole table: tests/kill_table.py."""
     cells = [Cell("driver", "SIGKILL", "full", 2, "seal"), Cell("launcher", "SIGTERM", "lora", 1, "seal")]

@@ -67,6 +67,7 @@ def command(args: TracesArguments) -> list[str]:
     return [sys.executable, "-m", "abscot_trl.scripts.traces", *flags]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(arguments, whole, monkeypatch):
     """SIGKILL twice in the middle: no row is sampled again, and the file is the same, byte by byte."""
     parts, seen = Path(arguments.output_dir + ".parts"), 0
@@ -109,6 +110,7 @@ def shutil_free(parts: Path, monkeypatch) -> dict[str, int]:
     return times
 
 
+@pytest.mark.slow
 def test_shards_join_to_the_same_file(arguments, whole):
     """Three shards one after another; the last one joins. Then three at once."""
     for index in (2, 1):
@@ -260,6 +262,7 @@ def test_bad_fields_are_refused(fields, words):
         TracesArguments("model", "data", "out", **fields)
 
 
+@pytest.mark.slow
 def test_data_parallel_processes_of_vllm(arguments, checkpoint, prepared, monkeypatch):
     """Two vLLM engines share the rows (`data_parallel_size`); greedy, so the traces are transformers'."""
     if not (find_spec("vllm") and torch.version.cuda is None):

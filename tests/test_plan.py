@@ -126,6 +126,7 @@ def test_disk_is_what_stages_write(checkpoint, tmp_path):
     assert stage_disk("merge", merge) == pytest.approx(size(tmp_path / "merged"), rel=0.2)
 
 
+@pytest.mark.slow
 def test_steps_of_packed_rows_are_those_of_a_run(checkpoint, tmp_path):
     """CoTs of 2 to 24 lines in packs of 160 tokens: what a plan counts from the prepared rows, and the trainer."""
     examples = [e for steps in (2, 3, 5, 9, 16, 24) for e in chain_arithmetic(20, steps, 5, seed=0)]

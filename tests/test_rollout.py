@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from abscot_trl.traces.server import check_server
 from abscot_trl.vocabulary import AbstractVocabulary
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder: Path, job: str, *args, launcher=()) -> dict:
     """`job(*args)` in a process of its own, or in those of a launcher."""

@@ -77,6 +77,7 @@ def arguments(checkpoint, tmp_path):
     return EvaluateArguments(**fields)
 
 
+@pytest.mark.slow
 def test_killed_over_and_over(arguments, tmp_path):
     """SIGKILL four times: finished parts are never made again, and the files are those of an undisturbed run."""
     evaluate(replace(arguments, output_dir=str(tmp_path / "whole")))

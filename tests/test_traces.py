@@ -35,10 +35,8 @@ def policy(checkpoint):
 def prefixes(tokenizer, n: int) -> list[list[int]]:
     """Prompts, every other one with its CoT: lengths vary."""
     rows = chain_arithmetic(n, 4, 5, seed=0)
-    return [
-        prompt_ids(r.prompt, tokenizer) + (cot_columns(r.cot, tokenizer)["cot_ids"] if i % 2 else [])
-        for i, r in enumerate(rows)
-    ]
+    cots = [cot_columns(row.cot, tokenizer)["cot_ids"] if i % 2 else [] for i, row in enumerate(rows)]
+    return [prompt_ids(row.prompt, tokenizer) + cot for row, cot in zip(rows, cots, strict=True)]
 
 
 def test_thousands_of_traces_are_legal(policy):

@@ -45,11 +45,8 @@ def given(checkpoint):
     """500 prefixes of mixed lengths, one of them empty."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     rows = [e for steps in (2, 4, 8) for e in chain_arithmetic(167, steps, 5, seed=0)][:499]
-    ids = [
-        prompt_ids(r.prompt, tokenizer) + (cot_columns(r.cot, tokenizer)["cot_ids"] if i % 3 else [])
-        for i, r in enumerate(rows)
-    ]
-    return [[], *ids]
+    cots = [cot_columns(row.cot, tokenizer)["cot_ids"] if i % 3 else [] for i, row in enumerate(rows)]
+    return [[], *(prompt_ids(row.prompt, tokenizer) + cot for row, cot in zip(rows, cots, strict=True))]
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ def traces(path) -> list[dict]:
     return [json.loads(line) for line in (Path(path) / "traces.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_rounds_with_lora(toy, tmp_path, capsys):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), LORA)
     results = warmup(WarmupArguments(**fields))
@@ -391,6 +392,7 @@ def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):
         parse((WarmupArguments,), ["--config", str(tmp_path / "warmup.yaml")])
 
 
+@pytest.mark.slow
 def test_a_process_a_phase(toy, tmp_path):
     """The same stages launched: accelerate for the training phases, python for the others; same traces as inline."""
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
@@ -411,6 +413,7 @@ CHAT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real rows are not at {REAL}")
 def test_one_round_on_real_rows(tmp_path):
     """Dolci's schema with all its odd shapes, and MATH; a tiny random Qwen3; MATH-500 graded. No accuracy expected."""

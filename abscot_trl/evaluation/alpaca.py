@@ -169,10 +169,10 @@ def alpaca(args: AlpacaArguments) -> list[dict]:
     with written_whole(args.output_dir) as folder:
         work = run_alpaca_eval(args, row["model"])
         with open(work / "leaderboard.csv", newline="") as file:
-            found = next(line for line in csv.DictReader(file) if line[""] == row["model"])
-        rates = {key: float(found[key]) for key in ("win_rate", "standard_error", "lc_standard_error")}
-        rate = float(found["length_controlled_winrate"])
-        row |= {"n": int(float(found["n_total"])), "metric": "lc_win_rate", "judge": args.judge_model}
+            figures = next(line for line in csv.DictReader(file) if line[""] == row["model"])
+        rates = {key: float(figures[key]) for key in ("win_rate", "standard_error", "lc_standard_error")}
+        rate = float(figures["length_controlled_winrate"])
+        row |= {"n": int(float(figures["n_total"])), "metric": "lc_win_rate", "judge": args.judge_model}
         row |= {"accuracy": rate, "ci95": interval(rate, rates["lc_standard_error"]), "win_rate": rates["win_rate"]}
         row["win_rate_ci95"] = interval(rates["win_rate"], rates["standard_error"])
         for name in ("leaderboard.csv", "annotations.json"):

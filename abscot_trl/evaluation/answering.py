@@ -182,10 +182,10 @@ class Answerer:
             own = self.own(mode)[sample :: self.args.samples]
             seed = [self.args.seed, sample] if sample else self.args.seed
             if mode == "abstract":
-                found = swap_traces([record["trace"] for record in own], swap, self.vocabulary.size, seed)
+                replacements = swap_traces([record["trace"] for record in own], swap, self.vocabulary.size, seed)
             else:
-                found = swap_steps([record["response"] for record in own], swap, self.tokenizer, seed)
-            swapped |= {(problem, sample): each for problem, each in enumerate(found)}
+                replacements = swap_steps([record["response"] for record in own], swap, self.tokenizer, seed)
+            swapped |= {(problem, sample): each for problem, each in enumerate(replacements)}
         return swapped
 
     def _traces(self, rows: list[Row]) -> list[list[int]]:

@@ -115,11 +115,11 @@ def _records(
     """Of each row of `span` its shortest right response, or why it has none, in order."""
     problems, k = {}, args.samples
     for i, row in zip(span, part.select(span), strict=True):
-        found = _problem(row, args.instruction)
-        ids = [] if isinstance(found, str) else prompt_ids(found[0], tokenizer)
+        problem = _problem(row, args.instruction)
+        ids = [] if isinstance(problem, str) else prompt_ids(problem[0], tokenizer)
         if len(ids) + args.max_new_tokens > sampler.positions:
-            found = "prompt_too_long"
-        problems[i] = found if isinstance(found, str) else (row["id"], *found[1:], ids)
+            problem = "prompt_too_long"
+        problems[i] = problem if isinstance(problem, str) else (row["id"], *problem[1:], ids)
     asked = [i for i in span if not isinstance(problems[i], str)]
     bar.update(k * (len(span) - len(asked)))
     outputs = asked and sampler.answer(
@@ -132,9 +132,9 @@ def _records(
     )
     for n, i in enumerate(asked):
         id, prompt, gold, _ = problems[i]
-        found = shortest_right(outputs[k * n : k * n + k], gold, tokenizer, grade)
-        problems[i] = found if isinstance(found, str) else {"id": id, "prompt": prompt, "gold": gold} | found
-    return [{"dropped": found} if isinstance(found, str) else found for found in problems.values()]
+        outcome = shortest_right(outputs[k * n : k * n + k], gold, tokenizer, grade)
+        problems[i] = outcome if isinstance(outcome, str) else {"id": id, "prompt": prompt, "gold": gold} | outcome
+    return [{"dropped": outcome} if isinstance(outcome, str) else outcome for outcome in problems.values()]
 
 
 def make_concise(args: ConciseArguments) -> dict:

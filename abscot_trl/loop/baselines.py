@@ -107,12 +107,12 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
     recipes = {phase: read_yaml(getattr(args, phase)) for phase in ("bottleneck", "evaluate")}
     check_fields(recipes["bottleneck"], PHASES["baseline"].classes, args.bottleneck)
     check_fields(recipes["evaluate"], PHASES["evaluate"].classes, args.evaluate)
-    run, found = Path(args.run_dir), []
+    run, stages = Path(args.run_dir), []
     splits = str(run / "splits.json")
     steps = warmup_steps(args) if args.names != ["base"] else 0
 
     def add(name: str, phase: str, output: Path, settings: dict) -> str:
-        found.append(Stage(name, phase, settings | {"output_dir": str(output)}))
+        stages.append(Stage(name, phase, settings | {"output_dir": str(output)}))
         return str(output)
 
     for name in (name for name in NAMES if name in args.names):
@@ -143,7 +143,7 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
             evaluation = evaluation | {"max_new_tokens": args.verbal_tokens}
         evaluation = evaluation | {"model": model, "name": name, "modes": [mode]}
         add(f"{name}/evaluate", "evaluate", folder / "evaluate", evaluation)
-    return found
+    return stages
 
 
 def collect_baselines(run_dir: str | Path) -> list[dict]:

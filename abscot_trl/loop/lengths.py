@@ -47,7 +47,7 @@ def check_lengths(
     Raises:
         Refused: rows that it refuses however short their traces are.
     """
-    found, traces = [], {}
+    warnings, traces = [], {}
     for stage in todo:
         if stage.phase == "traces":
             traces = stage.settings
@@ -73,13 +73,13 @@ def check_lengths(
                 f"are (the longest has {least.max()} tokens or more); {remedy}"
             )
         if possible and drops:
-            found.append(f"{stage.name}: max_length {longest} drops {sure} to {possible} of {n} rows")
+            warnings.append(f"{stage.name}: max_length {longest} drops {sure} to {possible} of {n} rows")
         elif possible:
-            found.append(
+            warnings.append(
                 f"{stage.name}: max_length {longest} is shorter than {possible} of {n} rows, and they are refused, if "
                 f"their traces have m_max {m_max} tokens; {remedy}"
             )
-    return found
+    return warnings
 
 
 def _positions(model: str, engine: dict | None) -> float:

@@ -210,20 +210,22 @@ def _training(stage: Stage, setting: Setting) -> dict:
 
 def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
     """What makes no sense in a training recipe."""
-    found, phase, rate = [], line["phase"], recipe.get("learning_rate", 2e-5)
+    warnings, phase, rate = [], line["phase"], recipe.get("learning_rate", 2e-5)
     lora = bool(recipe.get("use_peft"))
     if lora and rate <= 2e-5:
-        found.append(f"{phase}: learning_rate {rate} is one of full fine-tuning; LoRA wants about 1.0e-4")
+        warnings.append(f"{phase}: learning_rate {rate} is one of full fine-tuning; LoRA wants about 1.0e-4")
     if not lora and rate >= 5e-5:
-        found.append(f"{phase}: learning_rate {rate} is one of LoRA; full fine-tuning wants about 1.0e-5")
+        warnings.append(f"{phase}: learning_rate {rate} is one of LoRA; full fine-tuning wants about 1.0e-5")
     if lora and setting.zero == 3:
-        found.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")
+        warnings.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")
     if recipe.get("warmup_steps", 0) >= max(line["steps"], 1):
-        found.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {line['steps']} steps")
+        warnings.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {line['steps']} steps")
     if line["memory"] > setting.gpu_gb * 1e9:
         memory = line["memory"] / GIB
-        found.append(f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.gpu_gb} GB; more GPUs, ZeRO or LoRA")
-    return found
+        warnings.append(
+            f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.gpu_gb} GB; more GPUs, ZeRO or LoRA"
+        )
+    return warnings
 
 
 def _disk(table: list[dict]) -> int:
@@ -242,18 +244,18 @@ def _disk_warnings(args: PlanArguments, table: list[dict]) -> list[str]:
 
 
 def _data_warnings(args: PlanArguments, setting: Setting) -> list[str]:
-    found, needed = [], len(PARTS) * args.rounds * args.rows_per_phase
+    warnings, needed = [], len(PARTS) * args.rounds * args.rows_per_phase
     m_max, cot, counts = setting.vocabulary.m_max, setting.lengths["cot"].mean(), setting.counts
     if m_max > cot:
-        found.append(f"m_max {m_max} is over the CoT's {cot:.0f} tokens: a trace should be shorter")
+        warnings.append(f"m_max {m_max} is over the CoT's {cot:.0f} tokens: a trace should be shorter")
     if counts and counts["rows_kept"] < needed:
-        found.append(
+        warnings.append(
             f"{needed} rows are needed (2 x {args.rounds} x {args.rows_per_phase}), {counts['rows_kept']} kept"
         )
-    return found
+    return warnings
 
 
-def describe_plan(found: dict) -> str:
+def describe_plan(planned: dict) -> str:
     """The plan as a Markdown table, a stage a line, with totals, assumptions and warnings."""
     header = "| stage | rows | steps | tokens | trained | GiB a GPU | disk GiB | hours |"
     lines = [header, "|---|" + "---:|" * 7]
@@ -261,7 +263,7 @@ def describe_plan(found: dict) -> str:
     def number(value, unit=1.0, digits=0) -> str:
         return "" if value is None else f"{value / unit:,.{digits}f}"
 
-    for line in found["stages"]:
+    for line in planned["stages"]:
         steps = ("~" if line.get("packed") else "") + number(line.get("steps"))
         cells = [
             line["name"],
@@ -272,11 +274,11 @@ def describe_plan(found: dict) -> str:
         cells += [number(line.get("trained"), 1e6, 1) + "M" * ("trained" in line), number(line.get("memory"), GIB, 1)]
         cells += [number(line.get("disk"), GIB, 2), number(line.get("hours"), 1, 2)]
         lines.append("| " + " | ".join(cells) + " |")
-    steps = sum(line.get("steps", 0) for line in found["stages"])
-    tokens = sum(line.get("tokens", 0) for line in found["stages"] if line["phase"] in TRAINING)
-    hours = sum(line.get("hours", 0) for line in found["stages"])
-    disk = _disk(found["stages"]) / GIB
+    steps = sum(line.get("steps", 0) for line in planned["stages"])
+    tokens = sum(line.get("tokens", 0) for line in planned["stages"] if line["phase"] in TRAINING)
+    hours = sum(line.get("hours", 0) for line in planned["stages"])
+    disk = _disk(planned["stages"]) / GIB
     lines.append(f"| total |  | {steps:,} | {tokens / 1e6:,.0f}M trained |  |  | {disk:,.0f} | {hours:,.1f} |")
-    lines += ["", *(f"- {sentence}" for sentence in found["assumptions"])]
-    lines += [f"- WARNING: {sentence}" for sentence in found["warnings"]]
+    lines += ["", *(f"- {sentence}" for sentence in planned["assumptions"])]
+    lines += [f"- WARNING: {sentence}" for sentence in planned["warnings"]]
     return "\n".join(lines)

@@ -48,21 +48,21 @@ def models(run: Path) -> list[tuple[str, Path]]:
     Raises:
         Refused: no stage of the run is done.
     """
-    found: list[tuple[str, Path]] = []
+    finished: list[tuple[str, Path]] = []
     for folder in rounds(run):
         for phase in ("bottleneck", "distill"):
             if not (folder / phase / MANIFEST).is_file():
                 continue
-            if not found:
+            if not finished:
                 settings = read_manifest(folder / phase, "settings")["settings"]
-                found.append(("base", Path(settings["model_name_or_path"])))
+                finished.append(("base", Path(settings["model_name_or_path"])))
             adapter = (folder / phase / "adapter_config.json").is_file()
             model = folder / f"{phase}-merged" if adapter else folder / phase
             if (model / MANIFEST).is_file():
-                found.append((f"{folder.name}/{phase}", model))
-    if not found:
+                finished.append((f"{folder.name}/{phase}", model))
+    if not finished:
         raise Refused(f"{run}: no model of a warm-up is done there; run `abscot warmup` first")
-    return found
+    return finished
 
 
 def sweep_stages(args: SweepArguments) -> list[Stage]:

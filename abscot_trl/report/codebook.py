@@ -105,13 +105,13 @@ def mutual_information(first: list, second: list, permutations: int = 100, seed:
         few = size * (int(a.max()) + 1) < 10 * len(a) + 10_000
         return apart - entropy(np.bincount(pairs) if few else np.unique(pairs, return_counts=True)[1])
 
-    rng, found = np.random.default_rng(seed), information(b)
+    rng, observed = np.random.default_rng(seed), information(b)
     shuffled = np.array([information(rng.permutation(b)) for _ in range(permutations)])
     return {
-        "information": max(0.0, found),
+        "information": max(0.0, observed),
         "baseline": float(shuffled.mean()),
         "baseline_high": float(np.quantile(shuffled, 0.95)),
-        "p": float((1 + (shuffled >= found - 1e-12).sum()) / (1 + permutations)),
+        "p": float((1 + (shuffled >= observed - 1e-12).sum()) / (1 + permutations)),
         "n": len(first),
     }
 

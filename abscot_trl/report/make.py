@@ -56,14 +56,14 @@ def _png(figure) -> bytes:
     return buffer.getvalue()
 
 
-def _markdown(title: str, command: str, found: list[dict], parts: list[dict]) -> str:
+def _markdown(title: str, command: str, judged: list[dict], parts: list[dict]) -> str:
     lines = [
         f"# {escaped(title)}",
         "",
         f"Made by `{_plain(command)}`; the answers one by one: [report.html](report.html).",
         "",
     ]
-    for v in found:
+    for v in judged:
         own, (low, high) = v["own"], v["own"]["ci95"]
         about = f"{own['accuracy']:.1f} [{low:.1f}, {high:.1f}] in {own['tokens']:.1f} tokens a problem"
         about = "; ".join(filter(None, [about, v["cost"], v["numbers"] and f"after {v['numbers']}", v["remark"]]))
@@ -127,7 +127,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         for name, run in runs.items()
         for folder in warmups(run)
     }
-    summaries = {name: found for name, folder in trained.items() if (found := over_training(folder))}
+    summaries = {name: stages for name, folder in trained.items() if (stages := over_training(folder))}
     main = [row for row in results if not row.get("stage")] or results
     sweeps = [
         {**row, "sweep": name}
@@ -144,12 +144,12 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         sections.published_section(main),
         sections.settings_section(runs),
     ]
-    parts, found = [part for part in parts if part], verdicts(main)
+    parts, judged = [part for part in parts if part], verdicts(main)
     output = Path(args.output_dir) if args.output_dir else folders[0] / "report"
     command = command or f"abscot report --runs {' '.join(args.runs)}"
     figures = {f"{name}.png": _png(figure) for part in parts for name, (figure, _) in part["figures"].items()}
-    text = _markdown(args.title, command, found, parts)
-    html = page(args.title, command, found, parts, browser(groups))
+    text = _markdown(args.title, command, judged, parts)
+    html = page(args.title, command, judged, parts, browser(groups))
     write_own(output, figures | {"report.md": text.encode(), "report.html": html.encode()})
     print(results_table(results))  # noqa: T201
     return output / "report.md"

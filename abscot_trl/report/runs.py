@@ -47,8 +47,8 @@ class Group:
         for folder in self.source.parents:
             if not folder.is_relative_to(run):
                 break
-            found = [folder / FILE_NAME, *sorted(folder.glob(f"*/{FILE_NAME}"))]
-            for path in (path for path in found if path.is_file()):
+            candidates = [folder / FILE_NAME, *sorted(folder.glob(f"*/{FILE_NAME}"))]
+            for path in (path for path in candidates if path.is_file()):
                 settings = read_json(path, "run `abscot init` again", "size", "m_min", "m_max")
                 settings = [settings[key] for key in ("size", "m_min", "m_max")]
                 if not all(type(value) is int and value <= CODEBOOK_LIMIT for value in settings):
@@ -122,12 +122,12 @@ def read_answers(run: str | Path) -> list[Group]:
                 groups[key] = Group(label, *key[1:], path, {})
             records = groups[key].records.setdefault(record["swap"], {})
             records[str(record["id"]), record.get("sample", 0)] = record
-    found = [group for group in groups.values() if "own" in group.records]
-    names = [(group.label, group.task, group.mode) for group in found]
-    for group, name in zip(found, names, strict=True):
+    complete = [group for group in groups.values() if "own" in group.records]
+    names = [(group.label, group.task, group.mode) for group in complete]
+    for group, name in zip(complete, names, strict=True):
         if names.count(name) > 1:
             group.label += f" [{group.source.parent.relative_to(run)}]"
-    return found
+    return complete
 
 
 def warmups(run: str | Path) -> list[Path]:
@@ -138,21 +138,21 @@ def warmups(run: str | Path) -> list[Path]:
 
 def rounds(warmup: Path) -> list[Path]:
     """The folders of a warm-up's rounds in order; another name (`round1-old`) is none."""
-    found = [path for path in warmup.glob("round*") if path.name.removeprefix("round").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("round")))
+    folders = [path for path in warmup.glob("round*") if path.name.removeprefix("round").isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("round")))
 
 
 def over_training(warmup: str | Path) -> list[dict]:
     """The summaries of a warm-up's trace stages in order, each with its `stage`; none where there is no warm-up."""
     numbers = ("traces", "distinct", "tokens_used", "token_entropy", "token_entropy_uniform")
-    found, remedy = [], "make these traces again"
+    summaries, remedy = [], "make these traces again"
     for path in (path for folder in rounds(Path(warmup)) for path in sorted(folder.glob("*-traces/summary.json"))):
         summary = read_json(path, remedy, *numbers, "token_counts")
         whole = all(is_number(summary[key], 0, 1e12) for key in numbers) and summary["traces"] >= 1
         if not whole or not isinstance(summary["token_counts"], list) or not summary["token_counts"]:
             raise Refused(f"{path} is damaged (no counts of traces); {remedy}")
-        found.append(summary | {"stage": f"{path.parents[1].name}/{path.parent.name}"})
-    return found
+        summaries.append(summary | {"stage": f"{path.parents[1].name}/{path.parent.name}"})
+    return summaries
 
 
 def read_losses(warmup: Path) -> dict[str, list[dict]]:

@@ -37,8 +37,8 @@ def results_section(results: list[dict], chance: float | None) -> dict:
 
 
 def swaps_section(results: list[dict]) -> dict | None:
-    found = comparisons(results)
-    if not found:
+    compared = comparisons(results)
+    if not compared:
         return None
     header = [
         "model",
@@ -59,14 +59,14 @@ def swaps_section(results: list[dict]) -> dict | None:
             str(c["row"]["n"]),
             *(f"{100 * c['row'][k]:.0f} %" if c["row"].get(k) is not None else "" for k in ("changed", "swapped")),
         ]
-        for c in found
+        for c in compared
     ]
     words = (
         "Each row answers the same problems after another trace: the difference is its accuracy less that after the "
         "model's own. Not paired: from the two rows' own intervals (Newcombe), wider than it need be. "
-        f"{measured([c['row'] for c in found])}."
+        f"{measured([c['row'] for c in compared])}."
     )
-    figure = plots.swap_differences(found), f"Difference to the own trace, 95 % intervals. {measured(results)}."
+    figure = plots.swap_differences(compared), f"Difference to the own trace, 95 % intervals. {measured(results)}."
     return _section("Swaps", words, {"swap_differences": figure}, [_table("", header, rows)])
 
 
@@ -130,16 +130,16 @@ def codebook_section(groups: list[tuple[Path, str, Group]], trained: dict[str, l
     return _section("Codebook", words, figures, [_table("", header, rows)] if rows else []) if figures else None
 
 
-def training_section(found: dict[str, Path]) -> dict | None:
+def training_section(trained: dict[str, Path]) -> dict | None:
     figures, tables = {}, []
-    for name, folder in found.items():
+    for name, folder in trained.items():
         logs = read_losses(folder)
         if logs:
             points = sum(map(len, logs.values()))
             caption = f"Losses and learning rate of {name} as logged, {points} points of one run, no interval."
             figures["losses_" + re.sub(r"\W+", "_", name)] = plots.losses(logs), caption
         tables.append(_table(f"Wall time, {name}", *read_wall_times(folder)))
-    return _section("Training", "", figures, tables) if found else None
+    return _section("Training", "", figures, tables) if trained else None
 
 
 def published_section(results: list[dict]) -> dict | None:

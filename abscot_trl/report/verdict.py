@@ -38,14 +38,14 @@ def _key(row: dict) -> tuple:
 def comparisons(results: list[dict]) -> list[dict]:
     """Each swapped row beside its own: `model` (label), `task`, `swap`, `difference`, `interval`, `paired`, `row`."""
     own = {_key(row): row for row in results if row["swap"] == "own"}
-    found = []
+    compared = []
     for row in results:
         if row["swap"] != "own" and _key(row) in own:
             points, interval, paired = difference(row, own[_key(row)])
             name = label(row) + ("" if row["mode"] == "abstract" else f" ({row['mode']})")
-            found.append({"model": name, "task": row.get("task", ""), "swap": row["swap"], "row": row})
-            found[-1] |= {"difference": points, "interval": interval, "paired": paired}
-    return found
+            compared.append({"model": name, "task": row.get("task", ""), "swap": row["swap"], "row": row})
+            compared[-1] |= {"difference": points, "interval": interval, "paired": paired}
+    return compared
 
 
 def _level(by_swap: dict[str, dict]) -> str:
@@ -66,7 +66,7 @@ def _level(by_swap: dict[str, dict]) -> str:
 def _beside(own: dict, results: list[dict]) -> list[tuple[dict, str]]:
     """The best verbal and the best direct row of the same task, each with what it takes beside `own`, in words."""
     same = [row for row in results if row.get("task") == own.get("task") and row["swap"] == "own"]
-    found = []
+    best = []
     for mode in ("verbal", "direct"):
         row = max((row for row in same if row["mode"] == mode), key=lambda row: row["accuracy"], default=None)
         if row is not None:
@@ -76,8 +76,8 @@ def _beside(own: dict, results: list[dict]) -> list[tuple[dict, str]]:
             )
             words += f"points [{low:+.1f}, {high:+.1f}]"
             words += f" at {own['tokens'] / row['tokens']:.2f} times its tokens" if row["tokens"] else ""
-            found.append((row, words))
-    return found
+            best.append((row, words))
+    return best
 
 
 def verdicts(results: list[dict]) -> list[dict]:
@@ -90,7 +90,7 @@ def verdicts(results: list[dict]) -> list[dict]:
         row it was first set beside, or `None`), `comparisons`. Content is what `other` tests: traces as the model
         writes them, but of another problem.
     """
-    found = []
+    judged = []
     for own in (row for row in results if row["mode"] == "abstract" and row["swap"] == "own"):
         mine = [c for c in comparisons(results) if _key(c["row"]) == _key(own) and c["swap"] in SWAPS]
         by_swap = {c["swap"]: c for c in mine}
@@ -101,7 +101,7 @@ def verdicts(results: list[dict]) -> list[dict]:
             f"the traces are much alike: another problem's differs in {100 * share:.0f} % of cases" if alike else ""
         )
         beside = _beside(own, results)
-        found.append(
+        judged.append(
             {
                 "model": label(own),
                 "task": own.get("task", ""),
@@ -119,16 +119,16 @@ def verdicts(results: list[dict]) -> list[dict]:
                 "comparisons": mine,
             }
         )
-    return found
+    return judged
 
 
 def measured(rows: list[dict]) -> str:
     """How the figures of `rows` came about: n, samples, seeds, decoding."""
 
     def values(name: str) -> str:
-        found = [row["decoding"].get(name) for row in rows if row.get("decoding")]
-        found = sorted({value for value in found if value is not None}, key=lambda value: (str(type(value)), value))
-        return ", ".join(map(str, found))
+        given = [row["decoding"].get(name) for row in rows if row.get("decoding")]
+        given = sorted({value for value in given if value is not None}, key=lambda value: (str(type(value)), value))
+        return ", ".join(map(str, given))
 
     parts = [f"n = {', '.join(map(str, sorted({row['n'] for row in rows})))}"]
     samples = sorted({row.get("samples", 1) for row in rows})

@@ -131,8 +131,8 @@ def make_traces(args: TracesArguments) -> dict:
         else:
             rng, size, m_max = np.random.default_rng(args.seed), vocabulary.size, vocabulary.m_max
             traces = [initial.random_trace(args.method, lengths, size, m_max, rng) for lengths in part["step_lengths"]]
-        found = zip(rows, part["id"], traces, strict=True)
-        records = ({"row": row, "id": id, "trace": trace} for row, id, trace in found)
+        made = zip(rows, part["id"], traces, strict=True)
+        records = ({"row": row, "id": id, "trace": trace} for row, id, trace in made)
         return _write(args, folder, vocabulary, records, len(rows))
 
 

@@ -185,8 +185,8 @@ class EngineTraceSampler:
         parameters = [
             trace_parameters(self.codebook, self.end, m_max, m_min, temperature, row_seed(seed, row)) for row in rows
         ]
-        found = self._complete([[*prefix, self.begin] for prefix in prefixes], parameters, bar)
-        return [to_trace(ids, logps, self.end, m_max) for ids, logps in found]
+        completions = self._complete([[*prefix, self.begin] for prefix in prefixes], parameters, bar)
+        return [to_trace(ids, logps, self.end, m_max) for ids, logps in completions]
 
     def answer(
         self,
@@ -200,8 +200,8 @@ class EngineTraceSampler:
         top_k: int = 0,
     ) -> list[Continuation]:
         """Unconstrained decoding after each prefix: arguments, result and errors as in [`HFTraceSampler.answer`]."""
-        found = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
-        return [Continuation.until(ids, self.stops) for ids, _ in found]
+        completions = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
+        return [Continuation.until(ids, self.stops) for ids, _ in completions]
 
     def complete_answers(
         self,
@@ -227,9 +227,9 @@ class EngineTraceSampler:
     def _complete(self, prompts: list[list[int]], parameters: list[dict], bar: tqdm | None) -> Completions:
         """Longest first: trouble with memory shows at once, and no long row is left for the end."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        found = self.complete([prompts[i] for i in order], [parameters[i] for i in order], bar) if order else []
+        completions = self.complete([prompts[i] for i in order], [parameters[i] for i in order], bar) if order else []
         results: Completions = [None] * len(prompts)
-        for i, completion in zip(order, found, strict=True):
+        for i, completion in zip(order, completions, strict=True):
             results[i] = completion
         return results
 

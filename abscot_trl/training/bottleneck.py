@@ -166,7 +166,7 @@ class BottleneckSFTTrainer(SFTTrainer):
                 num_proc=args.dataset_num_proc,
                 desc="measuring rows",
             )["lengths"][:]
-        documents = [(i, k) for i, found in enumerate(lengths) for k in range(len(found))]
+        documents = [(i, k) for i, row in enumerate(lengths) for k in range(len(row))]
         sizes = [lengths[i][k] for i, k in documents]
         fitting = [n for n, size in enumerate(sizes) if size <= args.max_length]
         overlong = len(sizes) - len(fitting)

@@ -31,8 +31,8 @@ torch.serialization.register_package(
 
 def sealed_checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of an unfinished phase, oldest first."""
-    found = [seal.parent for seal in Path(output_dir).glob(f"checkpoint-*/{SEAL}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    sealed = [seal.parent for seal in Path(output_dir).glob(f"checkpoint-*/{SEAL}")]
+    return sorted(sealed, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def remove_checkpoint(path: Path) -> None:
