@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.errors import Refused
+from abscot_trl.storage import read_json
 
 FILE_NAME = "abstract_vocabulary.json"
 
@@ -134,8 +135,5 @@ class AbstractVocabulary:
             raise Refused(f"{folder} is an adapter; run `abscot merge --adapter {folder} --output_dir ..` first")
         if not path.is_file():
             raise Refused(f"{path} is missing: not an extended checkpoint; run `abscot init` first")
-        try:
-            settings = json.loads(path.read_text())
-            return cls(settings["size"], settings["m_min"], settings["m_max"])
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise Refused(f"{path} is damaged ({error}); run `abscot init` again") from error
+        settings = read_json(path, "run `abscot init` again", size=int, m_min=int, m_max=int)
+        return cls(settings["size"], settings["m_min"], settings["m_max"])

@@ -23,7 +23,7 @@ from abscot_trl.data.dolci import data_files, iter_packed
 from abscot_trl.data.rows import FEATURES, KEPT
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
 from abscot_trl.errors import Refused
-from abscot_trl.storage import files_digest, read_json
+from abscot_trl.storage import check_folder, files_digest, read_json
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COUNTS_FILE = "counts.json"
@@ -53,6 +53,7 @@ def prepare(args: DataArguments) -> dict[str, Any]:
             a process died, or another preparation works on the same output.
     """
     output = Path(args.output_dir)
+    check_folder(output)
     if output.exists():
         raise Refused(f"{output} exists already; remove it or choose another output_dir")
     vocabulary = AbstractVocabulary.load(args.tokenizer)
@@ -170,7 +171,8 @@ def load_prepared(
     counts = read_json(path / COUNTS_FILE, remedy, "rows_kept", "lengths")
     try:
         data = datasets.load_from_disk(path)
-    except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's own are ValueErrors and OSErrors
+        data.data.table.validate(full=True)  # a row that began beyond the file's end would end this process
+    except Exception as error:  # whatever damaged bytes lead to
         raise Refused(f"{path} is damaged ({error}); {remedy}") from error
     if missing := [name for name in FEATURES if name not in data.column_names]:
         raise Refused(f"{path} lacks {', '.join(missing)}: an earlier version made it; {remedy}")

@@ -22,7 +22,7 @@ from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import describe_answers, summarise
 from abscot_trl.examples import Example
-from abscot_trl.storage import Parts, at_work, phase_settings, written_whole
+from abscot_trl.storage import Parts, at_work, check_folder, phase_settings, written_whole
 from abscot_trl.traces.backends import load_sampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -166,6 +166,7 @@ def evaluate(args: EvaluateArguments) -> list[dict]:
         Refused: `output_dir` is there already;
             problems or settings that do not fit, or parts that were begun with other settings.
     """
+    check_folder(args.output_dir)
     vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
     problems = load_problems(args.problems, args.problems_split, args.problems_config, args.limit)
     tokenizer = load_tokenizer(args.model)

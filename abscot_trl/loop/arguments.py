@@ -72,6 +72,8 @@ class RunArguments(DriverOptions):
     def __post_init__(self):
         for phase in ("bottleneck", "distill", "evaluate"):
             path = getattr(self, phase)
+            if path == "":
+                raise Refused(f"{phase} names no recipe")
             setattr(self, phase, path and path.replace("{tuning}", self.tuning))
         if not 0 <= self.rehearsal < math.inf:
             raise Refused(f"rehearsal {self.rehearsal} must be finite and not negative")

@@ -194,8 +194,6 @@ def read_settings(run: str | Path) -> dict[str, dict]:
         name = "" if warmup == Path(run) else f"{warmup.name}: "
         for path in (path for folder in rounds(warmup) for path in sorted(folder.glob(f"*/{MANIFEST}"))):
             record = read_manifest(path.parent, "phase", "settings")
-            if not isinstance(record["phase"], str) or not isinstance(record["settings"], dict):
-                raise Refused(f"{path} is damaged (phase, settings); remove {path.parent} and run the stage again")
             settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
             phases.setdefault(name + record["phase"], []).append(settings)
     return {

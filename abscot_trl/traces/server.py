@@ -116,9 +116,14 @@ def check_server(client, end: int, end_text: str) -> None:
     Raises:
         Refused: as in [`ServerTraceSampler`].
     """
+    import requests
+
     forced = {"allowed_token_ids": [end], "max_tokens": 1, "logprobs": 0, "skip_special_tokens": False}
     body = {"model": client.model, "prompt": [end], **forced}
-    response = client.session.post(f"{client.base_url}/v1/completions", json=body, timeout=PATIENCE)
+    try:
+        response = client.session.post(f"{client.base_url}/v1/completions", json=body, timeout=PATIENCE)
+    except requests.RequestException as error:  # it is tried again first
+        raise Refused(f"{client.base_url} does not answer ({error!s:.300}); mend it, or name another") from error
     if not response.ok:
         raise Refused(
             f"{client.base_url} serves {client.model}, which does not take token {end} ({response.text:.300}): "
