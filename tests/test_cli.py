@@ -258,7 +258,7 @@ def test_a_mistake_is_one_line(command, words, mistaken, checkpoint, tmp_path, r
 def test_a_server_that_is_not_there_is_one_line(prepared, checkpoint, tmp_path, run):
     arguments = ["--model", checkpoint, "--data", prepared / "data", "--output_dir", tmp_path / "out"]
     code = run("traces", *arguments, "--backend", "server", "--server", "http://127.0.0.1:9")
-    assert code.startswith("abscot traces: server: no `vllm serve` answers at http://127.0.0.1:9 (")
+    assert code.startswith("abscot traces: no vLLM server answers at http://127.0.0.1:9 (")
     assert not list(tmp_path.glob("*.txt"))
 
 

@@ -171,7 +171,7 @@ def load_prepared(
     counts = read_json(path / COUNTS_FILE, remedy, "rows_kept", "lengths")
     try:
         data = datasets.load_from_disk(path)
-        data.data.table.validate(full=True)  # a row that began beyond the file's end would end this process
+        data.data.validate(full=True)  # a row that began beyond the file's end would end this process
     except Exception as error:  # whatever damaged bytes lead to
         raise Refused(f"{path} is damaged ({error}); {remedy}") from error
     if missing := [name for name in FEATURES if name not in data.column_names]:
