@@ -265,7 +265,7 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
         )
     except (ValueError, TypeError, ImportError, OSError) as error:  # of transformers, about the values given
         words = f"{error} in {_short(error.doc)}" if isinstance(error, json.JSONDecodeError) else error
-        raise Refused(f"{', '.join(recipes) or 'command line'}: {words}") from error
+        raise Refused(f"{', '.join(recipes) or 'command line'}: {words!s:.500}") from error
     if unknown:
         names = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)]
         raise Refused(f"command line: unknown {unknown[0]!r}; {_meant(unknown[0].partition('=')[0], names)}")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from abscot_trl.errors import Refused
 
@@ -51,8 +51,15 @@ GRACE_S = 5.0  # what a killed process may take to go
 
 
 def write_whole(path: str | Path, text: str | bytes) -> None:
-    """Write a file so that a kill or a power cut leaves the old one or the new one."""
+    """
+    Write a file so that a kill or a power cut leaves the old one or the new one.
+
+    Raises:
+        Refused: a folder stands there.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise Refused(f"{path} is a folder, where a file is to be written; move it away")
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with open(temporary, "wb") as file:
         file.write(text.encode() if isinstance(text, str) else text)
@@ -147,6 +154,8 @@ def read_json(path: str | Path, remedy: str, *keys: str, **kinds: type) -> dict:
         Refused: it is damaged or lacks one; the message names the file and ends in `remedy`.
     """
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise Refused("it is no file")
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
             raise Refused(f"it holds a {type(content).__name__}, not an object")
@@ -271,12 +280,15 @@ class Parts:
         """Write one part, whole or not at all."""
         write_whole(self.path(number), "".join(json.dumps(record) + "\n" for record in records))
 
-    def records(self, numbers: Iterable[int], sizes: Sequence[int] | None = None) -> Iterator[dict]:
+    def records(
+        self, numbers: Iterable[int], sizes: Sequence[int] | None = None, kinds: dict[str, Any] | None = None
+    ) -> Iterator[dict]:
         """
         The records of the parts `numbers`, in order.
 
         Raises:
-            Refused: a damaged part, or one that does not hold `sizes[number]` records.
+            Refused: a damaged part, or one that does not hold `sizes[number]` records, or whose records have other
+                fields than `kinds`, each of which is a type.
         """
         for number in numbers:
             path = self.path(number)
@@ -284,6 +296,9 @@ class Parts:
                 records = [json.loads(line) for line in path.read_text().splitlines()]
                 if not all(isinstance(record, dict) for record in records):
                     raise Refused("a line is no object")
+                for key, kind in (kinds or {}).items():
+                    if not all(isinstance(record.get(key, ...), kind) for record in records):
+                        raise Refused(f"{key} is missing, or no {kind}")
                 if sizes is not None and len(records) != sizes[number]:
                     raise Refused(f"{len(records)} records, {sizes[number]} were written")
             except (ValueError, RecursionError) as error:

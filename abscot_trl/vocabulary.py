@@ -13,6 +13,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.storage import read_json
 
 FILE_NAME = "abstract_vocabulary.json"
+LARGEST = 2**16  # codebook, and most tokens of a trace
 
 
 def _letters():
@@ -56,6 +57,8 @@ class AbstractVocabulary:
     def __post_init__(self):
         if self.size < 1:
             raise Refused(f"the codebook needs at least one token, got size={self.size}")
+        if max(self.size, self.m_max) > LARGEST:
+            raise Refused(f"size={self.size!s:.20} and m_max={self.m_max!s:.20} may be {LARGEST} at most")
         if not 0 <= self.m_min <= self.m_max or self.m_max < 1:
             raise Refused(
                 f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={self.m_min}, m_max={self.m_max}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -164,11 +165,11 @@ def load_prepared(
             damaged files, or rows that hold the ids of another tokenizer than `tokenizer`.
     """
     path = Path(path)
-    missing = [name for name in (COUNTS_FILE, "state.json") if not (path / name).is_file()]
+    missing = [name for name in (COUNTS_FILE, "state.json") if not os.path.isfile(path / name)]
     if missing:
         raise Refused(f"{path} is not prepared data ({missing[0]} is missing); run `abscot data` first")
     remedy = "prepare the data again (`abscot data`)"
-    counts = read_json(path / COUNTS_FILE, remedy, "rows_kept", "lengths")
+    counts = read_json(path / COUNTS_FILE, remedy, rows_kept=int, lengths=dict)
     try:
         data = datasets.load_from_disk(path)
         data.data.validate(full=True)  # a row that began beyond the file's end would end this process

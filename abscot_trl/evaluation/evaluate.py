@@ -27,6 +27,9 @@ from abscot_trl.traces.backends import load_sampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
 ANSWER_FILE, OUTPUT_FILE, UNGRADED_FILE = "answers.jsonl", "outputs.json", "ungraded.json"
+KINDS = dict.fromkeys(("model", "task", "mode", "swap", "problem", "response"), str)  # of an answer in a part
+KINDS |= dict.fromkeys(("trace_tokens", "answer_tokens", "truncated", "swapped"), int | float)
+KINDS |= {"trace": list, "answer": str | None, "score": int | float | None}
 
 
 def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
@@ -91,7 +94,7 @@ class Evaluation:
     def records(self, mode: str, swap: str) -> list[dict]:
         """The answers of one mode and swap, problem by problem."""
         numbers = [number for number, unit in enumerate(self.units) if unit[:2] == (mode, swap)]
-        return list(self.parts.records(numbers, self.sizes))
+        return list(self.parts.records(numbers, self.sizes, KINDS))
 
     def make(self, load: Callable) -> None:
         """Make the parts that are missing; `load` gives the sampler, and is called only if one is."""
@@ -128,7 +131,7 @@ class Evaluation:
         """Write the answers and their results into `output_dir`, whole; returns the results."""
         results, judged = list(self.results()), kind_of(self.source) == ALPACAEVAL
         with written_whole(self.args.output_dir) as folder:
-            records = list(self.parts.records(range(len(self.units)), self.sizes))
+            records = list(self.parts.records(range(len(self.units)), self.sizes, KINDS))
             (folder / ANSWER_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
             if judged:
                 write_outputs(folder, records, self.problems, results[0])

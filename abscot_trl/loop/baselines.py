@@ -85,6 +85,7 @@ def warmup_steps(args: BaselinesArguments) -> int:
     total, processes = 0, launcher_of(args).get("num_processes", 1)
     for _, phase in phases:
         recipe = read_yaml(getattr(args, phase))
+        check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
         if recipe.get("packing") and recipe.get("max_steps", -1) < 1:
             raise Refused(
                 f"{getattr(args, phase)} packs rows, so its steps are known from a run alone; set warmup to the "

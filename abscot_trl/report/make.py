@@ -103,7 +103,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     """`abscot report`: join the runs, print the table, write `report.md`, its figures and `report.html`."""
     paths = [Path(run) for run in args.runs]
     folders = [path if path.is_dir() else path.parent for path in paths]
-    output = Path(args.output_dir) if args.output_dir else folders[0] / "report"
+    output = Path(args.output_dir) if args.output_dir is not None else folders[0] / "report"
     check_folder(output)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise Refused(f"runs: {' '.join(args.runs)}: one stands twice; name each once")

@@ -112,6 +112,8 @@ def read_answers(run: str | Path) -> list[Group]:
     """
     groups: dict[tuple, Group] = {}
     for path in sorted(Path(run).rglob("answers.jsonl")):
+        if not path.is_file():
+            raise Refused(f"{path} is no file; move it away, or evaluate again")
         if any(part.endswith(".parts") or part == "sweep" for part in path.relative_to(run).parts):
             continue
         rounds = re.findall(r"round(\d+)", str(path.parent.relative_to(run)))
