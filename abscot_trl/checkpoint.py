@@ -26,7 +26,7 @@ from transformers import (
 
 from abscot_trl.attention import check_supported
 from abscot_trl.errors import Refused
-from abscot_trl.storage import written_whole
+from abscot_trl.storage import check_folder, written_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 
 INITIALISATIONS = ("mean+noise", "normal", "zeros")
@@ -214,6 +214,7 @@ def init_checkpoint(args: InitArguments) -> Path:
         Refused: a tokenizer that already holds an abstract token, lacks EOS or one chat template; bad limits;
             the output is there already.
     """
+    check_folder(args.output_dir)
     vocabulary = AbstractVocabulary(args.codebook_size, args.m_min, args.m_max)
     tokenizer = load_tokenizer(args.base_model)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
@@ -271,6 +272,7 @@ def merge_adapter(args: MergeArguments) -> Path:
     Raises:
         Refused: no adapter there.
     """
+    check_folder(args.output_dir)
     if not (Path(args.adapter) / "adapter_config.json").is_file():
         raise Refused(f"{args.adapter} holds no adapter_config.json; full fine-tuning needs no merge")
     try:

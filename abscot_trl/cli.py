@@ -67,21 +67,6 @@ def _machine_refuses() -> Iterator[None]:
         raise Refused(f"{error.filename or 'here'}: {error.strerror}; mend that and run the same command") from error
 
 
-def _check_folder(path: str) -> None:
-    """
-    Raises:
-        Refused: no folder can be made at `path`.
-    """
-    try:
-        there = next(found for found in (Path(path).absolute(), *Path(path).absolute().parents) if found.exists())
-    except (OSError, ValueError) as error:  # too long a name, or one with a null byte
-        raise Refused(f"{path!r:.80} is no name of a folder ({error})") from error
-    if not there.is_dir():
-        raise Refused(f"{path}: {there} is a file, not a folder; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise Refused(f"{path}: nothing may be written in {there}; choose another")
-
-
 def run_script(name: str) -> None:
     """
     What `python -m abscot_trl.scripts.<name>` does: run the phase and show its result.
@@ -95,8 +80,6 @@ def run_script(name: str) -> None:
         with _machine_refuses():
             given = parse_phase(name)
             folder = phase.folder and next(vars(part)[phase.folder] for part in given if phase.folder in vars(part))
-            if folder:
-                _check_folder(folder)
             result = resolve_name(phase.function)(*given)
             text = _shown(phase, result)
     except KeyboardInterrupt:

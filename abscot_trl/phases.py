@@ -7,6 +7,7 @@ What a phase calls is imported when it is called: a training process imports no 
 import dataclasses
 import difflib
 import json
+import os
 import reprlib
 import sys
 import typing
@@ -159,11 +160,12 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _mapping(path: str | Path) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise Refused(f"{path}: no such recipe")
+    if not os.path.isfile(path):
+        raise Refused(f"{path!s:.200}: no such recipe")
     try:
         settings = yaml.load(Path(path).read_text(), _StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: not UTF-8, or no such date
+    # Not UTF-8, or no such date, is a ValueError; PyYAML has a LookupError for `!!int ''`, and others of that kind.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, OSError, RecursionError) as error:
         raise Refused(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise Refused(f"{path} must hold a YAML mapping of fields, not {type(settings).__name__}")
@@ -181,7 +183,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if "base" not in settings:
         return settings
     name = settings.pop("base")
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or not name or Path(name).name != name:
         raise Refused(f"{path}: base: {_short(name)} is not the name of a recipe in the same folder")
     fields = _mapping(Path(path).with_name(name))
     if "base" in fields:
@@ -263,7 +265,7 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
         )
     except (ValueError, TypeError, ImportError, OSError) as error:  # of transformers, about the values given
         words = f"{error} in {_short(error.doc)}" if isinstance(error, json.JSONDecodeError) else error
-        raise Refused(f"{', '.join(recipes) or 'command line'}: {words}") from error
+        raise Refused(f"{', '.join(recipes) or 'command line'}: {words!s:.500}") from error
     if unknown:
         names = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)]
         raise Refused(f"command line: unknown {unknown[0]!r}; {_meant(unknown[0].partition('=')[0], names)}")

@@ -11,14 +11,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from abscot_trl.errors import Refused
 
 MANIFEST = "manifest.json"
+MANIFEST_KINDS = {"phase": str, "settings": dict, "inputs": dict, "wall_s": float, "attempts": int}
 SETTINGS = "settings.json"  # in a folder of parts: what they were begun with
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
 TEMPORARY = ".abscot-tmp"  # how a file ends that a kill left unfinished
@@ -50,14 +51,42 @@ GRACE_S = 5.0  # what a killed process may take to go
 
 
 def write_whole(path: str | Path, text: str | bytes) -> None:
-    """Write a file so that a kill or a power cut leaves the old one or the new one."""
+    """
+    Write a file so that a kill or a power cut leaves the old one or the new one.
+
+    Raises:
+        Refused: a folder stands there.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise Refused(f"{path} is a folder, where a file is to be written; move it away")
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with open(temporary, "wb") as file:
         file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def check_folder(path: str | Path) -> None:
+    """
+    What can be said of a folder that a phase will write, before it looks there.
+
+    Raises:
+        Refused: there can be no folder at `path`, or nothing may be written in it.
+    """
+    at = Path(path).absolute()
+    try:
+        for name in (at, at.with_name(f".{at.name}-12345678{TEMPORARY}")):  # and the longest that will stand beside it
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(name)
+        there = next(found for found in (at, *at.parents) if os.path.lexists(found))
+    except (OSError, ValueError) as error:  # too long a name, a null byte, half a surrogate pair, links in a circle
+        raise Refused(f"{str(path)!r:.80} is no name of a folder ({error!s:.200})") from error
+    if not there.is_dir():
+        raise Refused(f"{path}: {there} is a file, not a folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"{path}: nothing may be written in {there}; choose another")
 
 
 @contextmanager
@@ -69,7 +98,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         Refused: `path` is there already; nothing is overwritten.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise Refused(f"{path} is there already; choose another output_dir or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent))
@@ -91,8 +120,9 @@ def at_work(folder: str | Path, beside: bool = False, lock: Path | None = None) 
     the others (`beside`: further ranks, shards) join. Forked processes hold it too.
 
     Raises:
-        Refused: another job is at work on the folder, and still is after `GRACE_S`.
+        Refused: another job is at work on the folder, and still is after `GRACE_S`; or there can be no folder.
     """
+    check_folder(folder)
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(lock or folder.with_name(f".{folder.name}.lock"), "a+") as file:
@@ -116,19 +146,24 @@ def _flock(file: IO, kind: int, folder: Path, wait_s: float) -> None:
         time.sleep(0.05)
 
 
-def read_json(path: str | Path, remedy: str, *keys: str) -> dict:
+def read_json(path: str | Path, remedy: str, *keys: str, **kinds: type) -> dict:
     """
-    A JSON object that holds `keys`.
+    A JSON object that holds `keys`, and others whose values are of the `kinds` given: `settings=dict`.
 
     Raises:
         Refused: it is damaged or lacks one; the message names the file and ends in `remedy`.
     """
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise Refused("it is no file")
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
             raise Refused(f"it holds a {type(content).__name__}, not an object")
-        if missing := [key for key in keys if key not in content]:
+        if missing := [key for key in (*keys, *kinds) if key not in content]:
             raise Refused(f"it lacks {', '.join(missing)}")
+        for key, kind in kinds.items():
+            if not isinstance(content[key], kind):
+                raise Refused(f"{key}: {content[key]!r:.80} is no {kind.__name__}")
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}); {remedy}") from error
     return content
@@ -136,7 +171,8 @@ def read_json(path: str | Path, remedy: str, *keys: str) -> dict:
 
 def read_manifest(folder: str | Path, *keys: str) -> dict:
     """What the stage that made `folder` says of itself; raises as `read_json`."""
-    return read_json(Path(folder) / MANIFEST, f"remove {folder} and run the stage again", *keys)
+    kinds = {key: MANIFEST_KINDS[key] for key in keys}
+    return read_json(Path(folder) / MANIFEST, f"remove {folder} and run the stage again", **kinds)
 
 
 def files_digest(files: Iterable[str | Path]) -> str:
@@ -181,7 +217,7 @@ def differences(then: dict, now: dict) -> dict[str, str]:
     """The settings, by name, that make one work another, in words: all but those that only say where it is done."""
     then, now = map(_what, (then, now))
     keys = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
-    return {key: f"{key}: {then.get(key)!r} -> {now.get(key)!r}" for key in keys}
+    return {key: f"{key!s:.80}: {then.get(key)!r:.200} -> {now.get(key)!r:.200}" for key in keys}
 
 
 def _what(settings: dict) -> dict:
@@ -216,7 +252,7 @@ class Parts:
     """
 
     def __init__(self, output_dir: str | Path, settings: dict, name: str = "{:06}.jsonl"):
-        if Path(output_dir).exists():
+        if os.path.lexists(output_dir):
             raise Refused(f"{output_dir} is there already; choose another output_dir or remove it")
         self.folder, self.name = Path(f"{output_dir}.parts"), name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -244,12 +280,15 @@ class Parts:
         """Write one part, whole or not at all."""
         write_whole(self.path(number), "".join(json.dumps(record) + "\n" for record in records))
 
-    def records(self, numbers: Iterable[int], sizes: Sequence[int] | None = None) -> Iterator[dict]:
+    def records(
+        self, numbers: Iterable[int], sizes: Sequence[int] | None = None, kinds: dict[str, Any] | None = None
+    ) -> Iterator[dict]:
         """
         The records of the parts `numbers`, in order.
 
         Raises:
-            Refused: a damaged part, or one that does not hold `sizes[number]` records.
+            Refused: a damaged part, or one that does not hold `sizes[number]` records, or whose records have other
+                fields than `kinds`, each of which is a type.
         """
         for number in numbers:
             path = self.path(number)
@@ -257,9 +296,12 @@ class Parts:
                 records = [json.loads(line) for line in path.read_text().splitlines()]
                 if not all(isinstance(record, dict) for record in records):
                     raise Refused("a line is no object")
+                for key, kind in (kinds or {}).items():
+                    if not all(isinstance(record.get(key, ...), kind) for record in records):
+                        raise Refused(f"{key} is missing, or no {kind}")
                 if sizes is not None and len(records) != sizes[number]:
                     raise Refused(f"{len(records)} records, {sizes[number]} were written")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise Refused(f"{path} is damaged ({error}); remove it and run the same command again") from error
             yield from records
 

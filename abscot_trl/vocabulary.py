@@ -10,8 +10,10 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.errors import Refused
+from abscot_trl.storage import read_json
 
 FILE_NAME = "abstract_vocabulary.json"
+LARGEST = 2**16  # codebook, and most tokens of a trace
 
 
 def _letters():
@@ -55,6 +57,8 @@ class AbstractVocabulary:
     def __post_init__(self):
         if self.size < 1:
             raise Refused(f"the codebook needs at least one token, got size={self.size}")
+        if max(self.size, self.m_max) > LARGEST:
+            raise Refused(f"size={self.size!s:.20} and m_max={self.m_max!s:.20} may be {LARGEST} at most")
         if not 0 <= self.m_min <= self.m_max or self.m_max < 1:
             raise Refused(
                 f"trace lengths need 0 <= m_min <= m_max and m_max >= 1, got m_min={self.m_min}, m_max={self.m_max}"
@@ -134,8 +138,5 @@ class AbstractVocabulary:
             raise Refused(f"{folder} is an adapter; run `abscot merge --adapter {folder} --output_dir ..` first")
         if not path.is_file():
             raise Refused(f"{path} is missing: not an extended checkpoint; run `abscot init` first")
-        try:
-            settings = json.loads(path.read_text())
-            return cls(settings["size"], settings["m_min"], settings["m_max"])
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise Refused(f"{path} is damaged ({error}); run `abscot init` again") from error
+        settings = read_json(path, "run `abscot init` again", size=int, m_min=int, m_max=int)
+        return cls(settings["size"], settings["m_min"], settings["m_max"])

@@ -261,10 +261,11 @@ EVALUATION = {
     "limit": 4,
     "task": "chain",
 }
-WARMUP = {"run_dir": "run", "model": f"{FIXED}/model", "data": f"{FIXED}/data", "launch": "inline", "rounds": 1}
-WARMUP |= {"rows_per_phase": 4, "seed": 0, "initial": "uniform"}
-WARMUP |= {phase: f"{FIXED}/{phase}.yaml" for phase in ("bottleneck", "distill", "evaluate")}
-BASELINES = {"names": ["base", "sft"], "recipes": str(PACKAGE.parent / "recipes" / "baselines")}
+RUN = {"run_dir": "run", "model": f"{FIXED}/model", "data": f"{FIXED}/data", "launch": "inline", "rounds": 1}
+RUN |= {"rows_per_phase": 4, "seed": 0}
+RUN |= {phase: f"{FIXED}/{phase}.yaml" for phase in ("bottleneck", "distill", "evaluate")}
+WARMUP = RUN | {"initial": "uniform"}
+BASELINES = RUN | {"names": ["base", "sft"], "recipes": str(PACKAGE.parent / "recipes" / "baselines")}
 EVALUATE = {"config": f"{FIXED}/evaluate.yaml", "model": f"{FIXED}/model"}
 
 
@@ -448,7 +449,14 @@ TUNING |= {"num_train_epochs": 1.5, "warmup_steps": 3, "save_total_limit": 1, "m
 def fuzz_recipes(rng) -> None:
     """A warm-up, its baselines or its plan, dry, with a recipe that is wrong."""
     recipes = {"bottleneck": TRAINING, "distill": TRAINING, "evaluate": EVALUATION | {"swaps": ["own"]}}
-    recipes |= {"accelerate": ACCELERATE, "warmup": WARMUP | {"accelerate_config": "accelerate.yaml"}}
+    what = {
+        WarmupArguments: warmup,
+        BaselinesArguments: baselines,
+        PlanArguments: lambda args: describe_plan(plan(args)),
+    }
+    cls = rng.choice(list(what))
+    settings = BASELINES if cls is BaselinesArguments else WARMUP
+    recipes |= {"accelerate": ACCELERATE, "warmup": settings | {"accelerate_config": "accelerate.yaml"}}
     recipes["warmup"] |= {phase: f"{phase}.yaml" for phase in ("bottleneck", "distill", "evaluate")}
     which = rng.choice(list(recipes))
     if which in ("bottleneck", "distill"):
@@ -456,13 +464,7 @@ def fuzz_recipes(rng) -> None:
     for name, recipe in recipes.items():
         put(f"{name}.yaml", yaml.safe_dump(recipe))
     put(f"{which}.yaml", damaged(as_yaml(mutated(recipes[which], rng), rng), rng, 0.05), rng)
-    what = {
-        WarmupArguments: warmup,
-        BaselinesArguments: baselines,
-        PlanArguments: lambda args: describe_plan(plan(args)),
-    }
-    cls = rng.choice(list(what))
-    (args,) = parse((cls,), flags({"config": "warmup.yaml"} | (BASELINES if cls is BaselinesArguments else {})))
+    (args,) = parse((cls,), ["--config", "warmup.yaml"])
     args.dry_run = True
     what[cls](args)
 
@@ -520,8 +522,8 @@ def fuzz_splits(rng) -> None:
     if what == "warmup":
         warmup(WarmupArguments(**WARMUP, dry_run=True))
     elif what == "baselines":
-        fields_of_run = WARMUP | BASELINES | {"run_dir": "new", "warmup": "run", "steps": 1}
-        baselines(BaselinesArguments(**fields_of_run, dry_run=True))
+        beside = {"run_dir": "new", "warmup": "run", "steps": 1}
+        baselines(BaselinesArguments(**BASELINES | beside, dry_run=True))
     else:
         function, (cls,) = resolve_name(PHASES["traces"].function), PHASES["traces"].classes
         method, part = (
@@ -614,7 +616,7 @@ def fuzz_run(rng) -> None:
     elif what == "models":
         models(Path("run"))
     else:
-        baselines(BaselinesArguments(**WARMUP | BASELINES | {"run_dir": "new", "warmup": "run"}, dry_run=True))
+        baselines(BaselinesArguments(**BASELINES | {"run_dir": "new", "warmup": "run"}, dry_run=True))
 
 
 def fuzz_data(rng) -> None:
@@ -687,7 +689,7 @@ GOOD = {
     "demo": {"recipes": "none/such", "rows_per_phase": 2, "test_rows": 2, "models": ["sft"]},
     "report": {"runs": [f"{FIXED}/evaluation"]},
     "warmup": WARMUP | {"until": "round1/bottleneck-traces"},
-    "baselines": WARMUP | BASELINES | {"names": ["base"]},
+    "baselines": BASELINES | {"names": ["base"]},
     "sweep": {"evaluate": f"{FIXED}/evaluate.yaml", "launch": "inline"},
 }
 MAINS = {"alpaca": (alpaca, AlpacaArguments), "demo": (demo, DemoArguments), "report": (report, ReportArguments)}

@@ -158,7 +158,9 @@ def test_sides_that_do_not_match_are_refused(sides, tmp_path):
         alpaca(AlpacaArguments(reference_outputs=str(reference), **fields))
     with pytest.raises(Refused, match="outputs.json is missing; evaluate"):
         alpaca(AlpacaArguments(reference_outputs=str(reference), **fields | {"outputs": str(tmp_path)}))
-    for damaged, words in {"[1]": "entry 1 has no text", "{}": "no list of outputs", "[": "is no JSON"}.items():
+    for damaged, words in {
+        "[1]": "entry 1 has no text", "{}": "no list of outputs", "[": "is no JSON", "[" * 100_000: "is no JSON",
+    }.items():  # fmt: skip
         reference.write_text(damaged)
         with pytest.raises(ValueError, match=f"{reference}.*{words}.*give reference outputs"):
             alpaca(AlpacaArguments(reference_outputs=str(reference), **fields))

@@ -11,10 +11,12 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from openai import APIError, OpenAI
+from requests.exceptions import RetryError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -31,7 +33,7 @@ from abscot_trl.serving.server import (
     root_cause,
     serve,
 )
-from abscot_trl.traces.server import DIGEST, ServerTraceSampler, weights_digest
+from abscot_trl.traces.server import DIGEST, ServerTraceSampler, check_server, weights_digest
 from abscot_trl.traces.vllm import engine_settings
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -607,3 +609,12 @@ def test_models_tells_the_digest(checkpoint, fake):
         assert httpx.get(f"{url}/v1/models").json()["data"] == [fake.about | {DIGEST: weights_digest(checkpoint)}]
         fake.about = None
         assert httpx.get(f"{url}/v1/models").status_code == 502
+
+
+def test_a_server_that_fails_again_and_again_is_refused():
+    def post(url, **_):
+        raise RetryError("Max retries exceeded")
+
+    client = SimpleNamespace(base_url="http://x", model="m", session=SimpleNamespace(post=post))
+    with pytest.raises(Refused, match="http://x does not answer .Max retries exceeded"):
+        check_server(client, 49, "<endabstract>")

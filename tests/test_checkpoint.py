@@ -191,9 +191,10 @@ def test_checkpoints_that_do_not_agree(checkpoint, tmp_path):
     broken.mkdir()
     for file in checkpoint.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    (broken / "abstract_vocabulary.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        AbstractVocabulary.load(broken)
+    for text in ("{", "[" * 100_000, '{"size": ' + "9" * 5000 + "}", '{"size": "8", "m_min": 0, "m_max": 6}'):
+        (broken / "abstract_vocabulary.json").write_text(text)
+        with pytest.raises(Refused, match="damaged.* run `abscot init` again"):
+            AbstractVocabulary.load(broken)
     AbstractVocabulary(size=9).save(broken)
     with pytest.raises(ValueError, match="has no '<TOKEN_I>'"):
         verify_checkpoint(broken)

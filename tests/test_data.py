@@ -366,12 +366,30 @@ def test_splits_file_refuses_other_settings(tmp_path):
         load_splits(path, n_rows=41, rounds=2, rows_per_phase=5, seed=2)
     with pytest.raises(ValueError, match="rounds 2 there, 3 asked for"):
         load_splits(path, n_rows=40, rounds=3)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="not a file of staged splits"):
-        load_splits(path, n_rows=40)
     path.unlink()
     with pytest.raises(Refused, match=r"splits\.json.*run `abscot warmup`.* leave `splits` and `part` out"):
         load_splits(path, n_rows=40)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff", b"[" * 100_000, b"9" * 5000], ids=range(5))
+def test_what_is_no_splits_file(tmp_path, content):
+    (tmp_path / "splits.json").write_bytes(content)
+    with pytest.raises(Refused, match=r"splits\.json is damaged .*; remove it to draw them anew"):
+        load_splits(tmp_path / "splits.json", n_rows=40)
+
+
+@pytest.mark.parametrize("rows", [True, {"0": 1}, [], [1, 40], [-1], [1.0], [True], [[1]], ["1"], None])
+def test_parts_without_row_numbers_are_refused(tmp_path, rows):
+    splits = staged_splits(40, rounds=1, rows_per_phase=5, seed=1)
+    save_splits(tmp_path / "splits.json", splits, n_rows=40, seed=1)
+    content = json.loads((tmp_path / "splits.json").read_text())
+    if rows is None:
+        del content["splits"]["1.distill"]
+    else:
+        content["splits"]["1.distill"] = rows
+    (tmp_path / "splits.json").write_text(json.dumps(content))
+    with pytest.raises(Refused, match=r"damaged .*1\.distill"):
+        load_splits(tmp_path / "splits.json", 40, rounds=1, rows_per_phase=5, seed=1)
 
 
 # prepare

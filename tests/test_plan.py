@@ -252,6 +252,8 @@ def test_a_plan_is_the_run(toy, tmp_path, capsys):
     for text, expected in {
         "- 1": "must hold a YAML mapping", "a: [": "is not valid YAML", "num_processes: two": "'two' is no number",
         "deepspeed_config:": "deepspeed_config: None is no mapping",
+        "deepspeed_config: {zero_stage: '2'}": "zero_stage: '2' is none of 0, 1, 2, 3",
+        "deepspeed_config: {zero_stage: 4}": "zero_stage: 4 is none of 0, 1, 2, 3",
     }.items():  # fmt: skip
         (tmp_path / "launcher.yaml").write_text(text)
         with pytest.raises(ValueError, match=f"launcher.yaml.*{expected}"):

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import psutil
 import pytest
 from tiny import row, write_jsonl
@@ -241,3 +242,19 @@ def test_training_reads_the_prepared_files_themselves(fields, tmp_path, small):
     plain = training_rows(BaselineArguments(str(tmp_path / "out")), vocabulary, tokenizer)
     assert list(plain) == [{name: row[name] for name in columns} for row in data]
     assert plain.cache_files == data.cache_files
+
+
+@pytest.mark.parametrize("column", ["prompt_ids", "cot"])
+def test_a_row_that_begins_beyond_the_file_s_end_is_refused(fields, tmp_path, small, column):
+    """A reader would end by a signal there."""
+    prepare(DataArguments(**fields, output_dir=str(tmp_path / "out")))
+    data, _ = load_prepared(tmp_path / "out")
+    begins = data.data.column(column).chunk(0).buffers()[1].to_pybytes()
+    wrong = np.frombuffer(begins, "<i4").copy()
+    wrong[2] = 2**30
+    file = tmp_path / "out" / "data-00000.arrow"
+    content = file.read_bytes()
+    assert content.count(begins) == 1
+    file.write_bytes(content.replace(begins, wrong.tobytes()))
+    with pytest.raises(Refused, match="out is damaged .*; prepare the data again"):
+        load_prepared(tmp_path / "out")

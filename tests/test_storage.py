@@ -1,14 +1,19 @@
 """What phases read is told apart to the byte; what is kept between kills is cleared only where it is ours."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from abscot_trl.errors import Refused
 from abscot_trl.loop import driver
-from abscot_trl.storage import input_digests, path_digest
+from abscot_trl.phases import PHASES
+from abscot_trl.storage import Parts, at_work, check_folder, input_digests, path_digest, read_json, written_whole
 
 
 def test_every_line_of_a_large_file_counts(tmp_path):
@@ -72,3 +77,97 @@ def test_an_engine_s_devices_and_memory_do_not_matter_what_it_computes_does(then
     where = {"server": "http://127.0.0.1:1", "batch_tokens": 5}
     assert driver._differences(then, {**now, "settings": now["settings"] | where}) == words
     assert "seed: 0 -> 1" in driver._differences(then, {**now, "settings": now["settings"] | {"seed": 1}})
+
+
+NO_FOLDERS = {
+    "n" * 300: "no name of a folder",
+    "n" * 240: "no name of a folder",  # what stands beside it has longer names
+    "a\x00b": "no name of a folder",
+    "\ud800": "no name of a folder",
+    "loop": "no name of a folder",
+    "loop/x": "no name of a folder",
+    "dangling": "dangling is a file, not a folder",
+    "file": "file is a file, not a folder",
+    "file/x": "file is a file, not a folder",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a file, a link to nothing and one to itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("dangling").symlink_to("none/such")
+    Path("loop").symlink_to("loop")
+
+
+@pytest.mark.parametrize("path", NO_FOLDERS, ids=range(len(NO_FOLDERS)))
+def test_what_can_be_no_folder(path, here):
+    """Also where a phase asks only for its lock."""
+    with pytest.raises(Refused, match=NO_FOLDERS[path]):
+        check_folder(path)
+    with pytest.raises(Refused, match=NO_FOLDERS[path]), at_work(path):
+        pass
+    assert sorted(map(str, Path().iterdir())) == ["dangling", "file", "loop"]
+
+
+def test_what_can_be_a_folder(here):
+    for path in (".", "", "new", "new/deep/er", "n" * 220, Path.cwd()):
+        check_folder(path)
+
+
+@pytest.mark.parametrize("name", [name for name, phase in PHASES.items() if phase.folder])
+def test_every_phase_looks_at_its_folder_first(name, here):
+    """Called from Python too, and before any input is read: there are none."""
+    phase, given = PHASES[name], []
+    for cls in phase.classes:
+        needed = [one for one in dataclasses.fields(cls) if one.init and one.default is dataclasses.MISSING]
+        needed = [one for one in needed if one.default_factory is dataclasses.MISSING]
+        values = {one.name: ["none"] if "list" in str(one.type) else "http://none" for one in needed}
+        more = {phase.folder: "n" * 300, "use_cpu": True, "bf16": False, "names": ["base"]}
+        given.append(cls(**values | {key: more[key] for key in more.keys() & cls.__dataclass_fields__.keys()}))
+    with pytest.raises(Refused, match="no name of a folder"):
+        resolve_name(phase.function)(*given)
+
+
+@pytest.mark.parametrize("link", ["loop", "dangling"])
+def test_a_link_is_not_written_over(link, here):
+    with pytest.raises(Refused, match="is there already"), written_whole(link):
+        pass
+    with pytest.raises(Refused, match="is there already"):
+        Parts(link, {})
+    assert Path(link).is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe{", "decode"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
+        (b"[]", "a list, not an object"),
+        (b'{"seed": 1}', "lacks name, settings"),
+        (b'{"name": 1, "settings": [1]}', r"settings: \[1\] is no dict"),
+        (b'{"name": 1, "settings": "' + b"x" * 9999 + b'"}', "is no dict"),
+    ],
+)
+def test_a_damaged_file_of_ours_is_one_short_line(tmp_path, content, words):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(Refused, match=rf"x\.json is damaged .*{words}.*; mend it") as refused:
+        read_json(tmp_path / "x.json", "mend it", "name", settings=dict)
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "[]", '{"n": ' + "9" * 5000 + "}"], ids=["deep", "list", "long"])
+def test_a_damaged_part_is_named(tmp_path, line):
+    parts = Parts(tmp_path / "out", {})
+    parts.path(0).write_text(line)
+    with pytest.raises(Refused, match="000000.jsonl is damaged .* remove it"):
+        list(parts.records([0]))
+
+
+def test_a_difference_of_settings_is_said_in_short(tmp_path):
+    Parts(tmp_path / "out", {"prompt": "x" * 9999})
+    with pytest.raises(Refused, match="begun with other settings") as refused:
+        Parts(tmp_path / "out", {"prompt": "y" * 9999})
+    assert len(str(refused.value)) < 1000

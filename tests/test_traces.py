@@ -227,10 +227,11 @@ def test_trace_files(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
     write_traces(tmp_path, records)
-    with open(tmp_path / "traces.jsonl", "a") as file:
-        file.write('{"row": 1, "tra')
-    with pytest.raises(ValueError, match="line 3 is no trace record"):
-        read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
+    text = (tmp_path / "traces.jsonl").read_bytes()
+    for line in (b'{"row": 1, "tra', b"\xed\xa0", b"[" * 100_000, b"9" * 5000, b'{"row": 1, "id": "b", "trace": {}}'):
+        (tmp_path / "traces.jsonl").write_bytes(text + line)
+        with pytest.raises(Refused, match="line 3 is no trace record"):
+            read_traces(tmp_path, ["a", "b"], AbstractVocabulary(8, 0, 3))
     with pytest.raises(Refused, match="abscot traces"):
         read_traces(tmp_path / "none", [], AbstractVocabulary(8))
 

@@ -379,7 +379,10 @@ def test_bad_input_is_refused_before_anything_is_written(toy, tmp_path):
         warmup(WarmupArguments(**fields | {"rows_per_phase": 30}, dry_run=True))
     with pytest.raises(ValueError, match="must be finite"):
         WarmupArguments(**fields | {"temperature": float("nan")})
-    for name, text in {"counts.json": "{}", "state.json": "{"}.items():
+    for name in ("bottleneck", "distill", "evaluate"):
+        with pytest.raises(Refused, match=f"{name} names no recipe"):
+            WarmupArguments(**fields | {name: ""})
+    for name, text in {"counts.json": "{}", "state.json": "{", "dataset_info.json": '{"features": "x"}'}.items():
         damaged = shutil.copytree(fields["data"], tmp_path / f"damaged-{name}")
         (damaged / name).write_text(text)
         with pytest.raises(ValueError, match=f"{damaged}.* is damaged .*prepare the data again"):

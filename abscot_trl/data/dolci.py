@@ -248,11 +248,12 @@ def _parquet_rows(file: str) -> Iterator[dict[str, Any]]:
         while True:
             try:
                 batch = next(batches, None)
-            except (ArrowException, OSError) as error:
+                rows = None if batch is None else batch.to_pylist()
+            except (ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
                 raise Refused(f"{file}: damaged parquet data ({error}): copy it again") from error
-            if batch is None:
+            if rows is None:
                 return
-            yield from batch.to_pylist()
+            yield from rows
 
 
 def _jsonl_rows(file: str) -> Iterator[dict[str, Any]]:
@@ -262,7 +263,7 @@ def _jsonl_rows(file: str) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise Refused(
                     f"{file}, line {number}: not JSON ({error}): mend the line or copy the file again"
                 ) from error

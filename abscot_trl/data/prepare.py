@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -23,7 +24,7 @@ from abscot_trl.data.dolci import data_files, iter_packed
 from abscot_trl.data.rows import FEATURES, KEPT
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
 from abscot_trl.errors import Refused
-from abscot_trl.storage import files_digest, read_json
+from abscot_trl.storage import check_folder, files_digest, read_json
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COUNTS_FILE = "counts.json"
@@ -53,6 +54,7 @@ def prepare(args: DataArguments) -> dict[str, Any]:
             a process died, or another preparation works on the same output.
     """
     output = Path(args.output_dir)
+    check_folder(output)
     if output.exists():
         raise Refused(f"{output} exists already; remove it or choose another output_dir")
     vocabulary = AbstractVocabulary.load(args.tokenizer)
@@ -163,14 +165,15 @@ def load_prepared(
             damaged files, or rows that hold the ids of another tokenizer than `tokenizer`.
     """
     path = Path(path)
-    missing = [name for name in (COUNTS_FILE, "state.json") if not (path / name).is_file()]
+    missing = [name for name in (COUNTS_FILE, "state.json") if not os.path.isfile(path / name)]
     if missing:
         raise Refused(f"{path} is not prepared data ({missing[0]} is missing); run `abscot data` first")
     remedy = "prepare the data again (`abscot data`)"
-    counts = read_json(path / COUNTS_FILE, remedy, "rows_kept", "lengths")
+    counts = read_json(path / COUNTS_FILE, remedy, rows_kept=int, lengths=dict)
     try:
         data = datasets.load_from_disk(path)
-    except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's own are ValueErrors and OSErrors
+        data.data.validate(full=True)  # a row that began beyond the file's end would end this process
+    except Exception as error:  # whatever damaged bytes lead to
         raise Refused(f"{path} is damaged ({error}); {remedy}") from error
     if missing := [name for name in FEATURES if name not in data.column_names]:
         raise Refused(f"{path} lacks {', '.join(missing)}: an earlier version made it; {remedy}")

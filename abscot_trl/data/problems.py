@@ -167,7 +167,7 @@ def _rows(data: str | list[str], split: str, config: str | None) -> Iterator[dic
     with open(path, newline="") as file:
         try:
             yield from csv.DictReader(file) if path.suffix == ".csv" else json.load(file)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             kind = "CSV" if path.suffix == ".csv" else "JSON list"
             raise Refused(f"{path} is no {kind} of problems ({error})") from error
 

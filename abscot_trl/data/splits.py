@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from abscot_trl.errors import Refused
-from abscot_trl.storage import write_whole
+from abscot_trl.storage import read_json, write_whole
 
 PHASES = ("bottleneck", "distill")
 
@@ -57,21 +57,20 @@ def load_splits(
 
     Raises:
         Refused: no such file;
-            not such a file, or drawn with other settings than asked for; the message shows the difference.
+            not such a file, or one with a part missing or without row numbers; or drawn with other settings than asked
+            for; the message shows the difference.
     """
     if not Path(path).is_file():
         raise Refused(
             f"{path} is not there; run `abscot warmup`, which draws the splits, or leave `splits` and `part` out to "
             "use all rows"
         )
-    try:
-        content = json.loads(Path(path).read_text())
-        kept, splits = content["settings"], content["splits"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise Refused(f"{path} is not a file of staged splits ({error!r}); remove it to draw them anew") from error
+    remedy = "remove it to draw them anew"
+    content = read_json(path, remedy, settings=dict, splits=dict)
+    kept, splits = content["settings"], content["splits"]
     asked = {"n_rows": n_rows, "rounds": rounds, "rows_per_phase": rows_per_phase, "seed": seed}
     different = [
-        f"{name} {kept.get(name)} there, {value} asked for"
+        f"{name} {kept.get(name)!r:.80} there, {value} asked for"
         for name, value in asked.items()
         if value is not None and kept.get(name) != value
     ]
@@ -79,6 +78,12 @@ def load_splits(
         raise Refused(
             f"{path} was drawn for something else: {'; '.join(different)}. Ask for what it holds, or start a new run"
         )
+    for part, rows in splits.items():
+        if not isinstance(rows, list) or not rows or not all(type(row) is int and 0 <= row < n_rows for row in rows):
+            raise Refused(f"{path} is damaged ({part!r:.80} holds no row numbers under {n_rows}); {remedy}")
+    missing = [part for t in range(1, (rounds or 0) + 1) for phase in PHASES if (part := f"{t}.{phase}") not in splits]
+    if missing:
+        raise Refused(f"{path} is damaged (it has no part {missing[0]}); {remedy}")
     return splits
 
 
@@ -95,7 +100,7 @@ def part_rows(splits: str | None, part: str | None, n_rows: int) -> list[int]:
     if part is None:
         return [row for rows in parts.values() for row in rows]
     if part not in parts:
-        raise Refused(f"{splits} has no part {part!r}; it has {', '.join(parts)}")
+        raise Refused(f"{splits} has no part {part!r}; it has {', '.join(parts):.200}")
     return parts[part]
 
 

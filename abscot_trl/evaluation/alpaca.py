@@ -21,7 +21,7 @@ import yaml
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.evaluate import OUTPUT_FILE, UNGRADED_FILE
 from abscot_trl.evaluation.results import write_results
-from abscot_trl.storage import read_json, written_whole
+from abscot_trl.storage import check_folder, read_json, written_whole
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 WHERE = "import alpaca_eval, pathlib; print(pathlib.Path(alpaca_eval.__file__).parent)"
@@ -66,7 +66,7 @@ def _read(path: Path, remedy: str) -> list[dict]:
         raise Refused(f"{path} is missing; {remedy}")
     try:
         outputs = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is no JSON ({error}); {remedy}") from error
     keys = ("instruction", "output")
     if not outputs or not isinstance(outputs, list):
@@ -159,6 +159,7 @@ def alpaca(args: AlpacaArguments) -> list[dict]:
     Raises:
         Refused: files that are missing or not parallel, or a judge that failed.
     """
+    check_folder(args.output_dir)
     remedy, ungraded = "evaluate AlpacaEval's prompts first", Path(args.outputs, UNGRADED_FILE)
     outputs = _read(Path(args.outputs, OUTPUT_FILE), remedy)
     if not ungraded.is_file():

@@ -22,11 +22,14 @@ from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.evaluation.statistics import describe_answers, summarise
 from abscot_trl.examples import Example
-from abscot_trl.storage import Parts, at_work, phase_settings, written_whole
+from abscot_trl.storage import Parts, at_work, check_folder, phase_settings, written_whole
 from abscot_trl.traces.backends import load_sampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
 ANSWER_FILE, OUTPUT_FILE, UNGRADED_FILE = "answers.jsonl", "outputs.json", "ungraded.json"
+KINDS = dict.fromkeys(("model", "task", "mode", "swap", "problem", "response"), str)  # of an answer in a part
+KINDS |= dict.fromkeys(("trace_tokens", "answer_tokens", "truncated", "swapped"), int | float)
+KINDS |= {"trace": list, "answer": str | None, "score": int | float | None}
 
 
 def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
@@ -91,7 +94,7 @@ class Evaluation:
     def records(self, mode: str, swap: str) -> list[dict]:
         """The answers of one mode and swap, problem by problem."""
         numbers = [number for number, unit in enumerate(self.units) if unit[:2] == (mode, swap)]
-        return list(self.parts.records(numbers, self.sizes))
+        return list(self.parts.records(numbers, self.sizes, KINDS))
 
     def make(self, load: Callable) -> None:
         """Make the parts that are missing; `load` gives the sampler, and is called only if one is."""
@@ -128,7 +131,7 @@ class Evaluation:
         """Write the answers and their results into `output_dir`, whole; returns the results."""
         results, judged = list(self.results()), kind_of(self.source) == ALPACAEVAL
         with written_whole(self.args.output_dir) as folder:
-            records = list(self.parts.records(range(len(self.units)), self.sizes))
+            records = list(self.parts.records(range(len(self.units)), self.sizes, KINDS))
             (folder / ANSWER_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
             if judged:
                 write_outputs(folder, records, self.problems, results[0])
@@ -166,6 +169,7 @@ def evaluate(args: EvaluateArguments) -> list[dict]:
         Refused: `output_dir` is there already;
             problems or settings that do not fit, or parts that were begun with other settings.
     """
+    check_folder(args.output_dir)
     vocabulary = AbstractVocabulary.load(args.model) if "abstract" in args.modes else None
     problems = load_problems(args.problems, args.problems_split, args.problems_config, args.limit)
     tokenizer = load_tokenizer(args.model)

@@ -14,6 +14,7 @@ import numpy as np
 from abscot_trl.data.problems import HOTPOTQA, kind_of
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.grading import hotpot_scores, normal_form
+from abscot_trl.evaluation.results import is_number
 
 RESAMPLES = 5000  # of a bootstrap
 
@@ -108,9 +109,11 @@ def own_scores(path: Path) -> dict[str, float]:
     try:
         for record in map(json.loads, path.read_text().splitlines()):
             if (record["mode"], record["swap"]) == ("abstract", "own") and record["score"] is not None:
+                if not is_number(record["score"], 0, 1):
+                    raise Refused(f"score {record['score']!r:.20}")
                 scores.setdefault(record["id"], []).append(record["score"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{path} is damaged ({error!r}); remove {path.parent} and evaluate again") from error
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise Refused(f"{path} is damaged ({error!r:.300}); remove {path.parent} and evaluate again") from error
     return {problem: fmean(values) for problem, values in scores.items()}
 
 

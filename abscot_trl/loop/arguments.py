@@ -72,8 +72,12 @@ class RunArguments(DriverOptions):
     def __post_init__(self):
         for phase in ("bottleneck", "distill", "evaluate"):
             path = getattr(self, phase)
+            if path == "":
+                raise Refused(f"{phase} names no recipe")
             setattr(self, phase, path and path.replace("{tuning}", self.tuning))
         if not 0 <= self.rehearsal < math.inf:
             raise Refused(f"rehearsal {self.rehearsal} must be finite and not negative")
+        if self.rounds > 1000:
+            raise Refused(f"rounds {self.rounds} are over 1000; the paper has 3")
         if self.rounds < 1 or self.rows_per_phase < 1:
             raise Refused(f"rounds and rows_per_phase must be at least 1, got {self.rounds}, {self.rows_per_phase}")

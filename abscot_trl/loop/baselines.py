@@ -19,7 +19,7 @@ from abscot_trl.loop.driver import drive
 from abscot_trl.loop.launch import launcher_of
 from abscot_trl.loop.stages import Stage, check_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
-from abscot_trl.storage import read_json
+from abscot_trl.storage import check_folder, read_json
 from abscot_trl.training.configs import BASELINES
 from abscot_trl.training.resume import LOG_FILE
 from abscot_trl.training.steps import steps_of
@@ -85,6 +85,7 @@ def warmup_steps(args: BaselinesArguments) -> int:
     total, processes = 0, launcher_of(args).get("num_processes", 1)
     for _, phase in phases:
         recipe = read_yaml(getattr(args, phase))
+        check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
         if recipe.get("packing") and recipe.get("max_steps", -1) < 1:
             raise Refused(
                 f"{getattr(args, phase)} packs rows, so its steps are known from a run alone; set warmup to the "
@@ -102,6 +103,7 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
     Raises:
         Refused: no recipe of the evaluation, or a recipe with unknown keys.
     """
+    check_folder(args.run_dir)
     if not args.evaluate:
         raise Refused("evaluate: a recipe is needed; baselines are there to be compared")
     recipes = {phase: read_yaml(getattr(args, phase)) for phase in ("bottleneck", "evaluate")}

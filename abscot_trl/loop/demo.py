@@ -14,6 +14,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.phases import PHASES, read_yaml, run_phase
 from abscot_trl.report.make import ReportArguments, report
+from abscot_trl.storage import check_folder
 from abscot_trl.training.configs import BASELINES
 
 WARMUPS = ("paper", "informed")
@@ -63,6 +64,7 @@ def demo(args: DemoArguments) -> list[dict]:
     """
     start = time.monotonic()
     run, recipes = Path(args.output_dir), Path(args.recipes)
+    check_folder(run)
     if run.is_dir() and (there := sorted(path.name for path in run.iterdir())):
         raise Refused(f"{run} is not empty ({there[0]}); choose another output_dir or remove it")
     n_train = 2 * args.rounds * args.rows_per_phase

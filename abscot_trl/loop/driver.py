@@ -76,7 +76,7 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
         pass
     if running.exists():
         remedy = f"remove it and {output} to begin this stage again"
-        then = read_json(running, remedy, "settings", "inputs", "attempt")
+        then = read_json(running, remedy, settings=dict, inputs=dict, attempt=int)
         attempt = then["attempt"] + 1
         different, sealed = _differences(then, record), sealed_checkpoints(output)
         if different and (sealed or _is_whole(stage)):

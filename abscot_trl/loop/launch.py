@@ -24,9 +24,13 @@ def launcher_of(options: DriverOptions) -> dict:
     config = read_yaml(path)
     processes = config.get("num_processes", 1)
     if type(processes) is not int or processes < 1:
-        raise Refused(f"{path}: num_processes: {processes!r} is no number of processes")
-    if not isinstance(config.get("deepspeed_config", {}), dict):
-        raise Refused(f"{path}: deepspeed_config: {config['deepspeed_config']!r} is no mapping")
+        raise Refused(f"{path}: num_processes: {processes!r:.80} is no number of processes")
+    deepspeed = config.get("deepspeed_config", {})
+    if not isinstance(deepspeed, dict):
+        raise Refused(f"{path}: deepspeed_config: {deepspeed!r:.80} is no mapping")
+    stage = deepspeed.get("zero_stage", 2)
+    if type(stage) is not int or stage not in range(4):
+        raise Refused(f"{path}: deepspeed_config: zero_stage: {stage!r:.80} is none of 0, 1, 2, 3")
     return config
 
 

@@ -8,6 +8,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from abscot_trl.errors import Refused
+from abscot_trl.evaluation.results import is_number
 from abscot_trl.storage import MANIFEST, read_json, read_manifest, write_whole
 from abscot_trl.training.resume import LOG_FILE
 
@@ -45,23 +47,26 @@ def environment() -> dict:
     }
 
 
-def _read_own(folder: Path, name: str, key: str) -> dict:
-    return read_json(folder / name, f"remove {folder} and run the stage again", key)
+def _read_own(folder: Path, name: str, key: str, kind: type):
+    return read_json(folder / name, f"remove {folder} and run the stage again", **{key: kind})[key]
 
 
 def read_log(folder: Path) -> list[dict]:
     """The logged steps of a training stage; none of another stage."""
     if not (folder / LOG_FILE).is_file():
         return []
-    return [entry for entry in _read_own(folder, LOG_FILE, "log")["log"] if "loss" in entry]
+    log = _read_own(folder, LOG_FILE, "log", list)
+    if not all(isinstance(entry, dict) and is_number(entry.get("step")) for entry in log):
+        raise Refused(f"{folder / LOG_FILE} is damaged (no steps); remove {folder} and run the stage again")
+    return [entry for entry in log if "loss" in entry]
 
 
 def _row_count(folder: Path) -> int | None:
     """Rows that a stage made or trained on."""
     if (folder / LOG_FILE).is_file():
-        return _read_own(folder, LOG_FILE, "rows")["rows"]["rows"]
+        return _read_own(folder, LOG_FILE, "rows", dict).get("rows")
     if (folder / "summary.json").is_file():
-        return _read_own(folder, "summary.json", "traces")["traces"]
+        return _read_own(folder, "summary.json", "traces", int)
     return None
 
 

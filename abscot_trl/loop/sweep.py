@@ -16,7 +16,7 @@ from abscot_trl.loop.driver import locked, run_all
 from abscot_trl.loop.stages import Stage, check_server, is_done
 from abscot_trl.phases import check_fields, read_yaml
 from abscot_trl.report.runs import rounds
-from abscot_trl.storage import MANIFEST, PRUNED, read_manifest
+from abscot_trl.storage import MANIFEST, PRUNED, check_folder, read_manifest
 
 
 @dataclass
@@ -54,8 +54,10 @@ def models(run: Path) -> list[tuple[str, Path]]:
             if not (folder / phase / MANIFEST).is_file():
                 continue
             if not finished:
-                settings = read_manifest(folder / phase, "settings")["settings"]
-                finished.append(("base", Path(settings["model_name_or_path"])))
+                base = read_manifest(folder / phase, "settings")["settings"].get("model_name_or_path")
+                if not isinstance(base, str):
+                    raise Refused(f"{folder / phase}: its {MANIFEST} names no model that it was trained from")
+                finished.append(("base", Path(base)))
             adapter = (folder / phase / "adapter_config.json").is_file()
             model = folder / f"{phase}-merged" if adapter else folder / phase
             if (model / MANIFEST).is_file():
@@ -108,6 +110,7 @@ def sweep(args: SweepArguments) -> list[dict]:
             with other settings or of another model;
             the run is at work, or an evaluation failed; the same command goes on from there.
     """
+    check_folder(args.run)
     todo, run = sweep_stages(args), Path(args.run)
     check_server(todo)
     path = run / "sweep" / "results.json"

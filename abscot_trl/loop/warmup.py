@@ -26,6 +26,7 @@ from abscot_trl.loop.launch import launcher_of
 from abscot_trl.loop.lengths import check_lengths
 from abscot_trl.loop.stages import Stage, check_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
+from abscot_trl.storage import check_folder
 from abscot_trl.traces.backends import SamplerArguments
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -66,6 +67,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
 
 def stages(args: WarmupArguments) -> Iterator[Stage]:
     """The stages in order. Reads the phase recipes; what a stage needs of an earlier one is a path."""
+    check_folder(args.run_dir)
     recipes = {phase: read_yaml(getattr(args, phase)) for phase in (*PARTS, "evaluate") if getattr(args, phase)}
     for phase, recipe in recipes.items():
         check_fields(recipe, PHASES[phase].classes, getattr(args, phase))

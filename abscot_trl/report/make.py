@@ -14,7 +14,7 @@ from abscot_trl.report.page import browser, page
 from abscot_trl.report.runs import over_training, read_answers, warmups
 from abscot_trl.report.tables import escaped, markdown_table, results_table
 from abscot_trl.report.verdict import measured, verdicts
-from abscot_trl.storage import write_whole
+from abscot_trl.storage import check_folder, write_whole
 
 MARKER = ".report"  # in the output: digest and name of each file that a report wrote there
 
@@ -36,10 +36,7 @@ def write_own(output: Path, files: dict[str, bytes]) -> None:
     def line(name: str, content: bytes) -> str:
         return f"{hashlib.sha256(content).hexdigest()}  {name}"
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"output_dir {output} cannot be a folder ({error}); choose another one") from error
+    output.mkdir(parents=True, exist_ok=True)
     own = marker.read_text(errors="replace").splitlines() if marker.is_file() else []
     for path in (output / name for name in files):
         if os.path.lexists(path) and not (path.is_file() and line(path.name, path.read_bytes()) in own):
@@ -106,6 +103,8 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     """`abscot report`: join the runs, print the table, write `report.md`, its figures and `report.html`."""
     paths = [Path(run) for run in args.runs]
     folders = [path if path.is_dir() else path.parent for path in paths]
+    output = Path(args.output_dir) if args.output_dir is not None else folders[0] / "report"
+    check_folder(output)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise Refused(f"runs: {' '.join(args.runs)}: one stands twice; name each once")
     names = [folder.resolve().name for folder in folders]
@@ -145,7 +144,6 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         sections.settings_section(runs),
     ]
     parts, judged = [part for part in parts if part], verdicts(main)
-    output = Path(args.output_dir) if args.output_dir else folders[0] / "report"
     command = command or f"abscot report --runs {' '.join(args.runs)}"
     figures = {f"{name}.png": _png(figure) for part in parts for name, (figure, _) in part["figures"].items()}
     text = _markdown(args.title, command, judged, parts)

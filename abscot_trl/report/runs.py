@@ -112,6 +112,8 @@ def read_answers(run: str | Path) -> list[Group]:
     """
     groups: dict[tuple, Group] = {}
     for path in sorted(Path(run).rglob("answers.jsonl")):
+        if not path.is_file():
+            raise Refused(f"{path} is no file; move it away, or evaluate again")
         if any(part.endswith(".parts") or part == "sweep" for part in path.relative_to(run).parts):
             continue
         rounds = re.findall(r"round(\d+)", str(path.parent.relative_to(run)))
@@ -194,8 +196,6 @@ def read_settings(run: str | Path) -> dict[str, dict]:
         name = "" if warmup == Path(run) else f"{warmup.name}: "
         for path in (path for folder in rounds(warmup) for path in sorted(folder.glob(f"*/{MANIFEST}"))):
             record = read_manifest(path.parent, "phase", "settings")
-            if not isinstance(record["phase"], str) or not isinstance(record["settings"], dict):
-                raise Refused(f"{path} is damaged (phase, settings); remove {path.parent} and run the stage again")
             settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
             phases.setdefault(name + record["phase"], []).append(settings)
     return {

@@ -27,9 +27,10 @@ def _section(title: str, words: str = "", figures: dict | None = None, tables: l
 
 def results_section(results: list[dict], chance: float | None) -> dict:
     words, header = f"{INTERVALS} {measured(results)}.", header_of(results)
-    figures = {
-        "accuracy_over_tokens": (plots.over_tokens(results, chance), f"Accuracy over tokens. {measured(results)}.")
-    }
+    figures = {}
+    if any(row["swap"] == "own" for row in results):
+        figure = plots.over_tokens(results, chance)
+        figures["accuracy_over_tokens"] = (figure, f"Accuracy over tokens. {measured(results)}.")
     swapped = [row for row in results if row["mode"] == "abstract"]
     if swapped:
         figures["accuracy_by_swap"] = (plots.by_swap(swapped, chance), f"Accuracy by swap. {measured(swapped)}.")

@@ -41,22 +41,22 @@ def read_traces(folder: str | Path, ids: list[str], vocabulary: AbstractVocabula
     if not path.is_file():
         raise Refused(f"{path} is missing; run `abscot traces` first")
     records, seen = [], set()
-    with open(path) as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 row, trace, id = record["row"], record["trace"], record["id"]
-                if type(row) is not int or not all(type(index) is int for index in trace):
+                if type(row) is not int or type(trace) is not list or not all(type(index) is int for index in trace):
                     raise TypeError("row and trace must be integers")
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise Refused(f"{path} line {number} is no trace record ({error}); make the traces again") from error
             if not 0 <= row < len(ids) or ids[row] != id:
                 raise Refused(
-                    f"{path} line {number}: row {row} is {id!r} here and "
+                    f"{path} line {number}: row {row} is {id!r:.80} here and "
                     f"{ids[row] if 0 <= row < len(ids) else 'missing'!r} in the data; the traces belong to other data"
                 )
             if not all(0 <= index < vocabulary.size for index in trace):
-                raise Refused(f"{path} line {number}: {trace} leaves the codebook of {vocabulary.size} tokens")
+                raise Refused(f"{path} line {number}: {trace!s:.200} leaves the codebook of {vocabulary.size} tokens")
             if len(trace) > vocabulary.m_max or row in seen:
                 wrong = "stands twice" if row in seen else f"has {len(trace)} tokens, m_max is {vocabulary.m_max}"
                 raise Refused(f"{path} line {number}: row {row} {wrong}; make the traces again")

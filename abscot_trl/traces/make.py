@@ -21,7 +21,7 @@ from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.errors import Refused
 from abscot_trl.processes import start
-from abscot_trl.storage import Parts, at_work, phase_settings, written_whole
+from abscot_trl.storage import Parts, at_work, check_folder, phase_settings, written_whole
 from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, load_sampler
 from abscot_trl.traces.batching import cut
@@ -102,8 +102,9 @@ def make_traces(args: TracesArguments) -> dict:
         whose prefix leaves no room in the model are dropped and counted (`dropped_too_long`).
 
     Raises:
-        Refused: inputs that are missing or do not belong together.
+        Refused: inputs that are missing or do not belong together, or the output is there already.
     """
+    check_folder(args.output_dir)
     if (args.engine or {}).get("data_parallel_size", 1) > 1:
         with at_work(f"{args.output_dir}.shards"):  # each of them is at work on `output_dir`
             return _by_processes(args)

@@ -5,6 +5,7 @@ A server is known by what it serves, not by its names: `abscot serve` tells the 
 `vllm serve` the folder that it loaded is read, where this machine sees it.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -73,17 +74,17 @@ def served_model(url: str) -> dict:
         served = response.raise_for_status().json()["data"][0]
         if isinstance(served["id"], str) and isinstance(served["max_model_len"], int):
             return served
-        words = f"it serves {served}"
+        words = f"it serves {served!s:.300}"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         words = f"{type(error).__name__}: {error}"
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         words = f"/v1/models is answered otherwise: {error!r}"
     raise Refused(f"no vLLM server answers at {url} ({words}); start it, or mend the address")
 
 
 def weights_digest(folder: str | Path) -> str | None:
     """Of a checkpoint's config and weights, on whichever machine it lies; `None` where there are none (a hub id)."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []
     return files_digest([Path(folder) / "config.json", *files]) if files else None
 
 
@@ -116,9 +117,14 @@ def check_server(client, end: int, end_text: str) -> None:
     Raises:
         Refused: as in [`ServerTraceSampler`].
     """
+    import requests
+
     forced = {"allowed_token_ids": [end], "max_tokens": 1, "logprobs": 0, "skip_special_tokens": False}
     body = {"model": client.model, "prompt": [end], **forced}
-    response = client.session.post(f"{client.base_url}/v1/completions", json=body, timeout=PATIENCE)
+    try:
+        response = client.session.post(f"{client.base_url}/v1/completions", json=body, timeout=PATIENCE)
+    except requests.RequestException as error:  # it is tried again first
+        raise Refused(f"{client.base_url} does not answer ({error!s:.300}); mend it, or name another") from error
     if not response.ok:
         raise Refused(
             f"{client.base_url} serves {client.model}, which does not take token {end} ({response.text:.300}): "
@@ -127,7 +133,7 @@ def check_server(client, end: int, end_text: str) -> None:
     try:
         choice = response.json()["choices"][0]
         text, (logp,) = choice["text"], choice["logprobs"]["token_logprobs"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise Refused(f"{client.base_url} answers otherwise than vLLM ({error!r}); give a `vllm serve`") from error
     if text != end_text:
         raise Refused(
