@@ -102,6 +102,7 @@ def test_several_chat_templates_are_refused():
     assert "<TOKEN_A>" not in tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_the_model_card_runs_without_this_package(checkpoint, tmp_path):
     """Its first snippet, as it stands, in the checkpoint's folder: the trace and the answer of our own sampler."""
     card = (checkpoint / "README.md").read_text()

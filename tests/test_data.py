@@ -741,6 +741,7 @@ def test_a_folder_named_as_the_parts_that_is_not_ours_stays(tmp_path, tokenizer_
     assert {str(p.relative_to(parts)): p.read_text() for p in parts.rglob("*") if p.is_file()} == files
 
 
+@pytest.mark.slow
 @real_data
 def test_prepare_real_rows(tmp_path, tokenizer_folder):
     counts = prepare(

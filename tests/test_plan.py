@@ -213,6 +213,7 @@ def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):
     assert plan(PlanArguments(**fields | {"launch": "accelerate"}, backend="vllm", engine=engine))["stages"]
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_run(toy, tmp_path, capsys):
     """Steps of every training stage as they were taken, nothing written; then what makes no sense is said."""
     training = LORA | {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 3}

@@ -95,6 +95,7 @@ def logged(log: Path) -> list[str]:
     return log.read_text().split() if log.is_file() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_killed_at_random_it_ends_in_the_same_files(fields, tmp_path, small, script, num_proc):
     counts = prepare(DataArguments(**fields, output_dir=str(tmp_path / "whole")))
