@@ -298,7 +298,7 @@ class Parts:
                     raise Refused("a line is no object")
                 for key, kind in (kinds or {}).items():
                     if not all(isinstance(record.get(key, ...), kind) for record in records):
-                        raise Refused(f"{key} is missing, or no {kind}")
+                        raise Refused(f"{key} is missing, or no {getattr(kind, '__name__', kind)}")
                 if sizes is not None and len(records) != sizes[number]:
                     raise Refused(f"{len(records)} records, {sizes[number]} were written")
             except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from pkgutil import resolve_name
@@ -13,7 +14,16 @@ from safetensors.torch import save_file
 from abscot_trl.errors import Refused
 from abscot_trl.loop import driver
 from abscot_trl.phases import PHASES
-from abscot_trl.storage import Parts, at_work, check_folder, input_digests, path_digest, read_json, written_whole
+from abscot_trl.storage import (
+    Parts,
+    at_work,
+    check_folder,
+    input_digests,
+    path_digest,
+    read_json,
+    write_whole,
+    written_whole,
+)
 
 
 def test_every_line_of_a_large_file_counts(tmp_path):
@@ -171,3 +181,20 @@ def test_a_difference_of_settings_is_said_in_short(tmp_path):
     with pytest.raises(Refused, match="begun with other settings") as refused:
         Parts(tmp_path / "out", {"prompt": "y" * 9999})
     assert len(str(refused.value)) < 1000
+
+
+def test_a_folder_or_a_pipe_in_the_place_of_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "losses.csv").mkdir()
+    with pytest.raises(Refused, match="pipe.json is damaged .it is no file.; mend it"):
+        read_json(tmp_path / "pipe.json", "mend it")
+    with pytest.raises(Refused, match="losses.csv is a folder, where a file is to be written"):
+        write_whole(tmp_path / "losses.csv", "x")
+
+
+@pytest.mark.parametrize("record", [{}, {"score": "1"}, {"score": [1]}])
+def test_a_record_of_other_fields_is_damage(tmp_path, record):
+    parts = Parts(tmp_path / "out", {})
+    parts.write(0, [{"score": 1.0}, record])
+    with pytest.raises(Refused, match="000000.jsonl is damaged .score is missing, or no float"):
+        list(parts.records([0], kinds={"score": float}))

@@ -267,7 +267,11 @@ def _checked(response: httpx.Response, text: str) -> Completion:
         words = str(json.loads(text)["error"]["message"])
     except (ValueError, TypeError, KeyError, RecursionError):
         words = text
-    raise ApiError(words) if response.status_code == 400 else ApiError.failed(f"{response.status_code}: {words}")
+    raise (
+        ApiError(f"{words:.1000}")
+        if response.status_code == 400
+        else ApiError.failed(f"{response.status_code}: {words}")
+    )
 
 
 def _check_finish(reason: str | None) -> None:
