@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -175,15 +176,22 @@ def read_manifest(folder: str | Path, *keys: str) -> dict:
     return read_json(Path(folder) / MANIFEST, f"remove {folder} and run the stage again", **kinds)
 
 
+@cache
+def _content(path: str, inode: int, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a whole file; a process reads it again only when its size or time has changed."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """Of a file's bytes."""
+    state = os.stat(path)
+    return _content(os.path.abspath(path), state.st_ino, state.st_size, state.st_mtime_ns)
+
+
 def files_digest(files: Iterable[str | Path]) -> str:
-    """Of the files' names, sizes and contents."""
-    digest = hashlib.sha256()
-    for file in map(Path, files):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with open(file, "rb") as content:
-            while block := content.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+    """Of the files' names and bytes."""
+    return hashlib.sha256(json.dumps([[Path(file).name, file_digest(file)] for file in files]).encode()).hexdigest()
 
 
 def path_digest(path: str | Path, with_folders: bool = False) -> str | None:
@@ -192,8 +200,7 @@ def path_digest(path: str | Path, with_folders: bool = False) -> str | None:
     if (path / PRUNED).is_file():
         return read_json(path / PRUNED, "use another run_dir", "digest")["digest"]
     if path.is_file():
-        with open(path, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        return file_digest(path)
     if path.is_dir():
         found = path.rglob("*") if with_folders else path.iterdir()
         return files_digest(sorted(p for p in found if p.is_file() and p.name != MANIFEST))

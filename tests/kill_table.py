@@ -87,7 +87,8 @@ def contents(run: Path) -> dict[str, str]:
             assert record.keys() >= CLOCK
             content = json.dumps({key: value for key, value in record.items() if key not in CLOCK}).encode()
         # training_args.bin: a checkpoint's pickle, which nobody reads
-        if path.name not in ("record.md", "training_args.bin", ".lock") and path.suffix != ".lock":
+        own = path.name in ("record.md", "training_args.bin", ".lock") or path.suffix == ".lock"
+        if not own and not path.match("*.error*.txt"):
             found[str(path.relative_to(run))] = hashlib.sha256(content).hexdigest()
     return found
 
