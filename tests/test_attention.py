@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model
+from torch.nn.attention.flex_attention import create_mask
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -14,7 +15,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from abscot_trl.attention import use_bottleneck_mask
+from abscot_trl.attention import block_mask, dense_mask, use_bottleneck_mask
 from abscot_trl.examples import Collator, Encoder, Segment, pack
 
 FAMILIES = ["qwen3", "llama", "granite"]
@@ -102,6 +103,16 @@ def test_distillation_row_is_plain_causal():
     with torch.no_grad():
         assert torch.allclose(masked, plain(batch["input_ids"]).logits, atol=1e-5)
         assert torch.equal(hooked(batch["input_ids"]).logits, plain(batch["input_ids"]).logits)
+
+
+def test_flex_renders_the_rule_of_the_dense_mask():
+    """Every pair of random layouts: all segments in any order, pads, more documents than fit 16 bits apart."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        segments = torch.randint(0, len(Segment), (2, 128), generator=generator)
+        documents = torch.randint(0, 2, (2, 128), generator=generator).cumsum(1) * 70_001
+        mask_mod = block_mask(segments, documents).mask_mod
+        assert torch.equal(create_mask(mask_mod, 2, 1, 128, 128, device="cpu"), dense_mask(segments, documents))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
