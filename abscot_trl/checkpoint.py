@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from abscot_trl.attention import check_supported
 from abscot_trl.errors import Refused
@@ -73,8 +74,9 @@ def check_model(path: str | Path, dtype: str | None = "auto") -> None:
         raise Refused(f"dtype {dtype!r} is none of torch: bfloat16, float16, float32 or auto")
     config = load_config(path)
     try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+        if not is_deepspeed_zero3_enabled():  # it would divide a model that has no data
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a wrong value leads to
         raise _unreadable(path, "config.json", error) from error
     if not Path(path).is_dir():
