@@ -13,6 +13,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from launched import ROOT, accelerate, launch, run_processes, torchrun
 from trainers import contents, foreign
 
+from abscot_trl.checkpoint import verify_checkpoint
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.phases import run_phase
 from abscot_trl.training.resume import sealed_checkpoints
@@ -111,6 +112,25 @@ def test_lora_is_refused_in_words(checkpoint, tmp_path, name, words):
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("abscot bottleneck: LoRA with trained token")]
     assert len(said) == 1 and words in said[0] and not list((tmp_path / "out").glob("*model*"))
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_on_zero3_ends_in_a_checkpoint(checkpoint, inputs, tmp_path):
+    """By the command itself: before and after training one process reads models, which ZeRO-3 would divide."""
+    fields = inputs | {"model_name_or_path": checkpoint, "output_dir": tmp_path / "out"}
+    fields |= {"use_cpu": "true", "bf16": "false", "dtype": "float32", "attn_implementation": "sdpa", "max_steps": "2"}
+    fields |= {"max_length": "256", "per_device_train_batch_size": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", *accelerate("zero3"), "-m", "abscot_trl.scripts.bottleneck"]
+        + [part for key, value in fields.items() for part in (f"--{key}", str(value))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert verify_checkpoint(tmp_path / "out").size == 8
+    log = json.loads((tmp_path / "out" / "training_log.json").read_text())
+    assert log["steps"] == 2 and {entry["sequences_per_step"] for entry in log["log"]} == {4}
 
 
 def launched_environment(name: str) -> tuple:
