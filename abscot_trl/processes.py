@@ -32,14 +32,17 @@ def end_with_launcher() -> None:
         die_with_parent()
         if os.getppid() == 1 and os.environ.get(DRIVER) != "1":  # it ended before we asked
             os._exit(1)
-    by_main_thread = [True]
+    forking: list[tuple[int, bool]] = [(0, True)]  # this process, and whether its main thread forks
 
     def note() -> None:
-        by_main_thread[0] = threading.current_thread() is threading.main_thread()
+        forking[0] = os.getpid(), threading.current_thread() is threading.main_thread()
 
     def tie() -> None:
-        if by_main_thread[0]:  # other threads may end before the process does
+        parent, by_main_thread = forking[0]
+        if by_main_thread:  # other threads may end before the process does
             die_with_parent()
+            if os.getppid() != parent:  # it ended before we asked
+                os._exit(1)
 
     os.register_at_fork(before=note, after_in_child=tie)
 

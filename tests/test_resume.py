@@ -45,10 +45,10 @@ def test_one_file_of_others_is_enough(checkpoint, inputs, tmp_path, name):
 
 def test_what_is_no_folder_is_refused(checkpoint, inputs, tmp_path):
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    for output in ("file", "file/below", "link"):
-        with pytest.raises(Refused, match=f"{output} is no folder that could be written"):
+    for output in ("file", "file/below"):
+        with pytest.raises(Refused, match=f"{output}: .*file is a file, not a folder"):
             phase(checkpoint, inputs, tmp_path / output)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 class Stop(TrainerCallback):
