@@ -110,10 +110,11 @@ def test_a_phase_started_by_hand_outlives_its_shell():
 
 def test_a_folder_has_one_job_at_a_time_and_a_job_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "GRACE_S", 0.1)
-    (tmp_path / "link").symlink_to(tmp_path / "out")
-    with at_work(tmp_path / "out"), at_work(tmp_path / "out", beside=True):
-        for name in ("out", "link"):
-            with pytest.raises(Refused, match="out: another process is still at work here"), at_work(tmp_path / name):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for held, asked in (("out", "out"), ("there", "link")):
+        with at_work(tmp_path / held), at_work(tmp_path / held, beside=True):
+            with pytest.raises(Refused, match=f"{held}: another process is still at work"), at_work(tmp_path / asked):
                 pass
     with at_work(tmp_path / "out", beside=True):  # the last rank of a job whose first has ended
         with pytest.raises(Refused, match="still at work here"), at_work(tmp_path / "out"):
