@@ -81,13 +81,8 @@ def check_folder(path: str | Path) -> None:
         for name in (at, at.with_name(f".{at.name}-12345678{TEMPORARY}")):  # and the longest that will stand beside it
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.stat(name)
-        at = at.resolve()  # a link to a folder that is yet to be made is as good as the folder
-        there = next(found for found in (at, *at.parents) if found.exists())
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # too long a name, a null byte, half a surrogate pair, links in a circle
+        there = next(found for found in (at, *at.parents) if os.path.lexists(found))
+    except (OSError, ValueError) as error:  # too long a name, a null byte, half a surrogate pair, links in a circle
         raise Refused(f"{str(path)!r:.80} is no name of a folder ({error!s:.200})") from error
     if not there.is_dir():
         raise Refused(f"{path}: {there} is a file, not a folder; choose another")
