@@ -54,7 +54,7 @@ def additive_mask(segments: Tensor, documents: Tensor, dtype: torch.dtype) -> Te
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-_compiled_create_block_mask = torch.compile(create_block_mask)
+_compiled_create_block_mask = torch.compile(create_block_mask, dynamic=True)  # one graph for rows of any length
 
 
 def codes(segments: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:

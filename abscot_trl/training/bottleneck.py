@@ -15,8 +15,9 @@ from typing import NoReturn
 import datasets
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
 from abscot_trl.attention import use_bottleneck_mask
@@ -28,6 +29,9 @@ from abscot_trl.training.resume import SealCheckpoints, sealed_checkpoints
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COLUMNS = ["input_ids", "labels", "segment_ids", "document_ids", "position_ids", "loss_weights"]
+
+# Positions over which the logged metrics are taken; rows trained as rehearsal count as `.._given_cot`.
+GROUPS = ("trace", "end", "answer", "trace_given_cot", "end_given_cot", "answer_given_cot", "labelled")
 
 
 @contextmanager
@@ -52,6 +56,18 @@ def trace_of(row: dict) -> list[int]:
     if row.get("trace") is None:
         raise Refused("a row has no trace: make traces with `abscot traces`, or train without by `abscot baseline`")
     return row["trace"]
+
+
+def compile_layers(model: nn.Module, dynamic: bool) -> None:
+    """
+    Compile the forward pass of each decoder layer in place: names of weights stay, and all layers share one graph.
+
+    Args:
+        dynamic (`bool`): one graph for rows of any length, instead of one for each.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = torch.compile(layer.forward, dynamic=dynamic)  # hooks (ZeRO's, FSDP's) stay outside
 
 
 class TrainingRows(torch.utils.data.Dataset):
@@ -121,7 +137,7 @@ class BottleneckSFTTrainer(SFTTrainer):
         self.encoder = Encoder.from_tokenizer(
             vocabulary, tokenizer, channel=args.channel, supervise_end=args.supervise_end
         )
-        rows = self._rows(train_dataset)
+        rows, packed = self._rows(train_dataset), args.packing
         args.packing = False  # packed above; trl's packing would drop the segments
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         keep, args.save_total_limit = args.save_total_limit, None  # transformers' own would run before the seal
@@ -136,11 +152,16 @@ class BottleneckSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self.train_dataset = rows
+        if packed and self.model.config._attn_implementation == "flex_attention":
+            # One length for all batches: a kernel is compiled for each.
+            self.data_collator.pad_to_multiple_of *= -(-args.max_length // args.pad_to_multiple_of)
         mend_output_head(self.model)
         if args.bf16 or args.fp16:
             keep_inputs_narrow(self.model)
         use_bottleneck_mask(self.model)
-        self._sums: dict[str, Tensor] = {}
+        if args.compile_layers:
+            compile_layers(self.model, dynamic=not packed)
+        self._sums: Tensor | None = None
         self._logged_step = 0
         self._finite = True
         self.add_callback(SealCheckpoints(self, keep))
@@ -232,35 +253,36 @@ class BottleneckSFTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _record(self, inputs: dict[str, Tensor], nll: Tensor, outputs) -> None:
-        """Add this micro-batch to the sums behind the logged metrics; no device synchronisation."""
-        labelled, segments = outputs.label_mask, inputs["segment_ids"]
-        documents = inputs["document_ids"]
+        """Add this micro-batch to the sums behind the logged metrics: few kernels, no device synchronisation."""
+        labelled, segments, documents = outputs.label_mask, inputs["segment_ids"], inputs["document_ids"]
         verbal = torch.zeros(len(documents), documents.shape[1] + 1, device=nll.device)
         verbal = verbal.scatter_reduce(1, documents, (segments == Segment.COT).float(), "amax")
-        given_cot = verbal.gather(1, documents)[:, 1:].bool()
-        segments = segments[:, 1:]
+        own = self._own_rows(verbal.gather(1, documents)[:, 1:].bool())
+        segments, end = segments[:, 1:], inputs["labels"][:, 1:] == self.encoder.end
         trace = labelled & ((segments == Segment.TRACE) | (segments == Segment.DRAFT))
-        end = inputs["labels"][:, 1:] == self.encoder.end
-        groups = {
-            "trace": trace & ~end,
-            "end": trace & end,
-            "answer": labelled & (segments == Segment.ANSWER),
-        }
-        parts = {f"loss_{name}": (nll, where & self._own_rows(given_cot)) for name, where in groups.items()}
-        parts |= {
-            f"loss_{name}_given_cot": (nll, where & ~self._own_rows(given_cot)) for name, where in groups.items()
-        }
-        parts["mean_token_accuracy"] = (outputs.is_top1.float(), labelled)
-        parts["entropy"] = (outputs.entropy.detach(), labelled)
-        everywhere = torch.ones_like(inputs["attention_mask"])
-        parts["num_tokens"] = (inputs["attention_mask"].float(), everywhere)
-        parts["padding"] = (1.0 - inputs["attention_mask"].float(), everywhere)
-        parts["sequences_per_step"] = (documents.amax(dim=1).float(), torch.ones(len(documents), device=nll.device))
-        parts["supervised_tokens_per_step"] = (labelled.float(), torch.ones_like(labelled))
+        kinds = torch.stack([trace & ~end, trace & end, labelled & (segments == Segment.ANSWER)])
+        groups = torch.cat([kinds & own, kinds & ~own, labelled[None]])  # as GROUPS, each (B, L - 1)
+        values = torch.stack([nll, outputs.is_top1.float(), outputs.entropy.detach(), torch.ones_like(nll)])
+        real = inputs["attention_mask"]
+        rest = torch.stack([real.sum(), (1 - real).sum(), documents.amax(dim=1).sum()])
         precision = torch.float32 if nll.device.type == "mps" else torch.float64
-        for name, (values, where) in parts.items():
-            pair = torch.stack([(values * where).sum(), where.sum()]).to(precision)
-            self._sums[name] = self._sums.get(name, 0) + pair
+        sums = torch.cat([(groups[:, None] * values).sum((2, 3)).flatten().to(precision), rest.to(precision)])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _figures(self) -> dict[str, float]:
+        """The metrics since the last log, over all processes."""
+        *sums, real, padding, sequences = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        groups = {name: sums[4 * i : 4 * i + 4] for i, name in enumerate(GROUPS)}
+        _, right, entropy, labelled = groups.pop("labelled")
+        self._total_train_tokens += int(real)
+        steps = max(self.state.global_step - self._logged_step, 1)
+        metrics = {f"loss_{name}": nll / count for name, (nll, *_, count) in groups.items() if count}
+        if labelled:
+            metrics |= {"mean_token_accuracy": right / labelled, "entropy": entropy / labelled}
+        if "loss_trace" in metrics:
+            metrics["loss_trace_uniform"] = math.log(self.vocabulary.size)
+        metrics |= {"num_tokens": self._total_train_tokens, "padding": padding / (real + padding)}
+        return metrics | {"sequences_per_step": sequences / steps, "supervised_tokens_per_step": labelled / steps}
 
     def _own_rows(self, given_cot: Tensor) -> Tensor:
         """Which positions belong to this phase's own rows (the others are rehearsal); here all."""
@@ -271,16 +293,7 @@ class BottleneckSFTTrainer(SFTTrainer):
             first, last = self._logged_step + 1, self.state.global_step
             steps = f"step {last}" if first == last else f"steps {first} to {last}"
             self._diverged(f"the loss of {steps} is {logs['loss']}")
-        for name, pair in self._sums.items():
-            total, count = self.accelerator.reduce(pair, reduction="sum").tolist()
-            if name == "num_tokens":
-                self._total_train_tokens += int(total)
-                logs["num_tokens"] = self._total_train_tokens
-            elif name.endswith("_per_step"):
-                logs[name] = total / max(self.state.global_step - self._logged_step, 1)
-            elif count:
-                logs[name] = total / count
-        if "loss_trace" in logs:
-            logs["loss_trace_uniform"] = math.log(self.vocabulary.size)
-        self._sums, self._logged_step = {}, self.state.global_step
+        if self._sums is not None:
+            logs |= self._figures()
+        self._sums, self._logged_step = None, self.state.global_step
         super().log(logs, start_time)

@@ -42,6 +42,9 @@ class BottleneckConfig(SFTConfig):
             Whether a killed phase goes on from the last sealed checkpoint in `output_dir`.
         overlong (`str`, *optional*, defaults to `"error"`):
             Rows longer than `max_length`: `"error"` refuses to start, `"drop"` leaves them out and counts them.
+        compile_layers (`bool`, *optional*, defaults to `False`):
+            Compile the decoder layers, one graph for all; the first step takes half a minute. Not `torch_compile`,
+            which takes the whole model at once and far longer.
     """
 
     max_length: int | None = field(
@@ -70,6 +73,9 @@ class BottleneckConfig(SFTConfig):
     overlong: str = field(
         default="error",
         metadata={"help": "Rows longer than max_length: refuse to start, or drop them.", "choices": ["error", "drop"]},
+    )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "Compile the decoder layers (one graph, half a minute at the start)."}
     )
 
     def __post_init__(self):
