@@ -18,8 +18,19 @@ import time
 from pathlib import Path
 
 import torch
-from bench_train import ALPHA, GIB, MODULES, QWEN3_4B, SHAPE, TINY, build_model, extended_tokenizer, training_row
 from datasets import Dataset
+from models import (
+    ALPHA,
+    GIB,
+    MODULES,
+    QWEN3_06B,
+    QWEN3_4B,
+    QWEN3_17B,
+    TINY,
+    build_model,
+    extended_tokenizer,
+    training_row,
+)
 from transformers import TrainerCallback
 from trl import ModelConfig
 
@@ -31,11 +42,7 @@ from abscot_trl.training.steps import steps_of
 
 BOUND = 0.1
 STEPS = 3
-SIZES = {
-    "0.6b": dict(zip(SHAPE, (151936, 1024, 3072, 28, 16, 8), strict=True)),
-    "1.7b": dict(zip(SHAPE, (151936, 2048, 6144, 28, 16, 8), strict=True)),
-    "4b": QWEN3_4B,
-}
+SIZES = {"0.6b": QWEN3_06B, "1.7b": QWEN3_17B, "4b": QWEN3_4B}
 # Size, LoRA rank (None: full), gradient checkpointing, tokens of a row, rows of a step. Not those that the terms of
 # abscot_trl/memory.py were found with. The first three were predicted at 0.974, 0.980 and 0.989 of what an H200 took.
 CASES = [
