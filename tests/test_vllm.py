@@ -1,17 +1,16 @@
-"""vLLM itself, on CPU, against transformers: legal traces, the same log-probabilities, the same distribution."""
+"""vLLM itself against transformers, on CPU or a GPU: legal traces, equal log-probabilities, equal distributions."""
 
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from sampling import CPU, ENGINE, truncated_softmax
+from sampling import ENGINE, ENVIRONMENT, need_vllm, truncated_softmax
 from scipy.stats import chi2_contingency, chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,8 +51,7 @@ def given(checkpoint):
 @pytest.fixture(scope="module")
 def sampled(checkpoint, given, tmp_path_factory):
     """One engine in a process of its own answers all calls (booting one takes 20 s)."""
-    if not (find_spec("vllm") and torch.version.cuda is None):
-        pytest.skip("needs the CPU build of vLLM")
+    need_vllm()
     one = given[5]
     calls = {
         "free": {"prefixes": given * 6, "m_max": 5, "m_min": 2, "seed": 1},
@@ -74,7 +72,7 @@ def sampled(checkpoint, given, tmp_path_factory):
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, folder / "script.py", folder / "job.json", folder / "out.json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return calls, dict(zip(calls, json.loads((folder / "out.json").read_text()), strict=True))
 
@@ -155,8 +153,7 @@ def test_truncated_answers_follow_the_softmax(checkpoint, sampled, given):
 
 def test_evaluation_by_vllm_equals_transformers(checkpoint, tmp_path):
     """`abscot evaluate` with `backend: vllm`, greedy: every trace and answer is transformers', and every result."""
-    if not (find_spec("vllm") and torch.version.cuda is None):
-        pytest.skip("needs the CPU build of vLLM")
+    need_vllm()
     problems = write_problems(tmp_path / "problems.jsonl", chain_arithmetic(60, 4, 5, seed=0))
     recipe = {"model": str(checkpoint), "problems": problems, "dtype": "float32", "max_new_tokens": 12}
     recipe |= {"modes": ["verbal", "abstract"], "swaps": ["own", "random", "other"], "instruction": False}
@@ -164,7 +161,7 @@ def test_evaluation_by_vllm_equals_transformers(checkpoint, tmp_path):
         path = tmp_path / f"{backend}.yaml"
         path.write_text(yaml.safe_dump(recipe | extra | {"backend": backend, "output_dir": str(tmp_path / backend)}))
         command = [sys.executable, "-m", "abscot_trl.scripts.evaluate", "--config", path]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-3000:]
     hf, vllm = ((tmp_path / name / "answers.jsonl").read_text() for name in ("hf", "vllm"))
     assert hf == vllm and len(hf.splitlines()) == 60 * 4
