@@ -212,25 +212,28 @@ def again(sampler: VLLMTraceSampler, n: int, first: int) -> dict[str, int]:
 def resume(args: argparse.Namespace) -> list[dict]:
     """Each setting in a process of its own, side by side on the card; nothing is timed."""
     model = args.model or make_model(args.models / args.small, args.small)
-    share = 0.8 / len(RESUMED)
-    running = []
-    for name, environment, engine in RESUMED:
-        engine = {"gpu_memory_utilization": round(share, 2), "enforce_eager": True, "max_model_len": 1024} | engine
-        command = [sys.executable, __file__, "again", "--model", model, "--engine", json.dumps(engine)]
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
-        running.append((name, environment | engine, process))
-        time.sleep(args.apart)  # vLLM measures what is free while it boots
-    rows = []
-    for name, settings, process in running:
-        try:
-            said = process.communicate(timeout=args.patience)[0]
-            found = last_json(said) if process.returncode == 0 else {"failed": process.returncode}
-        except subprocess.TimeoutExpired:
-            process.kill()
-            found = {"failed": "timeout"}
-        row = {"name": f"vllm resumed, {name}", "value": found.get("in 64s"), "unit": "traces that differ"}
-        rows.append(row | {"baseline": "the same rows sampled whole", "settings": settings} | found)
-        say(rows[-1])
+    base = {"gpu_memory_utilization": round(0.8 / len(RESUMED), 2), "enforce_eager": True, "max_model_len": 1024}
+    base |= args.engine
+    running, rows, end = [], [], time.monotonic() + args.patience
+    try:
+        for name, environment, engine in RESUMED:
+            command = [sys.executable, __file__, "again", "--model", model, "--resume_rows", str(args.resume_rows)]
+            command += ["--engine", json.dumps(base | engine)]
+            process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+            running.append((name, environment | base | engine, process))
+            time.sleep(args.apart)  # vLLM measures what is free while it boots
+        for name, settings, process in running:
+            try:
+                said = process.communicate(timeout=max(1, end - time.monotonic()))[0]
+                found = last_json(said) if process.returncode == 0 else {"failed": process.returncode}
+            except subprocess.TimeoutExpired:
+                found = {"failed": "timeout"}
+            row = {"name": f"vllm resumed, {name}", "value": found.get("in 64s"), "unit": "traces that differ"}
+            rows.append(row | {"baseline": "the same rows sampled whole", "settings": settings} | found)
+            say(rows[-1])
+    finally:
+        for _, _, process in running:
+            process.terminate()  # vLLM's own processes go with it
     return rows
 
 
