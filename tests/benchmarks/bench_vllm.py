@@ -11,13 +11,14 @@ The models have Qwen3-4B's shape (`resume`: Qwen3-0.6B's) and random weights; th
 
 cost      one engine, the same prompts and number of tokens, one sampling parameter more at each step
 speed     `VLLMTraceSampler.sample` after prompts of 200 tokens, and after prompts and CoTs of 5,700
-resume    512 rows sampled whole, again, and from the 200th on in batches of other sizes: traces that differ
+resume    512 rows sampled whole, again, from the 200th on in other batches, and as a part: traces that differ
 parallel  `speed` by two engines at once, and by one of them alone
 
 Figures go to `results/sampling.json` (or --output), each as soon as it is known.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -63,12 +64,13 @@ COSTS = {  # name: before, after
     "all against plain": ("plain", "all"),
 }
 OLDER = {"v2": "", "v1": " (older model runner)"}  # ends a figure's name
-# Of section `resume`: name, environment, engine arguments.
+# Of section `resume`: name, environment, engine arguments. The second two show whether processes differ.
+HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # as `VLLMTraceSampler` has it
 RESUMED = [
-    ("as shipped", {}, {}),
-    ("engine in this process", {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, {}),
-    ("in this process, no async scheduling", {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, {"async_scheduling": False}),
-    ("batch-invariant kernels", {"VLLM_BATCH_INVARIANT": "1"}, {"attention_backend": "FLASH_ATTN"}),
+    ("scheduled in another process", {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, {}),
+    ("scheduled in this process", HERE, {}),
+    ("scheduled in this process, once more", HERE, {}),
+    ("batch-invariant kernels", HERE | {"VLLM_BATCH_INVARIANT": "1"}, {"attention_backend": "FLASH_ATTN"}),
 ]
 
 
@@ -191,22 +193,38 @@ def speed(sampler: VLLMTraceSampler, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def again(sampler: VLLMTraceSampler, n: int, first: int) -> dict[str, int]:
-    """How many of the traces of rows `first`..`n` differ from those that were sampled with all rows."""
+def again(sampler: VLLMTraceSampler, n: int, first: int) -> dict:
+    """
+    How many traces of `n` rows differ from those of one call with all rows: when all are sampled again, or in other
+    batches from row `first` on. And of the rows from `first` on in a call of their own, which is what a resumed run
+    does with a part: how many differ, after the rows before them without and with an emptied prefix cache, from an
+    engine that begins there.
+    """
     rng = random.Random(1)
-    prompts = random_prompts(sampler.model_path, [rng.randint(20, 300) for _ in range(n)])
+    start = random_prompts(sampler.model_path, [40])[0]  # a chat template's
+    prompts = random_prompts(sampler.model_path, [rng.randint(20, 300) for _ in range(n)], seed=1)
 
-    def sample(rows: range) -> list[list[int]]:
-        sampler.llm.reset_prefix_cache()
-        traces = sampler.sample([prompts[i] for i in rows], 32, 4, TEMPERATURE, seed=0, rows=rows)
+    def sample(rows: range, empty: bool = True) -> list[list[int]]:
+        if empty:
+            sampler.llm.reset_prefix_cache()
+        traces = sampler.sample([start + prompts[i] for i in rows], 32, 4, TEMPERATURE, seed=0, rows=rows)
         return [trace.token_ids for trace in traces]
 
-    whole, found = sample(range(n)), {}
-    for name, size in (("whole again", n), ("the rest at once", n - first), ("in 64s", 64), ("in 7s", 7)):
-        starts = range(0 if size == n else first, n, size)
-        traces = [trace for start in starts for trace in sample(range(start, min(start + size, n)))]
-        found[name] = sum(a != b for a, b in zip(traces, whole[-len(traces) :], strict=True))
-    return found | {"of rows": n - first, "distinct": len({tuple(trace) for trace in whole})}
+    def differ(some: list, others: list) -> int:
+        return sum(a != b for a, b in zip(some, others, strict=True))
+
+    whole = sample(range(n))
+    found = {"whole again": differ(sample(range(n)), whole)}
+    part = sample(range(first, n))
+    found["in a part of their own"] = differ(part, whole[first:])
+    for size in (64, 7):
+        traces = [trace for i in range(first, n, size) for trace in sample(range(i, min(i + size, n)))]
+        found[f"in {size}s"] = differ(traces, whole[first:])
+    for name, empty in (("part resumed, cache kept", False), ("part resumed", True)):
+        sample(range(first))
+        found[name] = differ(sample(range(first, n), empty), part)
+    digest = hashlib.sha256(json.dumps([whole, part]).encode()).hexdigest()[:12]
+    return found | {"rows": n - first, "distinct": len({tuple(trace) for trace in whole}), "digest": digest}
 
 
 def resume(args: argparse.Namespace) -> list[dict]:
@@ -228,8 +246,12 @@ def resume(args: argparse.Namespace) -> list[dict]:
                 found = last_json(said) if process.returncode == 0 else {"failed": process.returncode}
             except subprocess.TimeoutExpired:
                 found = {"failed": "timeout"}
-            row = {"name": f"vllm resumed, {name}", "value": found.get("in 64s"), "unit": "traces that differ"}
-            rows.append(row | {"baseline": "the same rows sampled whole", "settings": settings} | found)
+            row = {"name": f"vllm resumed, {name}", "value": found.get("part resumed"), "unit": "traces that differ"}
+            rows.append(
+                row
+                | {"baseline": "the same part in an engine that has not been stopped", "settings": settings}
+                | found
+            )
             say(rows[-1])
     finally:
         for _, _, process in running:
