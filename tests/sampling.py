@@ -9,7 +9,8 @@ import torch
 ON_GPU = torch.cuda.is_available()
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 # float32 on a GPU is for vLLM's Triton attention, whose products are TF32 unless Triton is told otherwise.
-ENVIRONMENT |= {"TRITON_F32_DEFAULT": "ieee"} if ON_GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+GPU = {"TRITON_F32_DEFAULT": "ieee", "VLLM_HOST_IP": "127.0.0.1"}
+ENVIRONMENT |= GPU if ON_GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,

@@ -33,20 +33,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-import torch
 from figures import RESULTS, record
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from sampled import SHAPES, make_model, random_prompts, say
 
-from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.traces.vllm import VLLMTraceSampler, row_seed, trace_parameters
-from abscot_trl.vocabulary import AbstractVocabulary
 
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPES = {
-    "4b": dict(zip(SHAPE, (2560, 9728, 36, 32, 8), strict=True)),
-    "0.6b": dict(zip(SHAPE, (1024, 3072, 28, 16, 8), strict=True)),
-    "tiny": dict(zip(SHAPE, (64, 96, 2, 2, 1), strict=True)),
-}
 TEMPERATURE = 0.7
 # Of section `cost`: what is asked for beside temperature and number of tokens.
 STEPS = {
@@ -74,41 +65,9 @@ RESUMED = [
 ]
 
 
-def say(*words) -> None:
-    print(time.strftime("%H:%M:%S"), *words, flush=True)
-
-
 def last_json(text: str) -> dict:
     """What a process of ours printed last, among vLLM's own lines."""
     return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
-
-
-def make_model(folder: Path, shape: str) -> str:
-    """An extended checkpoint with Qwen3's embedding rows and the toy tokenizer, unless it is there."""
-    if (folder / "abstract_vocabulary.json").is_file():
-        return str(folder)
-    tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(m_max=128)
-    vocabulary.extend(tokenizer)
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    rows = {"vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": True}
-    config = Qwen3Config(**SHAPES[shape], head_dim=32 if shape == "tiny" else 128, **special, **rows)
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    vocabulary.save(folder)
-    del model
-    torch.cuda.empty_cache()
-    return str(folder)
-
-
-def random_prompts(model: str, lengths: list[int], seed: int = 0) -> list[list[int]]:
-    """Ordinary tokens, no two prompts with a common start."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    barred = {*AbstractVocabulary.load(model).all_ids(tokenizer), *tokenizer.all_special_ids}
-    ordinary, rng = sorted(set(tokenizer.get_vocab().values()) - barred), random.Random(seed)
-    return [rng.choices(ordinary, k=length) for length in lengths]
 
 
 def requests(sampler: VLLMTraceSampler, n: int, tokens: int, asked: tuple[str, ...]) -> list[dict]:
@@ -230,7 +189,8 @@ def again(sampler: VLLMTraceSampler, n: int, first: int) -> dict:
 def resume(args: argparse.Namespace) -> list[dict]:
     """Each setting in a process of its own, side by side on the card; nothing is timed."""
     model = args.model or make_model(args.models / args.small, args.small)
-    base = {"gpu_memory_utilization": round(0.8 / len(RESUMED), 2), "enforce_eager": True, "max_model_len": 1024}
+    base = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 10 * 2**30}  # none measures what the others leave
+    base |= {"enforce_eager": True, "max_model_len": 1024}
     base |= args.engine
     running, rows, end = [], [], time.monotonic() + args.patience
     try:
@@ -239,7 +199,6 @@ def resume(args: argparse.Namespace) -> list[dict]:
             command += ["--engine", json.dumps(base | engine)]
             process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
             running.append((name, environment | base | engine, process))
-            time.sleep(args.apart)  # vLLM measures what is free while it boots
         for name, settings, process in running:
             try:
                 said = process.communicate(timeout=max(1, end - time.monotonic()))[0]
@@ -341,14 +300,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_model_len", type=int, default=8192)
     parser.add_argument("--requests", type=int, default=256, help="of section cost, all at once")
     parser.add_argument("--cost_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7, help="of section cost")
-    parser.add_argument("--speed_repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of section cost")
+    parser.add_argument("--speed_repeats", type=int, default=3)
     parser.add_argument("--trace_tokens", type=int, default=13, help="of each trace in section speed")
     parser.add_argument("--rows", type=int, default=2048, help="prompts of 200 tokens")
     parser.add_argument("--cot_rows", type=int, default=64, help="prompts with CoTs, 5,700 tokens")
     parser.add_argument("--resume_rows", type=int, default=512)
     parser.add_argument("--patience", type=int, default=240, help="seconds for each process of resume and parallel")
-    parser.add_argument("--apart", type=float, default=15.0, help="seconds between the starts of resume's engines")
     parser.add_argument("--output", type=Path, default=RESULTS / "sampling.json")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
