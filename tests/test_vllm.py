@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from scipy.stats import chi2_contingency, chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
+from abscot_trl.errors import Refused
 from abscot_trl.examples import cot_columns, prompt_ids
 from abscot_trl.traces.hf import HFTraceSampler
-from abscot_trl.traces.vllm import check_tensor_parallel
+from abscot_trl.traces.vllm import VLLMTraceSampler, check_tensor_parallel
 from abscot_trl.vocabulary import AbstractVocabulary
 
 pytestmark = pytest.mark.slow
@@ -177,3 +179,23 @@ def test_bad_input(checkpoint, sampled):
     assert found["none"] == []
     with pytest.raises(ValueError, match="tensor_parallel_size 3 does not divide the 2 heads.*use one of 1, 2"):
         check_tensor_parallel(str(checkpoint), 3)
+
+
+def test_a_codebook_that_would_kill_the_newer_runner_is_refused(checkpoint, monkeypatch):
+    """A request may allow 1,024 ids there, and the error is raised inside the engine. (A fake one, as of a GPU.)"""
+    config = SimpleNamespace(use_v2_model_runner=True, cache_config=SimpleNamespace(num_gpu_blocks=2, block_size=16))
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=config), model_config=SimpleNamespace(max_model_len=9)
+    )
+    platform = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **_: llm))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(
+        Refused, match="has 1024 abstract tokens, .* takes 1023 at most; set VLLM_USE_V2_MODEL_RUNNER=0"
+    ):
+        VLLMTraceSampler(str(checkpoint), AbstractVocabulary(size=1024))
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"  # as the user wants it
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    assert VLLMTraceSampler(str(checkpoint)).cache_tokens == 32
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
