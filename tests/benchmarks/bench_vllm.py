@@ -239,7 +239,7 @@ def shared(args: argparse.Namespace) -> None:
             (folder / f"{title}-go").touch()
         wait_for(f"{title}-go")
         found.setdefault(title, []).append(rate(sampler, prompts, **limits)["rows_per_second"])
-    print(json.dumps(found), flush=True)
+    print(json.dumps({"runner": args.runner} | found), flush=True)
 
 
 def parallel(args: argparse.Namespace) -> list[dict]:
@@ -264,12 +264,12 @@ def parallel(args: argparse.Namespace) -> list[dict]:
             for child in children:
                 child.kill()
     first, second = map(last_json, said)
-    rows = []
+    rows, runner = [], first.pop("runner")
     for title, (alone, beside) in first.items():
         both = 2 * min(beside, second[title][0])
         row = {"name": f"vllm-traces-per-second-{title} (dp 2)", "value": round(both, 2), "unit": "rows/s"}
         row |= {"baseline": f"{alone:.2f} rows/s by one of the engines alone", "scaling": round(both / alone, 3)}
-        rows.append(row | {"trace_tokens": args.trace_tokens, "shape": args.shape, "runner": args.runner})
+        rows.append(row | {"trace_tokens": args.trace_tokens, "shape": args.shape, "runner": runner})
         say(rows[-1])
     return rows
 
