@@ -16,7 +16,7 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-sampling bench-plan bench-data clean
+.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-sampling bench-vllm bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -85,8 +85,11 @@ plan: $(READY) ## what that warm-up will take: steps, memory, disk, hours
 bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
 
-bench-sampling: $(READY) ## vLLM against transformers, the constraint's cost, the second call (17 minutes on 2 cores)
+bench-sampling: $(READY) ## vLLM against transformers, the second call (12 minutes on 2 cores)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)
+
+bench-vllm: $(READY) ## what the constraint and the seeds cost, traces a second, what resumes alike (one H100, minutes)
+	$(BIN)/python tests/benchmarks/bench_vllm.py $(or $(ARGS),cost speed resume)
 
 bench-plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
 	$(BIN)/python tests/benchmarks/bench_plan.py $(ARGS)

@@ -1,6 +1,6 @@
 """
-What tests/test_rollout.py has done in processes of its own: `alone` holds vLLM's engine, `beside` two processes and a
-server.
+What tests/test_rollout.py has done in processes of its own: `alone` holds vLLM's engine, `asleep` one that sleeps;
+`beside` is two processes and a server, `there` and `sharded` bring weights to a server on another GPU.
 
     python tests/rollout_jobs.py alone found.json CHECKPOINT FOLDER
 """
@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import sampling
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from sampling import ON_GPU
 from tiny import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
@@ -25,8 +27,11 @@ from abscot_trl.training.adapters import lora_config
 from abscot_trl.vocabulary import AbstractVocabulary
 
 TRACE, ROOM = 6, 16  # m_max of the checkpoint, and max_completion_length
-ENGINE = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
-FIELDS = {"gpu_memory_utilization": 0.2, "max_model_length": 256, "max_completion_length": ROOM}
+PASSED = ("distributed_executor_backend", "gpu_memory_utilization", "max_model_len")  # by TRL
+ENGINE = {name: value for name, value in sampling.ENGINE.items() if name not in PASSED}
+ENGINE |= {"enable_chunked_prefill": False}
+SHARE = sampling.ENGINE["gpu_memory_utilization"]
+FIELDS = {"gpu_memory_utilization": SHARE, "max_model_length": 256, "max_completion_length": ROOM}
 BAD = {
     "top_p": {"top_p": 0.9},
     "top_k": {"top_k": 20},
@@ -74,8 +79,8 @@ def untied(folder: Path) -> Path:
     return folder
 
 
-def backend(checkpoint, model=None, **fields):
-    """The class under test, with the engine settings that CPU needs and TRL does not pass."""
+def backend(checkpoint, model=None, cpu: bool = not ON_GPU, **fields):
+    """The class under test, with the engine settings that the machine needs and TRL does not pass."""
     import vllm
     from accelerate import Accelerator
     from trl.generation import vllm_generation
@@ -88,9 +93,9 @@ def backend(checkpoint, model=None, **fields):
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
         layer, "cpu_linear", torch.nn.functional.linear
     )
-    model = model or AutoModelForCausalLM.from_pretrained(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    return AbstractVLLMGeneration(model, Accelerator(cpu=True), tokenizer, **FIELDS | fields)
+    accelerator, tokenizer = Accelerator(cpu=cpu), AutoTokenizer.from_pretrained(checkpoint)
+    model = (model or AutoModelForCausalLM.from_pretrained(checkpoint)).to(accelerator.device)
+    return AbstractVLLMGeneration(model, accelerator, tokenizer, **FIELDS | fields)
 
 
 def boots(**_):
@@ -109,13 +114,12 @@ def offline(checkpoint, given: list[list[int]], **call) -> list[dict]:
     """The same rows by [`VLLMTraceSampler`], whose engine is another."""
     from abscot_trl.traces.vllm import VLLMTraceSampler
 
-    engine = ENGINE | {"distributed_executor_backend": "uni", "gpu_memory_utilization": 0.2, "max_model_len": 256}
-    sampler = VLLMTraceSampler(str(checkpoint), **engine)
+    sampler = VLLMTraceSampler(str(checkpoint), **sampling.ENGINE | ENGINE)
     return [asdict(trace) for trace in sampler.sample([prompt[:-1] for prompt in given], **call)]
 
 
 def sleeping(generation, given: list[list[int]]) -> list[str]:
-    """What happens in one `generate` with sleep mode on (CPU engines have none: sleep and waking are noted only)."""
+    """What happens in one `generate` with sleep mode on; sleep and waking are noted only (a CPU engine has none)."""
     events, llm = [], generation.llm
     generate, load = llm.generate, generation.sync_weights
     llm.wake_up = lambda tags: events.append(f"wake {tags[0]}")
@@ -131,7 +135,7 @@ def sleeping(generation, given: list[list[int]]) -> list[str]:
 
 def synced(generation, model, given: list[list[int]]) -> dict:
     """Greedy rollouts before and after a sync with `model`, and by how much the sync changed `model` itself."""
-    generation.temperature = 0.0
+    generation.temperature, model = 0.0, model.to(generation.accelerator.device)
     before = generation.generate(given, None, 4)[1]
     parameters = {name: parameter.clone() for name, parameter in model.named_parameters()}
     generation.model = model
@@ -149,7 +153,7 @@ def packed(generation, checkpoint) -> dict:
     """
     from vllm.distributed.weight_transfer.packed_tensor import pack_tensors, unpack_tensor
 
-    generation.model, generation.mode = adapted(checkpoint), "server"
+    generation.model, generation.mode = adapted(checkpoint).to(generation.accelerator.device), "server"
     pack = pack_tensors(generation._iter_named_params(), lambda item: item[1], 2**30)
     generation.mode = "colocate"
     weights = dict(unpack_tensor(pack.packed_tensor, pack.names, pack.shapes, pack.dtypes, pack.tensor_sizes))
@@ -157,7 +161,7 @@ def packed(generation, checkpoint) -> dict:
     plain.load_state_dict(weights, strict=not plain.config.tie_word_embeddings)
     ids = torch.arange(50)[None]
     with torch.no_grad():
-        difference = plain(ids).logits - generation.model(ids).logits
+        difference = plain(ids).logits - generation.model.cpu()(ids).logits
     return {"names": list(weights), "difference": difference.abs().max().item()}
 
 
@@ -170,8 +174,8 @@ def unknown(generation, checkpoint) -> str:
     return refusal(generation.sync_weights)
 
 
-def trained(checkpoint, folder: Path) -> list[list[int]]:
-    """Completions that TRL's own GRPO trainer saw in two steps."""
+def trained(checkpoint, folder: Path, **fields):
+    """TRL's own GRPO trainer after two steps, and the completions that it saw."""
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer import grpo_trainer
 
@@ -184,12 +188,13 @@ def trained(checkpoint, folder: Path) -> list[list[int]]:
         return [float(sum(ids) % 5) for ids in completion_ids]
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    fields = {"use_vllm": True, "vllm_max_model_length": 256, "vllm_gpu_memory_utilization": 0.2}
+    fields |= {"use_vllm": True, "vllm_max_model_length": 256, "vllm_gpu_memory_utilization": SHARE}
     fields |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2, "max_completion_length": ROOM}
-    args = GRPOConfig(str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", **fields)
+    args = GRPOConfig(str(folder), use_cpu=not ON_GPU, bf16=False, report_to="none", save_strategy="no", **fields)
     data = Dataset.from_dict({"prompt": tokenizer.batch_decode(prompts(checkpoint, 9))})
-    GRPOTrainer(str(checkpoint), reward, args, train_dataset=data, processing_class=tokenizer).train()
-    return seen
+    trainer = GRPOTrainer(str(checkpoint), reward, args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    return trainer, seen
 
 
 def alone(checkpoint: str, folder: str) -> dict:
@@ -220,12 +225,56 @@ def alone(checkpoint: str, folder: str) -> dict:
     found["unknown"] = unknown(generation, checkpoint)
     # An engine that goes takes vLLM's process groups with it: those of others come last.
     found["offline"] = offline(checkpoint, given, m_max=TRACE, m_min=1, seed=row_seed(3, 1))
-    found["trained"] = trained(checkpoint, Path(folder) / "grpo")
+    found["trained"] = trained(checkpoint, Path(folder) / "grpo", vllm_enable_sleep_mode=ON_GPU)[1]
     return found
 
 
+def asleep(checkpoint: str, folder: str) -> dict:
+    """An engine without weights and cache between rollouts: these, and the GPU's free bytes in and after each."""
+    generation, free = backend(checkpoint, seed=3, enable_sleep_mode=True), {"awake": [], "asleep": []}
+    generate, given, found = generation.llm.generate, prompts(checkpoint), {"free": free}
+
+    def noted(*args, **kwargs):
+        free["awake"].append(torch.cuda.mem_get_info()[0])
+        return generate(*args, **kwargs)
+
+    generation.llm.generate = noted
+    found["calls"] = []
+    for _ in range(2):
+        found["calls"].append(generation.generate(given, None, 4))
+        free["asleep"].append(torch.cuda.mem_get_info()[0])
+    generation.model = adapted(checkpoint).to(generation.accelerator.device)
+    found["adapted"] = generation.generate(given, None, 4)  # without a call of `sync_weights`
+    return found
+
+
+def there(checkpoint: str, folder: str, url: str, port: str) -> dict:
+    """As `alone`'s sync of LoRA and token rows, but over NCCL to a server."""
+    generation = backend(checkpoint, mode="server", server_base_url=url, group_port=int(port), seed=3)
+    return synced(generation, adapted(checkpoint), prompts(checkpoint))
+
+
+def sharded(checkpoint: str, folder: str, url: str, port: str) -> dict | None:
+    """A model trained under ZeRO-3 and saved, and greedy rollouts by a server that its weights went to over NCCL."""
+    from accelerate.utils import gather_object
+
+    fields = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_group_port": int(port), "learning_rate": 0.01}
+    trainer, seen = trained(checkpoint, Path(folder) / "grpo", **fields)
+    generation, rank = trainer.vllm_generation, trainer.accelerator.process_index
+    generation.temperature = 0.0
+    generation.sync_weights()
+    rollouts = [gather_object(part) for part in generation.generate(prompts(checkpoint)[rank * 100 :][:100], None, 4)]
+    trainer.save_model(str(Path(folder) / "model"))
+    plugin, processes = trainer.accelerator.state.deepspeed_plugin, trainer.accelerator.num_processes
+    found = {"stage": plugin.zero_stage if plugin else None, "processes": processes}
+    return found | {"seen": seen, "rollouts": rollouts} if rank == 0 else None
+
+
 def beside(checkpoint: str, folder: str, url: str) -> dict | None:
-    """Two processes, of 120 prompts each: on a server, then as one tensor-parallel engine of an adapted model."""
+    """
+    Two processes, of 120 prompts each: on a server, then as one tensor-parallel engine of an adapted model (left out
+    with one GPU, where they meet over gloo as on CPU).
+    """
     from accelerate import PartialState
     from accelerate.utils import gather_object
     from trl.generation.vllm_client import VLLMClient
@@ -234,17 +283,19 @@ def beside(checkpoint: str, folder: str, url: str) -> dict | None:
     from abscot_trl.traces.vllm import row_seed
 
     VLLMClient.init_communicator = lambda self, device: None
-    given, found, rank = prompts(checkpoint), {}, PartialState(cpu=True).process_index
+    cpu = torch.cuda.device_count() < 2
+    given, found, rank = prompts(checkpoint), {}, PartialState(cpu=cpu).process_index
     mine = given[rank * 120 : (rank + 1) * 120]
 
     def rollouts(generation) -> list[list]:
         return [gather_object(part) for part in generation.generate(mine, None, 4)]
 
-    generation = backend(checkpoint, mode="server", server_base_url=url, seed=3)
+    generation = backend(checkpoint, cpu=cpu, mode="server", server_base_url=url, seed=3)
     found["calls"] = [rollouts(generation) for _ in range(2)]
-    parallel = backend(checkpoint, adapted(checkpoint), tensor_parallel_size=2, seed=3)
-    parallel.sync_weights()
-    found["parallel"] = rollouts(parallel)
+    if cpu != ON_GPU:
+        parallel = backend(checkpoint, adapted(checkpoint), cpu, tensor_parallel_size=2, seed=3)
+        parallel.sync_weights()
+        found["parallel"] = rollouts(parallel)
     if rank == 0:
         prefixes = [prompt[:-1] for prompt in given]
         sampler = ServerTraceSampler(url, checkpoint)
@@ -260,6 +311,6 @@ def beside(checkpoint: str, folder: str, url: str) -> dict | None:
 
 if __name__ == "__main__":
     job, output, *arguments = sys.argv[1:]
-    found = {"alone": alone, "beside": beside}[job](*arguments)
+    found = {job.__name__: job for job in (alone, asleep, beside, there, sharded)}[job](*arguments)
     if found:
         Path(output).write_text(json.dumps(found))

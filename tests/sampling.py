@@ -1,21 +1,36 @@
-"""What tests of sampling share: vLLM's settings on CPU, and a truncated softmax by hand."""
+"""What tests of sampling share: vLLM's settings on CPU and on a GPU, and a truncated softmax by hand."""
+
+from importlib.util import find_spec
 
 import numpy as np
+import pytest
+import torch
 
-CPU = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_USE_AOT_COMPILE": "0",
-}
+ON_GPU = torch.cuda.is_available()
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
+# float32 on a GPU is for vLLM's Triton attention, whose products are TF32 unless Triton is told otherwise.
+GPU = {"TRITON_F32_DEFAULT": "ieee", "VLLM_HOST_IP": "127.0.0.1"}
+ENVIRONMENT |= GPU if ON_GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
     "distributed_executor_backend": "uni",
-    "gpu_memory_utilization": 0.2,
+    "gpu_memory_utilization": 0.1 if ON_GPU else 0.2,
     "max_model_len": 256,
     "block_size": 32,
 }
+if ON_GPU:  # several engines share a card, and none is to measure what the others leave
+    ENGINE["kv_cache_memory_bytes"] = 2**28
+
+
+def need_vllm(gpus: int = 0) -> None:
+    """Skip where vLLM cannot run, or where there are fewer GPUs."""
+    if not find_spec("vllm"):
+        pytest.skip("needs vLLM")
+    if torch.version.cuda is not None and not ON_GPU:
+        pytest.skip("this is a CUDA build, and there is no GPU: needs the CPU build of vLLM")
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs, {torch.cuda.device_count()} are here")
 
 
 def truncated_softmax(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:

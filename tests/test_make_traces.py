@@ -6,12 +6,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from sampling import CPU, ENGINE
+from sampling import ENGINE, ENVIRONMENT, ON_GPU, need_vllm
 from transformers import AutoTokenizer
 
 from abscot_trl.data.prepare import load_prepared
@@ -265,9 +263,8 @@ def test_bad_fields_are_refused(fields, words):
 @pytest.mark.slow
 def test_data_parallel_processes_of_vllm(arguments, checkpoint, prepared, monkeypatch):
     """Two vLLM engines share the rows (`data_parallel_size`); greedy, so the traces are transformers'."""
-    if not (find_spec("vllm") and torch.version.cuda is None):
-        pytest.skip("needs the CPU build of vLLM")
-    for name, value in CPU.items():
+    need_vllm(gpus=2 if ON_GPU else 0)
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     greedy = replace(arguments, temperature=0.0)
     make_traces(replace(greedy, output_dir=arguments.output_dir + "-hf"))

@@ -1,6 +1,7 @@
 """
-GRPO's generation backend with real vLLM on CPU, each job in a process of its own: `alone` holds an engine, `beside`
-two processes and a server. What they return is checked here, against transformers.
+GRPO's generation backend with real vLLM, on CPU or GPUs, each job in a process of its own (`rollout_jobs.py`): `alone`
+and `asleep` hold an engine; `beside`, `there` and `sharded` have a server. What they return is checked here, against
+transformers.
 """
 
 import json
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -21,36 +21,52 @@ from urllib.request import urlopen
 import pytest
 import rollout_jobs
 import torch
+from launched import accelerate
 from rollout_jobs import BAD, ROOM, TRACE, adapted, prompts, untied
-from sampling import CPU
+from sampling import ENGINE, ENVIRONMENT, ON_GPU, need_vllm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from abscot_trl.serving.server import engine_flags
 from abscot_trl.traces.server import check_server
 from abscot_trl.vocabulary import AbstractVocabulary
 
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, job: str, *args, launcher=()) -> dict:
+def visible(*numbers: int) -> dict[str, str]:
+    """An environment with these of the GPUs that are visible here; nothing where there are none."""
+    there = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(there.split(",")[n] for n in numbers)} if ON_GPU else {}
+
+
+def run(folder: Path, job: str, *args, launcher=(), gpus=(0,)) -> dict:
     """`job(*args)` in a process of its own, or in those of a launcher."""
-    out = folder / f"{job}.json"
+    out, env = folder / f"{job}.json", os.environ | ENVIRONMENT | visible(*gpus)
     command = [sys.executable, *launcher, rollout_jobs.__file__, job, out, *args]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ | CPU)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
 
-@contextmanager
-def serving(checkpoint, folder: Path):
-    """`vllm serve` on loopback: its url, and a function that waits until it is up."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = "--dtype float32 --enforce-eager --block-size 32 --no-enable-chunked-prefill --max-num-batched-tokens 4096"
-    flags += f" --max-model-len 256 --gpu-memory-utilization 0.2 --host 127.0.0.1 --port {port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *flags.split()]
-    command += ["--logprobs-mode", "processed_logprobs"]
-    url, env = f"http://127.0.0.1:{port}", os.environ | CPU | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        return free.getsockname()[1]
+
+
+@contextmanager
+def serving(checkpoint, folder: Path, gpu: int = 0, takes_weights: bool = False):
+    """`vllm serve` on loopback: its url, and a function that waits until it is up."""
+    port = free_port()
+    engine = rollout_jobs.ENGINE | {"max_model_len": 256, "max_num_batched_tokens": 4096}
+    flags = engine_flags(engine | {"gpu_memory_utilization": rollout_jobs.SHARE})
+    flags += ["--logprobs-mode=processed_logprobs", "--host=127.0.0.1", f"--port={port}"]
+    url, env = f"http://127.0.0.1:{port}", os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env |= visible(gpu)
+    if takes_weights:
+        flags += ["--weight-transfer-config", '{"backend": "nccl"}']
+        env |= {"VLLM_SERVER_DEV_MODE": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *flags]
 
     def wait():
         for _ in range(240):
@@ -73,15 +89,45 @@ def serving(checkpoint, folder: Path):
 @pytest.fixture(scope="module")
 def found(checkpoint, tmp_path_factory):
     """What both jobs return; the server boots while the first is at work."""
-    if not (find_spec("vllm") and torch.version.cuda is None):
-        pytest.skip("needs the CPU build of vLLM")
+    need_vllm()
     folder = tmp_path_factory.mktemp("rollout")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with serving(checkpoint, folder) as (url, wait):
         results = {"alone": run(folder, "alone", checkpoint, folder)}
         wait()
-        results["beside"] = run(folder, "beside", checkpoint, folder, url, launcher=torchrun)
+        results["beside"] = run(
+            folder, "beside", checkpoint, folder, url, launcher=torchrun, gpus=range(min(2, torch.cuda.device_count()))
+        )
     return results
+
+
+@pytest.fixture(scope="module")
+def asleep(checkpoint, tmp_path_factory):
+    need_vllm(gpus=1)
+    folder = tmp_path_factory.mktemp("asleep")
+    return run(folder, "asleep", checkpoint, folder)
+
+
+@pytest.fixture(scope="module")
+def over_nccl(checkpoint, tmp_path_factory):
+    """
+    What arrives at servers on the last GPU, from LoRA on the first, and from ZeRO-3 on all but the last (two at most).
+    """
+    need_vllm(gpus=2)
+    folders = [tmp_path_factory.mktemp(job) for job in ("there", "sharded")]
+    last, found = torch.cuda.device_count() - 1, []
+    trainers = range(min(2, last))
+    zero3 = [*accelerate("zero3", len(trainers))]
+    with (
+        serving(checkpoint, folders[0], last, takes_weights=True) as (first, wait),
+        serving(checkpoint, folders[1], last, takes_weights=True) as (second, wait_too),
+    ):
+        wait()
+        found.append(run(folders[0], "there", checkpoint, folders[0], first, free_port()))
+        wait_too()
+        arguments = [checkpoint, folders[1], second, free_port()]
+        found.append(run(folders[1], "sharded", *arguments, launcher=["-m", *zero3], gpus=trainers))
+    return *found, folders[1] / "model"
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +260,37 @@ def test_an_unknown_wrapper_is_refused(found):
     assert "modules_to_save.mine.weight is a name of peft's" in found["alone"]["unknown"]
 
 
+def test_sleep_frees_the_card_and_changes_no_rollout(found, asleep):
+    for here, there in zip(found["alone"]["calls"], asleep["calls"], strict=True):
+        check_equal(here, there)
+    for awake, gone in zip(asleep["free"]["awake"][::2], asleep["free"]["asleep"], strict=False):
+        assert gone - awake > ENGINE["kv_cache_memory_bytes"] // 2
+
+
+def test_waking_brings_the_weights_of_now(checkpoint, asleep, allowed):
+    check_logps(adapted(checkpoint), asleep["adapted"], allowed)
+
+
+def test_nccl_brings_lora_and_token_rows_to_a_server(checkpoint, over_nccl, allowed):
+    synced, _, _ = over_nccl
+    assert sum(a != b for a, b in zip(synced["before"], synced["after"][1], strict=True)) > 200
+    check_logps(adapted(checkpoint), synced["after"], allowed, greedy=True)
+    assert len(synced["changes"]) > 16 and not any(synced["changes"].values())
+
+
+def test_nccl_brings_a_model_under_zero3_to_a_server(checkpoint, over_nccl, allowed):
+    """Of one process beside a server on a second GPU; of two with three GPUs."""
+    _, found, folder = over_nccl
+    assert found["stage"] == 3 and found["processes"] == min(2, torch.cuda.device_count() - 1)
+    check_legal(found["seen"], allowed)
+    with pytest.raises(AssertionError):  # training has moved it far enough to tell
+        check_logps(AutoModelForCausalLM.from_pretrained(checkpoint), found["rollouts"], allowed, greedy=True)
+    check_logps(AutoModelForCausalLM.from_pretrained(folder), found["rollouts"], allowed, greedy=True)
+
+
 def test_tensor_parallel_pair_after_a_sync(checkpoint, found, allowed):
+    if "parallel" not in found["beside"]:
+        pytest.skip("needs 2 GPUs, 1 is here")
     _, ids, _, _ = found["beside"]["parallel"]
     assert found["beside"]["parallel"][0] == prompts(checkpoint)
     check_legal(ids, allowed)

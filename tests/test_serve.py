@@ -1,4 +1,4 @@
-"""`abscot serve` as its clients meet it: one real server on loopback, on CPU, against transformers on the same ids."""
+"""`abscot serve` as its clients meet it: one real server on loopback, against transformers on the same ids."""
 
 import asyncio
 import json
@@ -10,11 +10,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import httpx
 import psutil
 import pytest
+import sampling
 import torch
 import yaml
 from openai import OpenAI
@@ -29,15 +29,10 @@ from abscot_trl.traces.server import ServerTraceSampler, weights_digest
 from abscot_trl.vocabulary import AbstractVocabulary
 
 pytestmark = pytest.mark.slow
-CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "gpu_memory_utilization": 0.2,
-    "max_model_len": 256,
-    "block_size": 32,
-    "max_num_batched_tokens": 256,  # full after 25 of the prompts below: a prefill would be cut
-}
+# A batch is full after 25 of the prompts below: a prefill would be cut.
+ENGINE = sampling.ENGINE | {"max_num_batched_tokens": 256}
+del ENGINE["distributed_executor_backend"]
+ENVIRONMENT = sampling.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 NAME = "tiny"
 USER = {"role": "user", "content": "7+4-2="}
 CHATS = [
@@ -62,8 +57,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     """`abscot serve --config`, from boot to health; booting takes 30 s."""
-    if not (find_spec("vllm") and torch.version.cuda is None):
-        pytest.skip("needs the CPU build of vLLM")
+    sampling.need_vllm()
     folder = tmp_path_factory.mktemp("serve")
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
@@ -71,7 +65,7 @@ def server(checkpoint, tmp_path_factory):
     (folder / "serve.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "abscot_trl.cli", "serve", "--config", folder / "serve.yaml"]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stderr=log, env=os.environ | CPU)
+        process = subprocess.Popen(command, stderr=log, env=os.environ | ENVIRONMENT)
     server = Server(f"http://127.0.0.1:{port}", process, folder / "log")
     try:
         wait_until_healthy(server)

@@ -193,6 +193,8 @@ def _from_policy(
                 batch = part[span.start : span.stop]
                 fitting = [i for i in span if lengths[i] <= sampler.positions]
                 prefixes = _prefixes(batch, args.given)
+                if args.backend == "vllm":  # what parts before have left there would change the last bits of sums
+                    sampler.llm.reset_prefix_cache()
                 traces = sampler.sample(
                     [prefixes[i - span.start] for i in fitting],
                     vocabulary.m_max,

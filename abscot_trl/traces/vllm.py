@@ -8,6 +8,7 @@ which prefix caching spares the prompt. An engine in this process and a server (
 parameters and give the same draws.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.traces.constraint import Continuation, Trace, check_answer_request, check_request, stop_ids
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
+MOST_ALLOWED = 1024  # ids that vLLM's newer model runner (of GPUs) can be constrained to
 Completions = list[tuple[list[int], list[float]]]  # a prompt: token ids, and their log-probabilities
 Complete = Callable[[list[list[int]], list[dict], tqdm | None], Completions]
 
@@ -238,6 +240,10 @@ class VLLMTraceSampler(EngineTraceSampler):
     """
     Samples from a vLLM engine of its own, in this process. Never inside a running training group: it hangs.
 
+    Scheduling is done in this process too (`VLLM_ENABLE_V1_MULTIPROCESSING=0`, unless the environment says otherwise).
+    In a process of its own an engine starts on the first requests while others are still on their way, so that batches
+    depend on timing, and with them the last bits of a GPU's sums and a few draws: a resumed run would differ.
+
     Args:
         model_path (`str`): an extended, merged checkpoint (vLLM loads no adapter with trained token rows).
         vocabulary ([`AbstractVocabulary`], *optional*): its codebook; read from the checkpoint when left out.
@@ -250,6 +256,7 @@ class VLLMTraceSampler(EngineTraceSampler):
     def __init__(self, model_path: str, vocabulary: AbstractVocabulary | None = None, **engine):
         check_tensor_parallel(model_path, engine.get("tensor_parallel_size", 1))
         vocabulary, engine = vocabulary or own_vocabulary(model_path), engine_settings(engine)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM  # the import takes 15 s
 
         try:
@@ -258,7 +265,13 @@ class VLLMTraceSampler(EngineTraceSampler):
             if isinstance(error, TypeError) and "unexpected keyword argument" not in str(error):
                 raise
             raise Refused(f"vLLM refuses {model_path} with engine {engine}: {error}") from error
-        cache = self.llm.llm_engine.vllm_config.cache_config
+        config = self.llm.llm_engine.vllm_config
+        cache, allowed = config.cache_config, (vocabulary.size if vocabulary else 0) + 1
+        if config.use_v2_model_runner and allowed > MOST_ALLOWED:  # a request with more would kill the engine
+            raise Refused(
+                f"{model_path} has {vocabulary.size} abstract tokens, vLLM's model runner takes {MOST_ALLOWED - 1} at "
+                "most; set VLLM_USE_V2_MODEL_RUNNER=0 for the older one, or use backend: hf"
+            )
         super().__init__(
             partial(complete_here, self.llm),
             model_path,

@@ -1,15 +1,15 @@
 """
-Trace sampling: vLLM against transformers, the cost of the constraint, and what the second call reads again.
+Trace sampling: vLLM against transformers, and what the second call reads again. (`bench_vllm.py`: what the constraint
+and the seeds cost, and rows a second on GPUs.)
 
     python tests/benchmarks/bench_sampling.py              # 2 CPU cores or one GPU; `make bench-sampling`
     python tests/benchmarks/bench_sampling.py --tiny       # every code path in two minutes: ratios mean nothing
     python tests/benchmarks/bench_sampling.py --model path/to/checkpoint    # an extended one of your own
 
-The default model has Qwen3-0.6B's shape and random weights. Three sections, each number a ratio within this run:
+The default model has Qwen3-0.6B's shape and random weights. Two sections, each number a ratio within this run:
 
-engines     constrained traces, `VLLMTraceSampler` over `HFTraceSampler`: tries, then the best of each in turn
-constraint  one engine, the same prompts and number of tokens, one sampling parameter more at each step
-second      the answer's call after the trace's: prompt tokens that the prefix cache did not serve, and seconds
+engines  constrained traces, `VLLMTraceSampler` over `HFTraceSampler`: tries, then the best of each in turn
+second   the answer's call after the trace's: prompt tokens that the prefix cache did not serve, and seconds
 
 Every engine has a process of its own. Writes results.json, table.md and plot.png. Exit code 1 when a bound is missed.
 """
@@ -34,21 +34,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from sampled import make_model, random_prompts, say
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abscot_trl.checkpoint import save_checkpoint
-from abscot_trl.data.toy import toy_tokenizer
 from abscot_trl.traces.hf import HFTraceSampler
-from abscot_trl.traces.vllm import VLLMTraceSampler, row_seed, trace_parameters
+from abscot_trl.traces.vllm import VLLMTraceSampler
 from abscot_trl.vocabulary import AbstractVocabulary
 
 CUDA = torch.cuda.is_available()
-ROWS = 151936  # of Qwen3's embedding; sampling costs by the row
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHAPE += ("num_key_value_heads", "head_dim")
-QWEN3_06B = dict(zip(SHAPE, (1024, 3072, 28, 16, 8, 128), strict=True))
-TINY = dict(zip(SHAPE, (64, 96, 2, 2, 1, 32), strict=True))
-COST_BOUND, REREAD_BOUND = 0.05, 0.10
+REREAD_BOUND = 0.10
 
 # In-process, so that the engine is this worker's; dynamo stays on, as for any user: vLLM compiles its sampler with it.
 CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -57,26 +51,6 @@ CPU_ENGINE = {
     "distributed_executor_backend": "uni",
     "enable_chunked_prefill": False,  # on CPU a seeded request fails when its prefill is cut
 }
-
-# Of section `constraint`, in order. `engine`: "default" is vLLM's own logprobs mode, "ours" the sampler's.
-STEPS = {
-    "plain": {"engine": "default"},
-    "+ processed_logprobs": {"engine": "ours"},
-    "+ logprobs=0": {"engine": "ours", "logprobs": True},
-    "+ seed a request": {"engine": "ours", "logprobs": True, "seeds": True},
-    "+ constraint (all)": {"engine": "ours", "logprobs": True, "seeds": True, "constraint": True},
-    "all but seeds": {"engine": "ours", "logprobs": True, "constraint": True},
-}
-# The constraint's own cost, with and without the seeds; then costs against the plain baseline. (name, before, after)
-COSTS = [
-    ("constraint, given seeds", "+ seed a request", "+ constraint (all)"),
-    ("constraint, without seeds", "+ logprobs=0", "all but seeds"),
-    ("processed_logprobs", "plain", "+ processed_logprobs"),
-    ("logprobs=0", "+ processed_logprobs", "+ logprobs=0"),
-    ("seeds", "+ logprobs=0", "+ seed a request"),
-    ("all against plain", "plain", "+ constraint (all)"),
-    ("all but seeds against plain", "plain", "all but seeds"),
-]
 
 
 class Worker:
@@ -138,13 +112,6 @@ def build_ours(model: str, dtype: str, **engine) -> VLLMTraceSampler:
     return VLLMTraceSampler(model, dtype=dtype, disable_log_stats=False, **engine)
 
 
-def build_default(model: str, dtype: str, **engine):
-    """vLLM as a user builds it: its own logprobs mode."""
-    from vllm import LLM
-
-    return LLM(model=model, dtype=dtype, enable_prefix_caching=True, disable_log_stats=False, **engine)
-
-
 def sample_hf(sampler: HFTraceSampler, batch_tokens: int, **work) -> dict:
     sampler.batch_tokens = batch_tokens
     return timed(sampler, **work)
@@ -161,39 +128,6 @@ def timed(sampler: HFTraceSampler | VLLMTraceSampler, prefixes: list[list[int]],
     seconds = time.perf_counter() - start
     tokens = sum(len(trace.token_ids) for trace in traces)
     return {"seconds": seconds, "traces_per_s": len(traces) / seconds, "tokens_per_s": tokens / seconds}
-
-
-def parameters(model: str, n: int, tokens: int, step: dict) -> list[dict]:
-    """Sampling parameters of `n` requests; each generates `tokens` tokens, whatever it draws."""
-    tokenizer, vocabulary = AutoTokenizer.from_pretrained(model), AbstractVocabulary.load(model)
-    codebook, end = vocabulary.ids(tokenizer), vocabulary.end_id(tokenizer)
-    plain = {"temperature": 1.0, "max_tokens": tokens, "ignore_eos": True}
-    plain |= {"logprobs": 0} if step.get("logprobs") else {}
-    requests = []
-    for row in range(n):
-        seed = row_seed(0, row) if step.get("seeds") else None
-        if step.get("constraint"):  # m_min = m_max leaves no end delimiter
-            requests.append(trace_parameters(codebook, end, tokens, tokens, 1.0, seed))
-        else:
-            requests.append(plain | ({"seed": seed} if seed is not None else {}))
-    return requests
-
-
-def generate(built, prompts: list[list[int]], requests: list[dict], tokens: int) -> float:
-    """Seconds of one call of `LLM.generate`; detokenizing is off in every step, as in the sampler."""
-    from vllm import SamplingParams
-
-    llm = built.llm if isinstance(built, VLLMTraceSampler) else built
-    llm.reset_prefix_cache()
-    given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    wanted = [SamplingParams(**request, detokenize=False) for request in requests]
-    start = time.perf_counter()
-    outputs = llm.generate(given, wanted, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    written = {len(output.outputs[0].token_ids) for output in outputs}
-    if written != {tokens}:
-        raise RuntimeError(f"{sorted(written)} tokens were generated where {tokens} were asked for")
-    return seconds
 
 
 def counters(llm) -> dict[str, int]:
@@ -236,39 +170,13 @@ def second_call(sampler: VLLMTraceSampler, prefixes: list[list[int]], m_max: int
 # In the parent
 
 
-def make_model(folder: Path, shape: dict, dtype: str, m_max: int) -> str:
-    """A random tied Qwen3 with Qwen3's embedding rows and the toy tokenizer; some rows have no token, as there."""
-    tokenizer, vocabulary = toy_tokenizer(), AbstractVocabulary(m_max=m_max)
-    vocabulary.extend(tokenizer)
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    positions = {"vocab_size": ROWS, "max_position_embeddings": 8192, "tie_word_embeddings": True}
-    config = Qwen3Config(**shape, **special, **positions)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    save_checkpoint(model, tokenizer, vocabulary, folder)
-    return str(folder)
-
-
-def random_prompts(model: str, lengths: list[int], seed: int = 0) -> list[list[int]]:
-    """Ordinary tokens, no two prompts with a common start."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    barred = {*AbstractVocabulary.load(model).all_ids(tokenizer), *tokenizer.all_special_ids}
-    ordinary = sorted(set(tokenizer.get_vocab().values()) - barred)
-    rng = random.Random(seed)
-    return [rng.choices(ordinary, k=length) for length in lengths]
-
-
 def engine_settings(args: argparse.Namespace, max_num_seqs: int, block_size: int | None = None) -> dict:
     settings = {"max_num_seqs": max_num_seqs, "max_model_len": args.max_model_len}
     settings |= {"block_size": block_size} if block_size else {}
     if CUDA:
-        return settings | {"gpu_memory_utilization": 0.4}  # two engines side by side in section `constraint`
+        return settings | {"gpu_memory_utilization": 0.4}  # transformers' model beside it
     settings |= {"kv_cache_memory_bytes": args.kv_gib * 2**30, "block_size": block_size or 32}
     return settings | CPU_ENGINE | {"max_num_batched_tokens": args.max_model_len}
-
-
-def say(*words) -> None:
-    print(time.strftime("%H:%M:%S"), *words, flush=True)
 
 
 def middle(runs: list[dict]) -> dict:
@@ -324,35 +232,6 @@ def bench_engines(args: argparse.Namespace) -> dict:
     return {"tries": rows, "best": best, "runs": runs, "median": found, "ratio": ratios}
 
 
-def bench_constraint(args: argparse.Namespace, max_num_seqs: int) -> dict:
-    """Section 2: the steps in turn, in another order each repeat; costs are paired within a repeat."""
-    prompts = random_prompts(args.model, [args.cost_prefix] * max_num_seqs)
-    work = {
-        name: {"prompts": prompts, "tokens": args.cost_tokens}
-        | {"requests": parameters(args.model, len(prompts), args.cost_tokens, step)}
-        for name, step in STEPS.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
-    given = {"model": args.model, "dtype": args.dtype} | engine_settings(args, max_num_seqs)
-    with Worker(build_default, **given) as default, Worker(build_ours, **given) as ours:
-        engines = {"default": default, "ours": ours}
-        for name, step in STEPS.items():
-            engines[step["engine"]].ask(generate, **work[name])  # warm: compilation, allocator
-        for repeat in range(args.repeats):
-            order = list(STEPS)
-            order = order[repeat % len(order) :] + order[: repeat % len(order)]
-            for name in order if repeat % 2 == 0 else order[::-1]:
-                seconds[name].append(engines[STEPS[name]["engine"]].ask(generate, **work[name]))
-            say(f"repeat {repeat}:", *(f"{name} {found[-1]:.2f} s," for name, found in seconds.items()))
-    costs = {}
-    for name, before, after in COSTS:
-        pairs = [1 - a / b for a, b in zip(seconds[before], seconds[after], strict=True)]
-        of_medians = 1 - median(seconds[before]) / median(seconds[after])
-        costs[name] = {"median": median(pairs), "low": min(pairs), "high": max(pairs), "of_medians": of_medians}
-    shape = {"requests": max_num_seqs, "prompt_tokens": args.cost_prefix, "tokens": args.cost_tokens}
-    return shape | {"seconds": seconds, "costs": costs}
-
-
 def bench_second(args: argparse.Namespace) -> dict:
     """Section 3: the share read again by block size and prompt length, and the seconds that caching spares."""
     rng, prompts, block = random.Random(2), {}, args.block_sizes[0]
@@ -382,10 +261,6 @@ def checks(report: dict) -> dict[str, bool]:
     if "engines" in report:
         ratio = report["engines"]["ratio"]["traces_per_s"]
         found[f"engines: vLLM makes {ratio:.2f} times transformers' traces a second, more than 1"] = ratio > 1
-    if "constraint" in report:
-        for name in ("constraint, given seeds", "constraint, without seeds"):
-            cost = report["constraint"]["costs"][name]["median"]
-            found[f"constraint: {name}, costs {cost:.1%} of throughput, at most {COST_BOUND:.0%}"] = cost <= COST_BOUND
     if "second" in report:
         rows = [row for row in report["second"]["rows"] if row["caching"]]
         for row in (row for row in rows if row["block_size"] == rows[0]["block_size"]):
@@ -410,20 +285,6 @@ def engines_table(found: dict) -> list[str]:
     return lines
 
 
-def constraint_table(found: dict) -> list[str]:
-    total = found["requests"] * found["tokens"]
-    lines = ["| step | tokens/s, median (low .. high) | of plain |", "|---|---|---|"]
-    plain = median(found["seconds"]["plain"])
-    for name, seconds in found["seconds"].items():
-        spread = f"{total / median(seconds):.1f} ({total / max(seconds):.1f} .. {total / min(seconds):.1f})"
-        lines.append(f"| {name} | {spread} | {plain / median(seconds):.3f} |")
-    lines += ["", "| throughput lost to | median of pairs (low .. high) | of medians |", "|---|---|---|"]
-    for name, cost in found["costs"].items():
-        spread = f"{cost['median']:.1%} ({cost['low']:.1%} .. {cost['high']:.1%})"
-        lines.append(f"| {name} | {spread} | {cost['of_medians']:.1%} |")
-    return lines
-
-
 def second_table(found: dict) -> list[str]:
     lines = [
         "| prefix tokens | block size | caching | prompt tokens of the second call | hits | read again | s | speed |"
@@ -437,7 +298,7 @@ def second_table(found: dict) -> list[str]:
     return lines
 
 
-TABLES = {"engines": engines_table, "constraint": constraint_table, "second": second_table}
+TABLES = {"engines": engines_table, "second": second_table}
 
 
 def plot(report: dict, path: Path) -> None:
@@ -450,9 +311,6 @@ def plot(report: dict, path: Path) -> None:
     bars = {}
     if "engines" in report:
         bars["traces per second"] = {k: v["traces_per_s"] for k, v in report["engines"]["median"].items()}
-    if "constraint" in report:
-        seconds = report["constraint"]["seconds"]
-        bars["throughput, plain = 1"] = {k: median(seconds["plain"]) / median(v) for k, v in seconds.items()}
     if "second" in report:
         cached = [row for row in report["second"]["rows"] if row["caching"]]
         bars["read again by the second call"] = {
@@ -493,9 +351,6 @@ def parse() -> argparse.Namespace:
     sizes = (64, 256, 512) if CUDA else (8, 16, 32)
     parser.add_argument("--max_num_seqs", type=int, nargs="+", default=sizes, help="vLLM's tries")
     parser.add_argument("--engine_repeats", type=int, default=2, help="of the best of each engine")
-    parser.add_argument("--repeats", type=int, default=4, help="of the steps of section constraint")
-    parser.add_argument("--cost_prefix", type=int, default=16, help="prompt tokens there: few, so that decoding shows")
-    parser.add_argument("--cost_tokens", type=int, default=256 if CUDA else 16, help="tokens of a request there")
     parser.add_argument("--lengths", type=int, nargs="+", default=(128, 512, 2048), help="prefixes of section second")
     parser.add_argument("--second_tokens", type=int, default=32768 if CUDA else 4096, help="of each length there")
     sizes = (16, 32) if CUDA else (32, 128)  # vLLM's CPU attention wants multiples of 32; its default there is 128
@@ -505,7 +360,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.tiny:
         args.traces, args.m_max, args.max_num_seqs, args.batch_tokens = 8, 8, (4, 8), (512, 2048)
-        args.repeats, args.cost_tokens, args.engine_repeats = 2, 4, 1
+        args.engine_repeats = 1
         args.lengths, args.second_tokens = (128, 256), 512
     return args
 
@@ -519,15 +374,12 @@ def main() -> int:
         if args.model is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             say("making a model with random weights")
-            args.model = make_model(folder, TINY if args.tiny else QWEN3_06B, args.dtype, args.m_max)
+            args.model = make_model(folder, "tiny" if args.tiny else "0.6b", args.dtype, args.m_max)
         text = []
         for name in args.sections:
             say(f"== {name}")
             if name == "engines":
                 report[name] = bench_engines(args)
-            elif name == "constraint":
-                best = report.get("engines", {}).get("best", {}).get("vllm", args.max_num_seqs[-1])
-                report[name] = bench_constraint(args, best)
             else:
                 report[name] = bench_second(args)
             text += [f"### {name}", "", *TABLES[name](report[name]), ""]
