@@ -29,7 +29,7 @@ def accelerate_config_path(name: str, processes: int | None = None) -> str:
 
     Raises:
         Refused: neither is there; the message lists the names;
-            several processes are asked for where accelerate would start one without a word, or fewer than all.
+            several processes are asked for where accelerate would start one without a word.
     """
     folder = Path(__file__).resolve().parent.parent / "accelerate_configs"
     for path in (Path(name), folder / f"{name}.yaml"):
@@ -45,9 +45,6 @@ def _check_processes(path: Path, given: int | None) -> None:
     kind, processes = config.get("distributed_type"), config.get("num_processes") if given is None else given
     if given is not None and given < 1:
         raise Refused(f"num_processes must be at least 1, got {given}")
-    machines = config.get("num_machines")
-    if isinstance(processes, int) and isinstance(machines, int) and machines > 1 and processes % machines:
-        raise Refused(f"{path}: num_processes {processes} is no multiple of num_machines {machines}")
     if (
         isinstance(processes, int)
         and processes > 1
@@ -163,6 +160,10 @@ def _launcher(arguments: list[str]) -> tuple[list[str], list[str]]:
     processes = [] if given.num_processes is None else ["--num_processes", str(given.num_processes)]
     if given.accelerate_config is not None:
         config = accelerate_config_path(given.accelerate_config, given.num_processes)
+        machines = read_yaml(config).get("num_machines")
+        # accelerate would start fewer, and wait for the others
+        if processes and isinstance(machines, int) and machines > 1 and given.num_processes % machines:
+            raise Refused(f"{config}: num_processes {given.num_processes} is no multiple of num_machines {machines}")
         return ["--config_file", config, *processes], rest
     if processes:
         raise Refused("--num_processes goes with --accelerate_config, one that starts several, such as ddp")
