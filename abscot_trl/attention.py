@@ -119,8 +119,8 @@ def _leaks(model: PreTrainedModel) -> bool:
         if hasattr(config, key):
             setattr(config, key, value if key != "layer_types" else list(config.layer_types or [])[:1] or None)
     config._attn_implementation = "sdpa"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):  # the CPU's: by default it starts CUDA on every card
+        torch.default_generator.manual_seed(0)
         tiny = type(model)(config).float().eval()
     segments = torch.tensor([[1] * 4 + [2] * 6 + [3] * 3 + [4] * 4])
     ids = torch.arange(1, 18)[None]

@@ -1,5 +1,6 @@
 """`abscot <phase>` and `python -m abscot_trl.scripts.<phase>`: what a terminal gets of a phase, and of its errors."""
 
+import argparse
 import errno
 import json
 import os
@@ -19,9 +20,12 @@ from abscot_trl.phases import PHASES, TRAINING, Phase, parse_phase, read_yaml
 from abscot_trl.processes import DRIVER
 
 
-def accelerate_config_path(name: str) -> str:
+def accelerate_config_path(name: str, processes: int | None = None) -> str:
     """
     A file as given, or `accelerate_configs/<name>.yaml` of this repository.
+
+    Args:
+        processes (`int`, *optional*): how many in place of the configuration's `num_processes`.
 
     Raises:
         Refused: neither is there; the message lists the names;
@@ -30,24 +34,27 @@ def accelerate_config_path(name: str) -> str:
     folder = Path(__file__).resolve().parent.parent / "accelerate_configs"
     for path in (Path(name), folder / f"{name}.yaml"):
         if path.is_file():
-            _check_processes(path)
+            _check_processes(path, processes)
             return str(path)
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise Refused(f"accelerate_config {name!r} is neither a file nor one of {names}")
 
 
-def _check_processes(path: Path) -> None:
+def _check_processes(path: Path, given: int | None) -> None:
     config = read_yaml(path)
-    kind, processes = config.get("distributed_type"), config.get("num_processes")
+    kind, processes = config.get("distributed_type"), config.get("num_processes") if given is None else given
+    if given is not None and given < 1:
+        raise Refused(f"num_processes must be at least 1, got {given}")
     if (
         isinstance(processes, int)
         and processes > 1
         and kind in ("NO", "MULTI_CPU")
         and not config.get("mpirun_config")
     ):
+        remedy = "write distributed_type: MULTI_GPU" if given is None else "take ddp"
         raise Refused(
-            f"{path}: num_processes is {processes}, but accelerate starts one for distributed_type {kind}; write "
-            "distributed_type: MULTI_GPU, which starts them on a machine without GPUs too"
+            f"{path}: num_processes is {processes}, but accelerate starts one for distributed_type {kind}; {remedy}, "
+            "which starts them on a machine without GPUs too"
         )
 
 
@@ -122,35 +129,54 @@ def main() -> None:
         width = max(map(len, PHASES))
         lines = "\n".join(f"  {name:<{width}}  {phase.sentence}" for name, phase in PHASES.items())
         print(  # noqa: T201
-            "usage: abscot <phase> --config FILE.yaml [--field value ..] [--accelerate_config NAME]\n\n"
+            "usage: abscot <phase> --config FILE.yaml [--field value ..] [--accelerate_config NAME] "
+            "[--num_processes N]\n\n"
             f"{lines}\n\nabscot <phase> --help lists a phase's fields; --accelerate_config (bottleneck, distill, "
-            "baseline,\nbaselines, warmup) is a file or the name of one in accelerate_configs/"
+            "baseline,\nbaselines, warmup, plan) is a file or the name of one in accelerate_configs/, "
+            "--num_processes its GPUs"
         )
         sys.exit(0 if arguments else 2)
     phase, *rest = arguments
     if phase not in PHASES:
         sys.exit(f"abscot: no phase {phase!r}; one of {', '.join(PHASES)}")
-    rest = [part for a in rest for part in (a.split("=", 1) if a.startswith("--accelerate_config=") else [a])]
-    if phase in TRAINING and "--accelerate_config" in rest[:-1]:
-        at = rest.index("--accelerate_config")
+    if phase in TRAINING:
         try:
-            config = accelerate_config_path(rest[at + 1])
-            read_yaml(config)
-        except Refused as error:
+            launcher, rest = _launcher(rest)
+        except (Refused, argparse.ArgumentError) as error:
             sys.exit(f"abscot {phase}: {error}")
-        _launch(phase, config, rest[:at] + rest[at + 2 :])
-    else:
-        sys.argv = [f"abscot {phase}", *rest]
-        run_script(phase)
+        if launcher:
+            _launch(phase, launcher, rest)
+            return
+    sys.argv = [f"abscot {phase}", *rest]
+    run_script(phase)
 
 
-def _launch(phase: str, config: str, arguments: list[str]) -> None:
+def _launcher(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What accelerate is told of the command line (nothing: no configuration is named), and what the phase is."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--accelerate_config")
+    parser.add_argument("--num_processes", type=int)
+    given, rest = parser.parse_known_args(arguments)
+    processes = [] if given.num_processes is None else ["--num_processes", str(given.num_processes)]
+    if given.accelerate_config is not None:
+        config = accelerate_config_path(given.accelerate_config, given.num_processes)
+        machines = read_yaml(config).get("num_machines")
+        # accelerate would start fewer, and wait for the others
+        if processes and isinstance(machines, int) and machines > 1 and given.num_processes % machines:
+            raise Refused(f"{config}: num_processes {given.num_processes} is no multiple of num_machines {machines}")
+        return ["--config_file", config, *processes], rest
+    if processes:
+        raise Refused("--num_processes goes with --accelerate_config, one that starts several, such as ddp")
+    return [], rest
+
+
+def _launch(phase: str, launcher: list[str], arguments: list[str]) -> None:
     """The phase by accelerate; exits with its code where it failed, for it has said why."""
     from accelerate.commands.launch import main as launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault(DRIVER, str(os.getpid()))  # so that what is launched ends with this process
-    sys.argv = ["accelerate", "--config_file", config, "-m", f"abscot_trl.scripts.{phase}", *arguments]
+    sys.argv = ["accelerate", *launcher, "-m", f"abscot_trl.scripts.{phase}", *arguments]
     try:
         launch()
     except subprocess.CalledProcessError as error:  # one process

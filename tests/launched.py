@@ -100,5 +100,21 @@ def together(checkpoint: str, folder: str, inputs: dict) -> None:
     (folder / f"found{whole.args.process_index}.json").write_text(json.dumps(found))
 
 
+def one_card(checkpoint: str, folder: str, found: str) -> None:
+    """A step on the GPU, and where everything was afterwards."""
+    trainer = run(checkpoint, folder, use_cpu=False)
+    there = torch.cuda.device_count()
+    report = {
+        "devices": sorted({str(parameter.device) for parameter in trainer.model.parameters()}),
+        "n_gpu": trainer.args.n_gpu,
+        "model_parallel": trainer.is_model_parallel,
+        "visible": there,
+        "elsewhere": sum(torch.cuda.max_memory_allocated(i) for i in range(1, there)),
+        "card": str(torch.cuda.get_device_properties(0).uuid),
+    }
+    print(report)
+    Path(found).write_text(json.dumps(report))
+
+
 if __name__ == "__main__":
-    {"train": train, "together": together}[sys.argv[1]](*json.loads(sys.argv[2]))
+    {"train": train, "together": together, "one_card": one_card}[sys.argv[1]](*json.loads(sys.argv[2]))

@@ -219,6 +219,17 @@ MISTAKES = [
     ("{train} --use_peft true --lora_r 0", "r"),
     ("{train} --output_dir {here}/file", "file, not a folder"),
     ("{train} --accelerate_config zero4", "'zero4' is neither a file nor one of"),
+    ("{train} --accelerate_config", "--accelerate_config: expected one argument"),
+    ("{train} --accelerate_config single --num_processes 2", "num_processes is 2, but accelerate starts one"),
+    ("{train} --accelerate_config cpu --num_processes 2", "take ddp, which starts them on a machine without GPUs too"),
+    ("{train} --accelerate_config ddp --num_processes 0", "num_processes must be at least 1, got 0"),
+    ("{train} --accelerate_config ddp --num_processes two", "invalid int value: 'two'"),
+    ("{train} --accelerate_config zero3_multinode --num_processes 3", "3 is no multiple of num_machines 2"),
+    ("{train} --num_processes 2", "--num_processes goes with --accelerate_config"),
+    ("plan {warmup} --num_processes 2", "num_processes 2 goes with an accelerate_config"),
+    ("plan {warmup} --accelerate_config single --num_processes 2 --launch accelerate", "but accelerate starts one"),
+    ("plan {warmup} --accelerate_config ddp --num_processes 2", "and launch: accelerate"),
+    ("plan {warmup} --accelerate_config ddp --num_processes 2 --gpus 2", "gpus and num_processes"),
     ("serve --model {here}/nothere", "nothere"),
 ]
 
@@ -244,6 +255,7 @@ def test_a_mistake_is_one_line(command, words, mistaken, checkpoint, tmp_path, r
     out = tmp_path / "out"
     train = COMMANDS["bottleneck"].format(model=checkpoint, here=mistaken, out=out)
     values = {"root": ROOT, "here": mistaken, "ok": checkpoint, "out": out, "long": tmp_path / ("n" * 300)}
+    values["warmup"] = f"--config {ROOT}/recipes/demo/warmup.paper.yaml --run_dir r --data d --model {checkpoint}"
     before = {path: path.read_bytes() for path in mistaken.rglob("*") if path.is_file()}
     code = run(*command.format(train=train, **values).split())
     assert isinstance(code, str) and code.startswith(

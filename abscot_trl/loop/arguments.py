@@ -18,7 +18,9 @@ class DriverOptions:
         from_stage, until (`str`, *optional*): first and last stage to run, such as `round2/distill`.
         dry_run (`bool`): say what is done and what is to do, and write nothing.
         launch (`str`): `accelerate`, each phase in a process of its own, or `inline`, all in this one.
-        accelerate_config (`str`, *optional*): accelerate's configuration of the training phases.
+        accelerate_config (`str`, *optional*): accelerate's configuration of the training phases; without one they
+            are trained in one process, on one card.
+        num_processes (`int`, *optional*): how many in place of that configuration's.
     """
 
     keep: str = field(
@@ -34,6 +36,9 @@ class DriverOptions:
     )
     accelerate_config: str | None = field(
         default=None, metadata={"help": "accelerate configuration of the training phases: a file, or a name."}
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "Processes that train, in place of the accelerate configuration's."}
     )
 
 

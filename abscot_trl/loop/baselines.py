@@ -16,7 +16,7 @@ from abscot_trl.evaluation.concise import ROWS_FILE
 from abscot_trl.evaluation.results import read_results
 from abscot_trl.loop.arguments import RunArguments
 from abscot_trl.loop.driver import drive
-from abscot_trl.loop.launch import launcher_of
+from abscot_trl.loop.launch import check_launch, launcher_of
 from abscot_trl.loop.stages import Stage, check_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.storage import check_folder, read_json
@@ -166,7 +166,7 @@ def baselines(args: BaselinesArguments) -> list[dict]:
             with other settings.
     """
     todo = baseline_stages(args)
-    launcher_of(args)
+    check_launch(todo, args)
     check_stages(todo, args)
     data, _ = load_prepared(args.data)
     if args.warmup is not None:

@@ -64,6 +64,8 @@ class PlanArguments(WarmupArguments):
         for name in ("gpus", "prompt_tokens", "cot_tokens", "answer_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.gpus is not None and self.num_processes is not None:
+            raise Refused("gpus and num_processes say the same thing; leave one of the two out")
 
 
 def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:

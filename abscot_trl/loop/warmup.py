@@ -22,7 +22,7 @@ from abscot_trl.evaluation.results import read_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
 from abscot_trl.loop.arguments import RunArguments
 from abscot_trl.loop.driver import drive
-from abscot_trl.loop.launch import launcher_of
+from abscot_trl.loop.launch import check_launch
 from abscot_trl.loop.lengths import check_lengths
 from abscot_trl.loop.stages import Stage, check_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
@@ -157,7 +157,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
             that was started with other settings.
     """
     todo = list(stages(args))
-    launcher_of(args)
+    check_launch(todo, args)
     check_stages(todo, args)
     data, _ = load_prepared(args.data)
     splits = run_splits(Path(args.run_dir) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)

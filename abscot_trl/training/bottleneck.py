@@ -140,6 +140,8 @@ class BottleneckSFTTrainer(SFTTrainer):
         rows, packed = self._rows(train_dataset), args.packing
         args.packing = False  # packed above; trl's packing would drop the segments
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        if isinstance(model, str):  # trl's own device_map would spread the model over all cards
+            args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         keep, args.save_total_limit = args.save_total_limit, None  # transformers' own would run before the seal
         args.logging_nan_inf_filter = False  # would hide a loss that is not finite, and synchronise at every step
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -82,6 +82,7 @@ class BottleneckConfig(SFTConfig):
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise Refused("global_batch_size sets gradient_accumulation_steps; leave one of the two out")
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # one process, one card: transformers would use nn.DataParallel over all
         if self.global_batch_size is not None:
             at_once = self.per_device_train_batch_size * self.world_size
             if self.global_batch_size < 1 or self.global_batch_size % at_once:

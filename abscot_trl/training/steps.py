@@ -2,12 +2,25 @@
 
 import math
 
+from abscot_trl.errors import Refused
+
 
 def accumulation_of(recipe: dict, processes: int) -> int:
-    """Micro-batches of an optimiser step on each process."""
-    whole = recipe.get("global_batch_size")
-    at_once = recipe.get("per_device_train_batch_size", 8) * processes
-    return max(whole // at_once, 1) if whole else recipe.get("gradient_accumulation_steps", 1)
+    """
+    Micro-batches of an optimiser step on each process.
+
+    Raises:
+        Refused: the processes cannot share `global_batch_size`.
+    """
+    whole, rows = recipe.get("global_batch_size"), recipe.get("per_device_train_batch_size", 8)
+    if whole is None:
+        return recipe.get("gradient_accumulation_steps", 1)
+    if whole < 1 or whole % (rows * processes):
+        raise Refused(
+            f"global_batch_size {whole} is no multiple of per_device_train_batch_size {rows} x {processes} processes "
+            f"= {rows * processes}"
+        )
+    return whole // (rows * processes)
 
 
 def steps_of(rows: int, recipe: dict, processes: int) -> int:
