@@ -14,6 +14,7 @@ computed again is not counted. `lora-4b-seed` is the earlier production way, a b
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from models import (
     GIB,
     MODULES,
     QWEN3_4B,
+    QWEN3_17B,
     RANK,
     SMOLLM2_135M,
     TINY,
@@ -45,6 +47,7 @@ from transformers import TrainerCallback
 from abscot_trl.attention import additive_mask
 from abscot_trl.examples import Collator, Encoder
 
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # several processes: bench_gpus.py starts them
 LEFT_OUT = 3  # first steps: compilation, optimiser state, allocator
 
 
@@ -72,18 +75,21 @@ class Case:
 
 
 NONE, ALL = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+EAGER = {"use_liger_kernel": True, "compile_layers": False}
 SMOL = {"shape": SMOLLM2_135M, "lora": None, "dtype": "float32", "rows": "short", "steps": 24, "fields": NONE}
 CASES = {
     "lora-4b-seed": Case(way="seed"),
     "lora-4b": Case(fields=NONE),
     "lora-4b-checkpointing": Case(fields=ALL),
     "lora-4b-every-2": Case(fields=ALL | {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}),
-    "lora-4b-liger": Case(fields=ALL | {"use_liger_kernel": True, "compile_layers": False}),
+    "lora-4b-liger": Case(fields=ALL | EAGER),
     "lora-4b-bare": Case(fields=NONE, way="bare"),
     "full-4b-bf16": Case(lora=None, accumulation=8, steps=5, fields=NONE),
     "full-4b-float32": Case(lora=None, dtype="float32", accumulation=8, steps=5, fields=ALL),
     **{f"causal-{n}": Case(tokens=n, way="causal", fields=ALL) for n in (2048, 8192, 32768)},
     **{f"masked-{n}": Case(tokens=n, fields=ALL) for n in (2048, 8192, 32768)},
+    "full-1.7b": Case(shape=QWEN3_17B, lora=None, dtype="float32", fields=ALL | EAGER),
+    "full-4b-zero3": Case(lora=None, dtype="float32", fields=ALL | EAGER),
     "smol-packed": Case(batch=4, **SMOL),
     "smol-packed-2": Case(batch=2, **SMOL),
     "smol-bare": Case(batch=4, way="bare", **SMOL),
@@ -186,7 +192,7 @@ def run(case: Case, tiny: bool, device: str) -> dict:
         return seed(case, device)
     attention = "sdpa" if tiny or case.way == "causal" else "flex_attention"
     model = build_model(case.shape, device, getattr(torch, case.dtype), attention)
-    rng, vocab, per_step = random.Random(0), case.shape["vocab_size"], case.batch * case.accumulation
+    rng, vocab, per_step = random.Random(0), case.shape["vocab_size"], case.batch * case.accumulation * WORLD
     if case.rows == "long":
         rows = [training_row(long_lengths(case.tokens), vocab)] * (case.steps * per_step)
     else:
@@ -268,7 +274,11 @@ def main() -> int:
         case = CASES[args.child]
         if args.tiny:
             case.shape, case.tokens, case.batch, case.accumulation, case.steps = TINY, 384, 1, 2, LEFT_OUT + 2
-        args.output.write_text(json.dumps(run(case, args.tiny, device)))
+        elif WORLD > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        result = run(case, args.tiny, device)
+        if os.environ.get("RANK", "0") == "0":
+            args.output.write_text(json.dumps(result))
         return 0
 
     start, found = time.monotonic(), {}
