@@ -12,16 +12,26 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from warmups import LORA, TRAINING, recipes
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
+from abscot_trl.cli import accelerate_config_path
 from abscot_trl.data.prepare import load_prepared, row_lengths
 from abscot_trl.data.splits import staged_splits
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.examples import Encoder
+from abscot_trl.loop import driver
 from abscot_trl.loop.lengths import row_tokens
-from abscot_trl.loop.memory import GIB, shape_of, stage_disk, trained_parameters, training_memory
+from abscot_trl.loop.memory import (
+    GIB,
+    saved_bytes,
+    shape_of,
+    stage_disk,
+    trained_parameters,
+    training_disk,
+    training_memory,
+)
 from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
-from abscot_trl.loop.warmup import WarmupArguments, warmup
-from abscot_trl.phases import run_phase
+from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
+from abscot_trl.phases import read_yaml, run_phase
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.steps import steps_of
@@ -115,15 +125,47 @@ def test_disk_is_what_stages_write(checkpoint, tmp_path):
 
     settings = {"model_name_or_path": str(checkpoint), "save_total_limit": 1, "save_strategy": "steps"}
     fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    trainer = run(checkpoint, tmp_path / "full", **fields)
-    trainer.save_model(str(tmp_path / "full"))
-    written = size(tmp_path / "full") + sum(p.stat().st_size for p in (tmp_path / "full").rglob("optimizer.pt"))
-    assert stage_disk("bottleneck", settings) == pytest.approx(written, rel=0.2)
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        trainer = run(checkpoint, folder, **fields, model_init_kwargs={"dtype": dtype})
+        trainer.save_model(str(folder))
+        written = size(folder) + sum(p.stat().st_size for p in folder.rglob("optimizer.pt"))
+        assert stage_disk("bottleneck", settings | {"dtype": dtype}) == pytest.approx(written, rel=0.1)
     adapter = run(checkpoint, tmp_path / "lora", peft_config=lora(checkpoint))
     adapter.save_model(str(tmp_path / "lora"))
     merge_adapter(MergeArguments(str(tmp_path / "lora"), str(tmp_path / "merged")))
     merge = {"adapter": str(tmp_path / "lora"), "output_dir": str(tmp_path / "merged")}
     assert stage_disk("merge", merge) == pytest.approx(size(tmp_path / "merged"), rel=0.2)
+
+
+def test_a_checkpoint_takes_what_its_launcher_writes(checkpoint, toy, tmp_path, monkeypatch):
+    """
+    Bytes a parameter: as tests/test_distributed.py finds them on disk; FSDP's as accelerate's `save_fsdp_model` and
+    `save_fsdp_optimizer` write them beside the model.
+    """
+    shape = shape_of(str(checkpoint))
+    full, adapter = {"bf16": True, "dtype": "float32"}, {"use_peft": True, "dtype": "bfloat16"}
+    for recipe, name, result, saved in (
+        (full, "ddp", 4, 12), (full, "zero2", 2, 16), (full, "zero3", 2, 14), (full, "zero3_offload", 2, 14),
+        (full, "fsdp2", 4, 16), (full | {"bf16": False}, "zero3", 4, 16), (full | {"dtype": "bfloat16"}, "ddp", 2, 6),
+        (adapter, "ddp", 4, 12), (adapter, "zero2", 2, 16), (adapter | {"bf16": False}, "zero2", 4, 20),
+    ):  # fmt: skip
+        launcher = read_yaml(accelerate_config_path(name))
+        assert saved_bytes(recipe, launcher) == (result, saved), (recipe, name)
+        expected = (result + 3 * saved) * shape.parameters
+        assert training_disk(shape, recipe, shape.parameters, launcher) == expected
+        settings = recipe | {"use_peft": False, "model_name_or_path": str(checkpoint)}
+        if not recipe.get("use_peft"):
+            assert stage_disk("distill", settings, launcher) == expected
+    fields = toy | recipes(tmp_path, "", {"save_strategy": "steps", "bf16": True}) | {"evaluate": None, "rounds": 1}
+    lines = plan(PlanArguments(**fields, accelerate_config="zero3"))["stages"]
+    assert lines[1]["disk"] == 44 * shape.parameters and lines[1]["stays"] == 2 * shape.parameters
+    asked, options = [], WarmupArguments(**fields | {"launch": "accelerate"}, accelerate_config="zero3")
+    monkeypatch.setattr(driver, "stage_disk", lambda *given: asked.append(given) or 2**62)
+    stage = next(stage for stage in stages(options) if stage.phase == "bottleneck")
+    with pytest.raises(Refused, match="will write about"):
+        driver.check_disk(stage, options)
+    assert asked == [("bottleneck", stage.settings, read_yaml(accelerate_config_path("zero3")))]
 
 
 @pytest.mark.slow

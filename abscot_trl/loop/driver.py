@@ -21,7 +21,7 @@ from abscot_trl.data.splits import run_splits, save_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
-from abscot_trl.loop.launch import launch
+from abscot_trl.loop.launch import launch, launcher_of
 from abscot_trl.loop.memory import GIB, stage_disk
 from abscot_trl.loop.record import RECORDS, environment, write_record
 from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
@@ -97,13 +97,14 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
     return attempt
 
 
-def check_disk(stage: Stage) -> None:
+def check_disk(stage: Stage, options: DriverOptions) -> None:
     """
     Raises:
         Refused: the stage will write more than is free.
     """
     folder = next(path for path in stage.output.absolute().parents if path.exists())
-    needed, free = stage_disk(stage.phase, stage.settings), shutil.disk_usage(folder).free
+    launcher = launcher_of(options) if options.launch == "accelerate" else {}
+    needed, free = stage_disk(stage.phase, stage.settings, launcher), shutil.disk_usage(folder).free
     if needed > free:
         raise Refused(
             f"{stage.name} will write about {needed / GIB:.1f} GiB, {free / GIB:.1f} are free at {folder}: make room "
@@ -129,7 +130,7 @@ def run_stage(stage: Stage, options: DriverOptions) -> float:
         pruned = [str(stage.settings[key]) for key in inputs if (Path(str(stage.settings[key])) / PRUNED).is_file()]
         if pruned:
             raise Refused(f"{stage.name} needs {pruned[0]}, whose weights were pruned (`keep`); use another run_dir")
-        check_disk(stage)
+        check_disk(stage, options)
         attempt = _begin(stage, record, running)
         config = output.with_name(output.name + ".yaml")
         write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))

@@ -22,6 +22,7 @@ from abscot_trl.loop.lengths import check_lengths, row_tokens
 from abscot_trl.loop.memory import (
     GIB,
     Shape,
+    saved_bytes,
     shape_of,
     trained_parameters,
     training_disk,
@@ -106,6 +107,7 @@ class Setting:
     parts: dict[str, np.ndarray]  # the rows of each phase
     gpus: int
     zero: int
+    launcher: dict  # the accelerate configuration
     flops: float  # peak of all GPUs
     gpu_gb: int
 
@@ -134,7 +136,7 @@ def plan(args: PlanArguments) -> dict:
     else:  # assumed, or too few, which is warned of
         rows = np.arange(args.rows_per_phase) % n_rows
         parts = {f"{t}.{phase}": rows for t in range(1, args.rounds + 1) for phase in PARTS}
-    setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, peak * gpus, gpu_gb)
+    setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, launcher, peak * gpus, gpu_gb)
     todo, table, warnings = list(stages(args)), [], []
     if counts:
         warnings += check_lengths(todo, lengths, parts, vocabulary, args.model)
@@ -202,8 +204,8 @@ def _training(stage: Stage, setting: Setting) -> dict:
         "tokens": tokens,
         "trained": trained,
         "memory": training_memory(shape, recipe, trained, at_once, setting.zero, setting.gpus),
-        "disk": training_disk(shape, recipe, trained),
-        "stays": 4 * (trained if lora else shape.parameters),
+        "disk": training_disk(shape, recipe, trained, setting.launcher),
+        "stays": saved_bytes(recipe, setting.launcher)[0] * trained,
         "hours": flops / (REACHED[lora] * setting.flops) / 3600,
     }
 
