@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from trainers import lora, rows, run
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -253,6 +254,36 @@ def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):
         plan(PlanArguments(**fields))
     engine = {"max_model_len": 4}  # no trace is sampled, so none is trained on
     assert plan(PlanArguments(**fields | {"launch": "accelerate"}, backend="vllm", engine=engine))["stages"]
+
+
+def test_the_card_that_is_here_is_planned_for(toy, tmp_path, monkeypatch):
+    fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
+
+    def planned(name=None, gib=0.0, **asked):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)
+        card = SimpleNamespace(name=name, total_memory=int(gib * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        found = plan(PlanArguments(**fields, **asked))
+        hours = [line.get("hours") for line in found["stages"] if line["phase"] == "distill"]
+        return hours[0], " ".join(found["assumptions"]), " ".join(found["warnings"]), describe_plan(found)
+
+    h200, said, _, _ = planned()
+    assert "1 x h200 (no GPU is here; `gpu` names another)" in said and "of 989 TFLOP/s" in said
+    for name, times in (
+        ("NVIDIA H100 80GB HBM3", 1), ("NVIDIA H100 PCIe", 989 / 756), ("NVIDIA A100-SXM4-40GB", 989 / 312),
+        ("NVIDIA H200", 1), ("NVIDIA H200 NVL", 989 / 835),
+    ):  # fmt: skip
+        hours, said, warned, _ = planned(name, 39.5)
+        assert (
+            hours == pytest.approx(h200 * times) and f"1 x {name} (found here)" in said and "GiB a GPU" not in warned
+        )
+    _, _, warned, _ = planned("NVIDIA H200", 0.01)
+    assert "GiB a GPU, which has 0; more GPUs" in warned  # its own memory, not the table's
+    assert planned("NVIDIA H200", 0.01, gpu="a100")[:3] == planned(gpu="a100")[:3]
+    for name in ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"):
+        hours, said, warned, table = planned(name, 44.0)
+        assert hours is None and f"hours are not reckoned: of {name} (found here) no peak is known" in said
+        assert next(line for line in table.splitlines() if line.startswith("| total")).endswith("|  |")
 
 
 @pytest.mark.slow
