@@ -32,7 +32,7 @@ from abscot_trl.loop.memory import (
 )
 from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
 from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
-from abscot_trl.phases import read_yaml, run_phase
+from abscot_trl.phases import parse, read_yaml, run_phase
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.steps import steps_of
@@ -284,6 +284,20 @@ def test_the_card_that_is_here_is_planned_for(toy, tmp_path, monkeypatch):
         hours, said, warned, table = planned(name, 44.0)
         assert hours is None and f"hours are not reckoned: of {name} (found here) no peak is known" in said
         assert next(line for line in table.splitlines() if line.startswith("| total")).endswith("|  |")
+
+
+def test_the_production_run_fits_two_cards_with_full_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    (tmp_path / "zero3.yaml").write_text("deepspeed_config: {zero_stage: 3}\nnum_processes: 2\n")
+    arguments = ["--config", "recipes/qwen3-4b/production/warmup.paper.yaml", "--tuning", "full", "--gpu", "a100"]
+    arguments += ["--accelerate_config", str(tmp_path / "zero3.yaml"), "--run_dir", str(tmp_path / "run")]
+    (args,) = parse((PlanArguments,), [*arguments, "--model_config", config_of("4b", tmp_path) + "/config.json"])
+    found = plan(args)
+    trained = [line for line in found["stages"] if line["phase"] in ("bottleneck", "distill")]
+    assert len(trained) == 6 and {line["steps"] for line in trained} == {157}
+    states = 16 * trained[0]["trained"] / 2  # weights, gradients and moments in 32 bits
+    assert all(states < line["memory"] < 79 * GIB for line in trained)
+    assert not [warning for warning in found["warnings"] if "GiB a GPU" in warning or "learning_rate" in warning]
 
 
 @pytest.mark.slow
