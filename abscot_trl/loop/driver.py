@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from abscot_trl.data.splits import run_splits, save_splits
+from abscot_trl.data.splits import save_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
@@ -223,6 +223,7 @@ def drive(
     todo: list[Stage],
     args: RunArguments,
     title: str,
+    splits: dict[str, list[int]],
     n_rows: int,
     collect: Callable[[], list[dict]],
     warn: Callable[[], list[str]] = list,
@@ -233,7 +234,8 @@ def drive(
     Args:
         todo (`list[Stage]`): all stages, in order.
         title (`str`): what the terminal calls the run.
-        n_rows (`int`): rows of the prepared data, which the run's splits are drawn from.
+        splits (`dict`): the run's (`run_splits`).
+        n_rows (`int`): rows of the prepared data, which they were drawn from.
         collect (`Callable`): the results of what is done.
         warn (`Callable`): sentences to print after an evaluation.
 
@@ -241,10 +243,9 @@ def drive(
         The rows of `results.json`.
 
     Raises:
-        Refused: too few rows, a run that was started with other settings, or a folder that holds what it would write.
+        Refused: no such stage, or a folder that holds what it would write.
     """
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
-    splits = run_splits(run / "splits.json", n_rows, args.rounds, args.rows_per_phase, args.seed)
     foreign = [name for name in ("results.json", *RECORDS) if (run / name).exists()]
     if foreign and not (run / ".lock").exists():
         raise Refused(f"{run} holds a {foreign[0]} but no run; use another run_dir")
