@@ -2,10 +2,12 @@
 Checkpoints on disk: a base model extended by the codebook, and an adapter merged back.
 
 Every phase reads a full checkpoint and writes one. Tokenizer, embedding rows, config and `abstract_vocabulary.json`
-of a checkpoint agree; that is verified by loading it again after writing.
+of a checkpoint agree; that is verified after writing, on what is on disk.
 """
 
 import json
+import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Template
@@ -15,6 +17,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -63,6 +66,12 @@ def load_config(path: str | Path) -> PretrainedConfig:
         raise _unreadable(path, "config.json", error) from error
 
 
+def _weight_files(folder: str | Path) -> list[Path]:
+    index = Path(folder) / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return [Path(folder) / name for name in sorted(set(names))]
+
+
 def check_model(path: str | Path, dtype: str | None = "auto") -> None:
     """
     What can be said of a model before its weights are loaded; of those in a folder only the headers are read.
@@ -81,11 +90,9 @@ def check_model(path: str | Path, dtype: str | None = "auto") -> None:
         raise _unreadable(path, "config.json", error) from error
     if not Path(path).is_dir():
         return
-    index = Path(path) / "model.safetensors.index.json"
     try:
-        parts = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ["model.safetensors"]
-        for name in parts:
-            with safe_open(Path(path) / name, "pt"):
+        for file in _weight_files(path):
+            with safe_open(file, "pt"):
                 pass
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         raise _unreadable(path, "weights (safetensors)", error) from error
@@ -180,27 +187,43 @@ def extend_model(
 
 def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -> AbstractVocabulary:
     """
-    Load a checkpoint again and check that its parts agree.
+    Check that the parts of a checkpoint agree. Of its weights the names and shapes are read, and the new rows.
 
     Raises:
         Refused: no `abstract_vocabulary.json`;
-            a missing or split token, an embedding matrix without its rows, a head that is untied against the
-            config, or rows that differ from `expected_rows` (M + 2, d).
+            a missing or split token, weights that are cut or too few, an embedding matrix without its rows, a head
+            that is untied against the config, or rows that differ from `expected_rows` (M + 2, d).
     """
     vocabulary = AbstractVocabulary.load(folder)
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    tokenizer, config = load_tokenizer(folder), load_config(folder)
     ids = vocabulary.all_ids(tokenizer)
     for token, index in zip([*vocabulary.tokens, vocabulary.begin, vocabulary.end], ids, strict=True):
         if tokenizer(token, add_special_tokens=False)["input_ids"] != [index]:
             raise Refused(f"{folder}: the tokenizer splits {token!r}; run `abscot init` again")
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if max(ids) >= len(embedding) or max(ids) >= len(head):
-        raise Refused(f"{folder}: {len(embedding)} embedding rows do not reach token id {max(ids)}")
-    if (embedding is head) != bool(model.config.tie_word_embeddings):
-        raise Refused(
-            f"{folder}: tie_word_embeddings is {model.config.tie_word_embeddings}, the weights say otherwise"
-        )
-    if expected_rows is not None and not torch.equal(embedding[torch.tensor(ids)], expected_rows):
+    check_model(folder)
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # not by `from_config`: ZeRO-3 would divide it
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = (
+        f"{names[module]}.weight" for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    with ExitStack() as files:
+        opened = [files.enter_context(safe_open(file, "pt")) for file in _weight_files(folder)]
+        tensors = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
+        if embedding not in tensors:
+            raise Refused(f"{folder}: its weights hold no {embedding}")
+        for name in {embedding, head} & tensors.keys():
+            if max(ids) >= (n := tensors[name].get_shape()[0]):
+                raise Refused(f"{folder}: {n} embedding rows do not reach token id {max(ids)}")
+        tied = head not in tensors or torch.equal(tensors[head][:], tensors[embedding][:])
+        if tied != bool(config.tie_word_embeddings):
+            raise Refused(f"{folder}: tie_word_embeddings is {config.tie_word_embeddings}, the weights say otherwise")
+        stored = sum(math.prod(tensor.get_shape()) for name, tensor in tensors.items() if not tied or name != head)
+        wanted = sum(parameter.numel() for parameter in model.parameters())
+        if stored != wanted:
+            raise Refused(f"{folder}: its weights hold {stored} numbers, a model of its config.json {wanted}")
+        rows = tensors[embedding][min(ids) : max(ids) + 1][torch.tensor(ids) - min(ids)]
+    if expected_rows is not None and not torch.equal(rows, expected_rows):
         raise Refused(f"{folder}: the abstract tokens' rows on disk differ from those written")
     return vocabulary
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from abscot_trl.errors import Refused
 
 MANIFEST = "manifest.json"
-MANIFEST_KINDS = {"phase": str, "settings": dict, "inputs": dict, "wall_s": float, "attempts": int}
+MANIFEST_KINDS = {"stage": str, "phase": str, "settings": dict, "inputs": dict, "wall_s": float, "attempts": int}
 SETTINGS = "settings.json"  # in a folder of parts: what they were begun with
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
 TEMPORARY = ".abscot-tmp"  # how a file ends that a kill left unfinished

@@ -2,6 +2,7 @@
 
 import pytest
 from tiny import make_checkpoint
+from warmups import toy_fields
 
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer, write_problems
@@ -43,12 +44,4 @@ def inputs(checkpoint, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def toy(checkpoint, tmp_path):
-    """Prepared toy rows, problems and recipes; returns the driver's fields."""
-    rows = chain_arithmetic(84, 4, 5, seed=0)
-    train = write_problems(tmp_path / "train.jsonl", rows[:64])
-    write_problems(tmp_path / "test.jsonl", rows[64:])
-    data = str(tmp_path / "data")
-    arguments = ["--data", train, "--data_format", "problems", "--tokenizer", str(checkpoint), "--output_dir", data]
-    run_phase("data", arguments)
-    fields = {"run_dir": str(tmp_path / "run"), "model": str(checkpoint), "data": data, "launch": "inline"}
-    return fields | {"rounds": 2, "rows_per_phase": 16, "seed": 0}
+    return toy_fields(checkpoint, tmp_path)

@@ -122,6 +122,30 @@ def test_samples(arguments, tmp_path):
     assert sum(len({a["response"] for a in group}) > 1 for group in groups) >= 10
 
 
+def test_greedy_answers_after_sampled_traces(arguments, tmp_path):
+    """Each answer comes after a trace of its own; a mode in which nothing is drawn answers once."""
+    arguments = replace(arguments, modes=["verbal", "abstract"], swaps=["own", "shuffled"], limit=10)
+    arguments = replace(arguments, trace_temperature=1.0, part_answers=7)
+    one = evaluate(replace(arguments, output_dir=str(tmp_path / "one")))
+    found = evaluate(replace(arguments, output_dir=str(tmp_path / "four"), samples=4))
+    assert [(row["mode"], row["swap"], row["n"], row["samples"]) for row in found] == [
+        (mode, swap, 10, k) for mode, k in (("verbal", 1), ("abstract", 4)) for swap in ("own", "shuffled")
+    ]
+    assert found[:2] == one[:2] and "maj" not in found[0]
+    answers = answers_of(tmp_path / "four")
+    first = [answer for answer in answers if answer["sample"] == 0]
+    assert first == answers_of(tmp_path / "one") and len(answers) == 10 * (1 + 1 + 4 + 4)
+    own = [answer for answer in answers if (answer["mode"], answer["swap"]) == ("abstract", "own")]
+    said = {}
+    for answer in own:  # greedy: what follows a trace is fixed by it
+        said.setdefault((answer["id"], *answer["trace"]), set()).add(answer["response"])
+    assert len(said) > 25 and all(len(responses) == 1 for responses in said.values())
+    scores = np.reshape([answer["score"] for answer in own], (10, 4))
+    assert found[2]["accuracy"] == pytest.approx(100 * scores.mean())
+    assert found[2]["ci95"] == pytest.approx(mean_interval(scores.mean(axis=1)))
+    assert found[2]["pass"] == pytest.approx(100 * scores.max(axis=1).mean())
+
+
 def test_pause_tokens(checkpoint, arguments, monkeypatch):
     """The baseline's prefix: so many first codebook tokens between the delimiters, and no trace is sampled."""
     given, answer = [], HFTraceSampler.answer

@@ -8,7 +8,8 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import tiny_model
+from safetensors.torch import load_file, save_file
+from tiny import make_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint
@@ -205,6 +206,36 @@ def test_checkpoints_that_do_not_agree(checkpoint, tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(checkpoint).get_input_embeddings().weight[40:50] + 1
     with pytest.raises(ValueError):
         verify_checkpoint(broken, expected)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("llama", True), ("granite", True)])
+def test_what_weights_hold_is_checked_without_loading_them(tmp_path, family, tied, monkeypatch):
+    make_checkpoint(tmp_path / "model", family, tied)
+    path, file = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    expected = AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight[40:50].detach()
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert verify_checkpoint(path, expected).size == 8
+    with pytest.raises(Refused, match="rows on disk differ"):
+        verify_checkpoint(path, expected + 1)
+    whole, rows = load_file(file), "model.embed_tokens.weight"
+    assert ("lm_head.weight" in whole) != tied
+    wrong = {
+        "weights hold .* numbers, a model of its config.json": {k: v for k, v in whole.items() if "mlp" not in k},
+        "49 embedding rows do not reach token id 49": whole | {rows: whole[rows][:49].clone()},
+        "weights hold no model.embed_tokens": {k: v for k, v in whole.items() if k != rows},
+    }
+    if tied:  # ZeRO-2 writes the head beside the embedding
+        save_file(whole | {"lm_head.weight": whole[rows].clone()}, file, metadata={"format": "pt"})
+        assert verify_checkpoint(path, expected).size == 8
+        wrong["tie_word_embeddings is True, the weights say otherwise"] = whole | {"lm_head.weight": whole[rows] + 1}
+    else:
+        short = {k: v for k, v in whole.items() if k != "lm_head.weight"}
+        wrong["tie_word_embeddings is False, the weights say otherwise"] = short
+    for words, tensors in wrong.items():
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(Refused, match=words):
+            verify_checkpoint(path)
 
 
 def test_written_whole(tmp_path):

@@ -5,6 +5,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -719,6 +720,22 @@ def test_what_changes_no_ids_is_the_same_tokenizer(tmp_path, tokenizer_folder, b
         used(["1", "2 3"], padding=True, truncation=True, max_length=1, split_special_tokens=True)
         used.save_pretrained(tmp_path / "again")
         assert digest == tokenizer_digest(used) == tokenizer_digest(AutoTokenizer.from_pretrained(tmp_path / "again"))
+
+
+def test_prepared_data_is_validated_once_a_process(tmp_path, tokenizer_folder, monkeypatch):
+    """Data that have changed since are validated again."""
+    prepare(arguments(tmp_path, tokenizer_folder))
+    validated, validate = [], datasets.table.Table.validate
+    monkeypatch.setattr(datasets.table.Table, "validate", lambda *a, **kw: validated.append(a) or validate(*a, **kw))
+    first, again = (load_prepared(tmp_path / "out")[0] for _ in range(2))
+    assert first[:] == again[:] and len(validated) == 1
+    (file,) = (tmp_path / "out").glob("*.arrow")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Refused, match="is damaged"):
+        load_prepared(tmp_path / "out")
+    file.write_bytes(whole)
+    assert load_prepared(tmp_path / "out")[0][:] == first[:]
 
 
 def test_data_of_an_earlier_version_is_refused(tmp_path, tokenizer_folder):

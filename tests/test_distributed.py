@@ -14,8 +14,10 @@ from launched import ROOT, accelerate, launch, run_processes, torchrun
 from trainers import contents, foreign
 
 from abscot_trl.checkpoint import verify_checkpoint
+from abscot_trl.cli import accelerate_config_path
 from abscot_trl.data.toy import chain_arithmetic, write_problems
-from abscot_trl.phases import run_phase
+from abscot_trl.loop.memory import saved_bytes, shape_of
+from abscot_trl.phases import read_yaml, run_phase
 from abscot_trl.training.resume import sealed_checkpoints
 
 STEPS, WARMUP, PEAK = 8, 2, 1.0e-3
@@ -115,13 +117,15 @@ def test_lora_is_refused_in_words(checkpoint, tmp_path, name, words):
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_on_zero3_ends_in_a_checkpoint(checkpoint, inputs, tmp_path):
+@pytest.mark.parametrize("name, bf16", [("zero3", False), ("zero2", True)])
+def test_full_fine_tuning_on_zero_ends_in_a_checkpoint(checkpoint, inputs, tmp_path, name, bf16):
     """By the command itself: before and after training one process reads models, which ZeRO-3 would divide."""
     fields = inputs | {"model_name_or_path": checkpoint, "output_dir": tmp_path / "out"}
-    fields |= {"use_cpu": "true", "bf16": "false", "dtype": "float32", "attn_implementation": "sdpa", "max_steps": "2"}
-    fields |= {"max_length": "256", "per_device_train_batch_size": "2"}
+    fields |= {"use_cpu": "true", "bf16": bf16, "dtype": "float32", "attn_implementation": "sdpa", "max_steps": "2"}
+    fields |= {"max_length": "256", "per_device_train_batch_size": "2", "save_steps": "1", "save_total_limit": "1"}
+    launcher = ["bf16" if bf16 and part == "no" else part for part in accelerate(name)]
     done = subprocess.run(
-        [sys.executable, "-m", *accelerate("zero3"), "-m", "abscot_trl.scripts.bottleneck"]
+        [sys.executable, "-m", *launcher, "-m", "abscot_trl.scripts.bottleneck"]
         + [part for key, value in fields.items() for part in (f"--{key}", str(value))],
         capture_output=True,
         text=True,
@@ -131,6 +135,12 @@ def test_full_fine_tuning_on_zero3_ends_in_a_checkpoint(checkpoint, inputs, tmp_
     assert verify_checkpoint(tmp_path / "out").size == 8
     log = json.loads((tmp_path / "out" / "training_log.json").read_text())
     assert log["steps"] == 2 and {entry["sequences_per_step"] for entry in log["log"]} == {4}
+    kept, shape = tmp_path / "out" / "checkpoint-2", shape_of(str(checkpoint))
+    result, saved = saved_bytes({"bf16": bf16}, read_yaml(accelerate_config_path(name)))
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert weights == pytest.approx(result * shape.parameters, rel=0.1)
+    written = sum(file.stat().st_size for end in ("safetensors", "states.pt") for file in kept.rglob(f"*{end}"))
+    assert written == pytest.approx(saved * shape.parameters, rel=0.1)
 
 
 def launched_environment(name: str) -> tuple:

@@ -153,7 +153,12 @@ def test_bad_evaluations_are_refused(checkpoint, evaluated, tmp_path):
         ({"modes": ["verbal"], "swaps": ["own", "random"]}, "none of the modes verbal has a 'random'"),
         ({"modes": ["direct"], "swaps": ["own", "cut:3"]}, "none of the modes direct has a 'cut:3'"),
         ({"swaps": ["own", "none", "none"]}, "names one of them twice"),
-        ({"samples": 4}, "4 answers at temperature 0 are one and the same"),
+        ({"samples": 4}, "4 answers .* are one and the same; raise trace_temperature or temperature"),
+        (
+            {"samples": 4, "trace_temperature": 0.7, "modes": ["verbal", "direct"]},
+            "4 answers .* the same; raise temperature",
+        ),
+        ({"samples": 4, "trace_temperature": 0.7, "pause_tokens": 3, "swaps": ["own"]}, "one and the same"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_k": -1}, "top_k must be at least 0"),

@@ -6,22 +6,33 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from trainers import lora, rows, run
 from transformers import AutoModelForCausalLM, Qwen3Config
 from warmups import LORA, TRAINING, recipes
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
+from abscot_trl.cli import accelerate_config_path
 from abscot_trl.data.prepare import load_prepared, row_lengths
 from abscot_trl.data.splits import staged_splits
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.examples import Encoder
+from abscot_trl.loop import driver
 from abscot_trl.loop.lengths import row_tokens
-from abscot_trl.loop.memory import GIB, shape_of, stage_disk, trained_parameters, training_memory
+from abscot_trl.loop.memory import (
+    GIB,
+    saved_bytes,
+    shape_of,
+    stage_disk,
+    trained_parameters,
+    training_disk,
+    training_memory,
+)
 from abscot_trl.loop.plan import PlanArguments, describe_plan, plan
-from abscot_trl.loop.warmup import WarmupArguments, warmup
-from abscot_trl.phases import run_phase
+from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
+from abscot_trl.phases import parse, read_yaml, run_phase
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.steps import steps_of
@@ -115,15 +126,47 @@ def test_disk_is_what_stages_write(checkpoint, tmp_path):
 
     settings = {"model_name_or_path": str(checkpoint), "save_total_limit": 1, "save_strategy": "steps"}
     fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    trainer = run(checkpoint, tmp_path / "full", **fields)
-    trainer.save_model(str(tmp_path / "full"))
-    written = size(tmp_path / "full") + sum(p.stat().st_size for p in (tmp_path / "full").rglob("optimizer.pt"))
-    assert stage_disk("bottleneck", settings) == pytest.approx(written, rel=0.2)
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        trainer = run(checkpoint, folder, **fields, model_init_kwargs={"dtype": dtype})
+        trainer.save_model(str(folder))
+        written = size(folder) + sum(p.stat().st_size for p in folder.rglob("optimizer.pt"))
+        assert stage_disk("bottleneck", settings | {"dtype": dtype}) == pytest.approx(written, rel=0.1)
     adapter = run(checkpoint, tmp_path / "lora", peft_config=lora(checkpoint))
     adapter.save_model(str(tmp_path / "lora"))
     merge_adapter(MergeArguments(str(tmp_path / "lora"), str(tmp_path / "merged")))
     merge = {"adapter": str(tmp_path / "lora"), "output_dir": str(tmp_path / "merged")}
     assert stage_disk("merge", merge) == pytest.approx(size(tmp_path / "merged"), rel=0.2)
+
+
+def test_a_checkpoint_takes_what_its_launcher_writes(checkpoint, toy, tmp_path, monkeypatch):
+    """
+    Bytes a parameter: as tests/test_distributed.py finds them on disk; FSDP's as accelerate's `save_fsdp_model` and
+    `save_fsdp_optimizer` write them beside the model.
+    """
+    shape = shape_of(str(checkpoint))
+    full, adapter = {"bf16": True, "dtype": "float32"}, {"use_peft": True, "dtype": "bfloat16"}
+    for recipe, name, result, saved in (
+        (full, "ddp", 4, 12), (full, "zero2", 2, 16), (full, "zero3", 2, 14), (full, "zero3_offload", 2, 14),
+        (full, "fsdp2", 4, 16), (full | {"bf16": False}, "zero3", 4, 16), (full | {"dtype": "bfloat16"}, "ddp", 2, 6),
+        (adapter, "ddp", 4, 12), (adapter, "zero2", 2, 16), (adapter | {"bf16": False}, "zero2", 4, 20),
+    ):  # fmt: skip
+        launcher = read_yaml(accelerate_config_path(name))
+        assert saved_bytes(recipe, launcher) == (result, saved), (recipe, name)
+        expected = (result + 3 * saved) * shape.parameters
+        assert training_disk(shape, recipe, shape.parameters, launcher) == expected
+        settings = recipe | {"use_peft": False, "model_name_or_path": str(checkpoint)}
+        if not recipe.get("use_peft"):
+            assert stage_disk("distill", settings, launcher) == expected
+    fields = toy | recipes(tmp_path, "", {"save_strategy": "steps", "bf16": True}) | {"evaluate": None, "rounds": 1}
+    lines = plan(PlanArguments(**fields, accelerate_config="zero3"))["stages"]
+    assert lines[1]["disk"] == 44 * shape.parameters and lines[1]["stays"] == 2 * shape.parameters
+    asked, options = [], WarmupArguments(**fields | {"launch": "accelerate"}, accelerate_config="zero3")
+    monkeypatch.setattr(driver, "stage_disk", lambda *given: asked.append(given) or 2**62)
+    stage = next(stage for stage in stages(options) if stage.phase == "bottleneck")
+    with pytest.raises(Refused, match="will write about"):
+        driver.check_disk(stage, options)
+    assert asked == [("bottleneck", stage.settings, read_yaml(accelerate_config_path("zero3")))]
 
 
 @pytest.mark.slow
@@ -211,6 +254,50 @@ def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):
         plan(PlanArguments(**fields))
     engine = {"max_model_len": 4}  # no trace is sampled, so none is trained on
     assert plan(PlanArguments(**fields | {"launch": "accelerate"}, backend="vllm", engine=engine))["stages"]
+
+
+def test_the_card_that_is_here_is_planned_for(toy, tmp_path, monkeypatch):
+    fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
+
+    def planned(name=None, gib=0.0, **asked):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)
+        card = SimpleNamespace(name=name, total_memory=int(gib * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        found = plan(PlanArguments(**fields, **asked))
+        hours = [line.get("hours") for line in found["stages"] if line["phase"] == "distill"]
+        return hours[0], " ".join(found["assumptions"]), " ".join(found["warnings"]), describe_plan(found)
+
+    h200, said, _, _ = planned()
+    assert "1 x h200 (no GPU is here; `gpu` names another)" in said and "of 989 TFLOP/s" in said
+    for name, times in (
+        ("NVIDIA H100 80GB HBM3", 1), ("NVIDIA H100 PCIe", 989 / 756), ("NVIDIA A100-SXM4-40GB", 989 / 312),
+        ("NVIDIA H200", 1), ("NVIDIA H200 NVL", 989 / 835),
+    ):  # fmt: skip
+        hours, said, warned, _ = planned(name, 39.5)
+        assert (
+            hours == pytest.approx(h200 * times) and f"1 x {name} (found here)" in said and "GiB a GPU" not in warned
+        )
+    _, _, warned, _ = planned("NVIDIA H200", 0.01)
+    assert "GiB a GPU, which has 0; more GPUs" in warned  # its own memory, not the table's
+    assert planned("NVIDIA H200", 0.01, gpu="a100")[:3] == planned(gpu="a100")[:3]
+    for name in ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"):
+        hours, said, warned, table = planned(name, 44.0)
+        assert hours is None and f"hours are not reckoned: of {name} (found here) no peak is known" in said
+        assert next(line for line in table.splitlines() if line.startswith("| total")).endswith("|  |")
+
+
+def test_the_production_run_fits_two_cards_with_full_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    (tmp_path / "zero3.yaml").write_text("deepspeed_config: {zero_stage: 3}\nnum_processes: 2\n")
+    arguments = ["--config", "recipes/qwen3-4b/production/warmup.paper.yaml", "--tuning", "full", "--gpu", "a100"]
+    arguments += ["--accelerate_config", str(tmp_path / "zero3.yaml"), "--run_dir", str(tmp_path / "run")]
+    (args,) = parse((PlanArguments,), [*arguments, "--model_config", config_of("4b", tmp_path) + "/config.json"])
+    found = plan(args)
+    trained = [line for line in found["stages"] if line["phase"] in ("bottleneck", "distill")]
+    assert len(trained) == 6 and {line["steps"] for line in trained} == {157}
+    states = 16 * trained[0]["trained"] / 2  # weights, gradients and moments in 32 bits
+    assert all(states < line["memory"] < 79 * GIB for line in trained)
+    assert not [warning for warning in found["warnings"] if "GiB a GPU" in warning or "learning_rate" in warning]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Evaluations that are killed, and all models of a run in one sweep: no answer is made twice."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from warmups import LORA, Killed, recipes
+from warmups import LORA, Killed, recipes, toy_fields
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
@@ -21,6 +22,8 @@ from abscot_trl.loop import sweep as module
 from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.phases import run_phase
+from abscot_trl.report.tables import label
+from abscot_trl.report.verdict import comparisons
 from abscot_trl.storage import MANIFEST, Parts
 
 # Forks an evaluation, kills it by SIGKILL after three more finished parts, four times, then lets it end. Each answer
@@ -124,14 +127,22 @@ def test_an_evaluation_begun_with_other_settings_is_refused(arguments, monkeypat
     assert done == [0, 1, 2]
 
 
+@pytest.fixture(scope="module")
+def warmed(checkpoint, tmp_path_factory):
+    """A folder with the run of a warm-up of two rounds, of which each keeps its last model."""
+    folder = tmp_path_factory.mktemp("warmed")
+    fields = toy_fields(checkpoint, folder) | recipes(folder, "", LORA) | {"keep": "rounds", "evaluate": None}
+    warmup(WarmupArguments(**fields))
+    return folder
+
+
 @pytest.fixture
-def run(toy, tmp_path):
-    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), LORA) | {"rounds": 2, "keep": "rounds"}
-    warmup(WarmupArguments(**fields | {"evaluate": None}))
-    recipe = {"problems": str(tmp_path / "test.jsonl"), "instruction": False, "max_new_tokens": 6, "part_answers": 8}
+def run(warmed, tmp_path):
+    shutil.copytree(warmed / "run", tmp_path / "run")
+    recipe = {"problems": str(warmed / "test.jsonl"), "instruction": False, "max_new_tokens": 6, "part_answers": 8}
     recipe |= {"swaps": ["own", "random"], "modes": ["abstract"], "task": "chain", "dtype": "float32"}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(recipe))
-    return SweepArguments(fields["run_dir"], str(tmp_path / "sweep.yaml"), launch="inline")
+    return SweepArguments(str(tmp_path / "run"), str(tmp_path / "sweep.yaml"), launch="inline")
 
 
 def test_sweep(run, monkeypatch, capsys):
@@ -192,6 +203,57 @@ def test_sweep(run, monkeypatch, capsys):
     Path(run.evaluate).write_text(Path(run.evaluate).read_text().replace("max_new_tokens: 6", "max_new_tokens: 7"))
     with pytest.raises(ValueError, match="made with other settings .max_new_tokens: 6 -> 7"):
         sweep(run)
+
+
+def test_a_grid_of_seeds_and_temperatures(run, monkeypatch, capsys):
+    """One row each in one results.json, told apart by `stage`; killed, it goes on; a second grid adds its rows."""
+    record, graded, calls = answering.Answerer._record, [], []
+
+    def noting(self, mode, swap, row, *args, **kwargs):
+        calls.append(row)
+        if len(calls) == 100:
+            raise Killed
+        graded.append((self.args.output_dir, swap, row))
+        return record(self, mode, swap, row, *args, **kwargs)
+
+    monkeypatch.setattr(answering.Answerer, "_record", noting)
+    grid = replace(run, stages=["round2/distill"], seeds=[3, 4], trace_temperatures=[0, 0.7])
+    with pytest.raises(Killed):
+        sweep(grid)
+    rows = sweep(grid)
+    assert len(set(graded)) == 4 * 2 * 20 and len(graded) <= len(set(graded)) + 8  # the part that was at work
+    assert [row["stage"] for row in rows if row["swap"] == "own"] == [
+        f"round2/distill seed {seed} trace temperature {t}" for seed in (3, 4) for t in ("0", "0.7")
+    ]
+    settings = {(row["decoding"]["seed"], row["decoding"]["trace_temperature"], row["swap"]) for row in rows}
+    assert settings == {(s, t, swap) for s in (3, 4) for t in (0.0, 0.7) for swap in ("own", "random")}
+    assert {(row["round"], row["model"], row["n"]) for row in rows} == {(2, "run", 20)}
+    folder = Path(run.run) / "sweep"
+    assert len({label(row) for row in rows}) == 4 and len(comparisons(rows)) == 4  # a report tells them apart
+    more = sweep(replace(run, stages=["base"], seeds=[3]))
+    assert [row["stage"] for row in more if row["swap"] == "own"][0] == "base seed 3" and more[0]["round"] == 0
+    assert more[2:] == rows and json.loads((folder / "results.json").read_text()) == more
+
+
+def test_a_grid_that_makes_no_sense_is_refused_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "models", lambda run: [("base", run / "base"), ("round1/distill", run / "m")])
+    recipe = tmp_path / "evaluate.yaml"
+    recipe.write_text("problems: p\nsamples: 4\n")
+    fields = {"run": str(tmp_path), "evaluate": str(recipe), "launch": "inline"}
+    for wrong, words in (
+        ({"seeds": []}, "seeds must name at least one"),
+        ({"seeds": [1, 2, 1]}, "seeds: 1 stands twice"),
+        ({"trace_temperatures": [0.5, 0.5]}, "trace_temperatures: 0.5 stands twice"),
+        ({"stages": ["round9/distill"]}, "no model 'round9/distill'; the run has base, round1/distill"),
+        ({"trace_temperatures": [0.7, 0]}, "evaluate.yaml: samples: 4 answers at temperature 0 are one and the same"),
+        ({"seeds": [-1]}, "evaluate.yaml: seed must be at least 0"),
+    ):
+        with pytest.raises(Refused, match=words):
+            sweep(SweepArguments(**fields, **wrong))
+    recipe.write_text("task: x\n")
+    with pytest.raises(Refused, match="evaluate.yaml: names no problems"):
+        sweep(SweepArguments(**fields))
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_each_evaluation_has_a_process_of_its_own(run, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from warmups import LORA, TRAINING, Killed, recipes
 
 from abscot_trl import storage
+from abscot_trl.data import splits
 from abscot_trl.data.dolci import iter_rows, parse_row
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.errors import Refused
@@ -32,6 +33,13 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 def traces(path) -> list[dict]:
     return [json.loads(line) for line in (Path(path) / "traces.jsonl").read_text().splitlines()]
+
+
+def test_the_splits_of_a_run_are_drawn_once(toy, tmp_path, monkeypatch):
+    drawn, draw = [], splits.staged_splits
+    monkeypatch.setattr(splits, "staged_splits", lambda *given: drawn.append(given) or draw(*given))
+    warmup(WarmupArguments(**toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), LORA), dry_run=True))
+    assert drawn == [(64, 2, 16, 0)]
 
 
 @pytest.mark.slow

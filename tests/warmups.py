@@ -4,6 +4,9 @@ from pathlib import Path
 
 import yaml
 
+from abscot_trl.data.toy import chain_arithmetic, write_problems
+from abscot_trl.phases import run_phase
+
 TRAINING = {
     "dtype": "float32",
     "attn_implementation": "sdpa",
@@ -34,6 +37,18 @@ def recipes(folder: Path, problems: str, training: dict | None = None, **evaluat
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(TRAINING | (training or {})))
     (folder / "evaluate.yaml").write_text(yaml.safe_dump(evaluation))
     return {name: str(folder / f"{name}.yaml") for name in ("bottleneck", "distill", "evaluate")}
+
+
+def toy_fields(checkpoint: Path, folder: Path) -> dict:
+    """Prepared toy rows and problems in `folder`; returns the driver's fields."""
+    rows = chain_arithmetic(84, 4, 5, seed=0)
+    train = write_problems(folder / "train.jsonl", rows[:64])
+    write_problems(folder / "test.jsonl", rows[64:])
+    data = str(folder / "data")
+    arguments = ["--data", train, "--data_format", "problems", "--tokenizer", str(checkpoint), "--output_dir", data]
+    run_phase("data", arguments)
+    fields = {"run_dir": str(folder / "run"), "model": str(checkpoint), "data": data, "launch": "inline"}
+    return fields | {"rounds": 2, "rows_per_phase": 16, "seed": 0}
 
 
 class Killed(BaseException):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+@cache
+def _validate(path: str, state: tuple) -> None:
+    """Read all rows; data whose files have not changed (`state`) are read once by a process."""
+    datasets.load_from_disk(path).data.validate(full=True)
+
+
 def load_prepared(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[Dataset, dict[str, Any]]:
@@ -171,8 +178,9 @@ def load_prepared(
     remedy = "prepare the data again (`abscot data`)"
     counts = read_json(path / COUNTS_FILE, remedy, rows_kept=int, lengths=dict)
     try:
-        data = datasets.load_from_disk(path)
-        data.data.validate(full=True)  # a row that began beyond the file's end would end this process
+        data, files = datasets.load_from_disk(path), [os.stat(file) for file in sorted(path.glob("*.arrow"))]
+        state = tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
+        _validate(os.path.abspath(path), state)  # a row that began beyond the file's end would end this process
     except Exception as error:  # whatever damaged bytes lead to
         raise Refused(f"{path} is damaged ({error}); {remedy}") from error
     if missing := [name for name in FEATURES if name not in data.column_names]:

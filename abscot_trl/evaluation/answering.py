@@ -99,15 +99,15 @@ class Answerer:
 
     def answer(self, mode: str, swap: str, span: range, bar: tqdm | None = None) -> list[dict]:
         """
-        Graded answers to the problems of `span`, `samples` each, as in `answers.jsonl`.
+        Graded answers to the problems of `span`, `samples_of(mode)` each, as in `answers.jsonl`.
 
         For their own traces problems are taken in parts that the engine's cache holds, and a part is answered right
         after its traces were written, so that the answers do not pay for the prompts again.
         """
-        parts = [span]
+        parts, samples = [span], self.args.samples_of(mode)
         if mode == "abstract" and swap == "own":
             most = self.most[mode] + self.args.max_new_tokens
-            lengths = [len(self.prompts[mode][problem]) + self.args.samples * most for problem in span]
+            lengths = [len(self.prompts[mode][problem]) + samples * most for problem in span]
             parts = [span[part.start : part.stop] for part in cut(lengths, self.sampler.cache_tokens)]
         answer = {"abstract": self._after_traces, "direct": self._after_prompts}.get(
             mode, self._after_prompts if swap == "own" else self._after_steps
@@ -115,7 +115,7 @@ class Answerer:
         return [
             record
             for part in parts
-            for record in answer(mode, swap, [(p, s) for p in part for s in range(self.args.samples)], bar)
+            for record in answer(mode, swap, [(p, s) for p in part for s in range(samples)], bar)
         ]
 
     def _continue(
@@ -173,13 +173,13 @@ class Answerer:
 
     def _own_of(self, mode: str, row: Row) -> dict:
         problem, sample = row
-        return self.own(mode)[problem * self.args.samples + sample]
+        return self.own(mode)[problem * self.args.samples_of(mode) + sample]
 
     def _swapped(self, mode: str, swap: str) -> dict[Row, list[int]]:
         """What each row answers after: a trace, or a chain of thought's token ids. Samples are swapped one by one."""
-        swapped = {}
-        for sample in range(self.args.samples):
-            own = self.own(mode)[sample :: self.args.samples]
+        swapped, samples = {}, self.args.samples_of(mode)
+        for sample in range(samples):
+            own = self.own(mode)[sample::samples]
             seed = [self.args.seed, sample] if sample else self.args.seed
             if mode == "abstract":
                 replacements = swap_traces([record["trace"] for record in own], swap, self.vocabulary.size, seed)

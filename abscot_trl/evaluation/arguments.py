@@ -27,7 +27,8 @@ class EvaluateArguments(SamplerArguments):
             but `own` are compared with it, problem by problem. By default abstract mode runs own, random, shuffled,
             other and none, the others own.
         samples (`int`): answers k a problem: `accuracy` is then avg@k, and maj@k and pass@k stand beside it. With
-            `trace_temperature` over 0 each comes after a trace of its own.
+            `trace_temperature` over 0 each comes after a trace of its own, also when the answers are greedy. A mode
+            in which neither trace nor answer is drawn answers once.
         temperature, top_p, top_k (`float`, `float`, `int`): of the answer; a trace is never truncated.
         pause_tokens (`int`, *optional*): in abstract mode answer after so many copies of the first codebook token in
             place of a trace (the pause-token baseline).
@@ -84,9 +85,11 @@ class EvaluateArguments(SamplerArguments):
             )
         if not 0 < self.top_p <= 1:
             raise Refused(f"top_p must lie in 0 < top_p <= 1, got {self.top_p}")
-        if self.samples > 1 and self.temperature == 0:
-            raise Refused(f"samples: {self.samples} answers at temperature 0 are one and the same; raise temperature")
         self._check_modes()
+        if all(self.samples_of(mode) < self.samples for mode in self.modes):
+            traced = "abstract" in self.modes and not self.pause_tokens
+            remedy = "trace_temperature or temperature" if traced else "temperature"
+            raise Refused(f"samples: {self.samples} answers at temperature 0 are one and the same; raise {remedy}")
 
     def _check_modes(self) -> None:
         if not self.modes or self.swaps == []:
@@ -115,6 +118,11 @@ class EvaluateArguments(SamplerArguments):
         else:
             swaps = [swap for swap in self.swaps if swap != "own" and applies(swap, mode)]
         return ["own", *swaps]
+
+    def samples_of(self, mode: str) -> int:
+        """Answers a problem in `mode`: one where nothing is drawn."""
+        traces = mode == "abstract" and self.trace_temperature > 0 and not self.pause_tokens
+        return self.samples if self.temperature > 0 or traces else 1
 
     def decoding(self) -> dict:
         """How the answers were made, for `results.json`."""

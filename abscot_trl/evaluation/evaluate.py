@@ -84,10 +84,12 @@ class Evaluation:
             raise Refused(f"{args.model}: abstract mode needs an extended checkpoint; run `abscot init` first")
         if args.pause_tokens and args.pause_tokens > vocabulary.m_max:
             raise Refused(f"pause_tokens {args.pause_tokens} exceeds m_max {vocabulary.m_max} of {args.model}")
-        step = max(1, args.part_answers // args.samples)
-        spans = [range(i, min(i + step, len(problems))) for i in range(0, len(problems), step)]
-        self.units = [(mode, swap, span) for mode in args.modes for swap in args.swaps_of(mode) for span in spans]
-        self.sizes = [len(span) * args.samples for *_, span in self.units]
+        self.units = []
+        for mode in args.modes:
+            step = max(1, args.part_answers // args.samples_of(mode))
+            spans = [range(i, min(i + step, len(problems))) for i in range(0, len(problems), step)]
+            self.units += [(mode, swap, span) for swap in args.swaps_of(mode) for span in spans]
+        self.sizes = [len(span) * args.samples_of(mode) for mode, _, span in self.units]
         text = json.dumps([[p.prompt, p.gold, p.id, p.source] for p in problems])
         self.parts = Parts(args.output_dir, phase_settings(args, prompts=hashlib.sha256(text.encode()).hexdigest()))
 
@@ -119,13 +121,13 @@ class Evaluation:
     def results(self) -> Iterator[dict]:
         """The rows of `results.json`; of AlpacaEval's problems without what only a judge can say."""
         for mode in self.args.modes:
-            own = self.records(mode, "own")
+            own, samples = self.records(mode, "own"), self.args.samples_of(mode)
             for swap in self.args.swaps_of(mode):
                 records = own if swap == "own" else self.records(mode, swap)
                 if kind_of(self.source) == ALPACAEVAL:
-                    yield describe_answers(records, self.args.samples, self.args.decoding())
+                    yield describe_answers(records, samples, self.args.decoding())
                 else:
-                    yield summarise(records, own, self.args.samples, self.source, self.args.decoding())
+                    yield summarise(records, own, samples, self.source, self.args.decoding())
 
     def join(self) -> list[dict]:
         """Write the answers and their results into `output_dir`, whole; returns the results."""

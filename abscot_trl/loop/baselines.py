@@ -10,7 +10,7 @@ from pathlib import Path
 
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import PHASES as PARTS
-from abscot_trl.data.splits import load_splits
+from abscot_trl.data.splits import load_splits, run_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.concise import ROWS_FILE
 from abscot_trl.evaluation.results import read_results
@@ -171,4 +171,5 @@ def baselines(args: BaselinesArguments) -> list[dict]:
     data, _ = load_prepared(args.data)
     if args.warmup is not None:
         load_splits(Path(args.warmup) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
-    return drive(todo, args, args.name, len(data), lambda: collect_baselines(args.run_dir))
+    splits = run_splits(Path(args.run_dir) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
+    return drive(todo, args, args.name, splits, len(data), lambda: collect_baselines(args.run_dir))

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import yaml
 
-from abscot_trl.data.splits import run_splits, save_splits
+from abscot_trl.data.splits import save_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
-from abscot_trl.loop.launch import launch
+from abscot_trl.loop.launch import launch, launcher_of
 from abscot_trl.loop.memory import GIB, stage_disk
 from abscot_trl.loop.record import RECORDS, environment, write_record
 from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
@@ -97,13 +97,14 @@ def _begin(stage: Stage, record: dict, running: Path) -> int:
     return attempt
 
 
-def check_disk(stage: Stage) -> None:
+def check_disk(stage: Stage, options: DriverOptions) -> None:
     """
     Raises:
         Refused: the stage will write more than is free.
     """
     folder = next(path for path in stage.output.absolute().parents if path.exists())
-    needed, free = stage_disk(stage.phase, stage.settings), shutil.disk_usage(folder).free
+    launcher = launcher_of(options) if options.launch == "accelerate" else {}
+    needed, free = stage_disk(stage.phase, stage.settings, launcher), shutil.disk_usage(folder).free
     if needed > free:
         raise Refused(
             f"{stage.name} will write about {needed / GIB:.1f} GiB, {free / GIB:.1f} are free at {folder}: make room "
@@ -129,7 +130,7 @@ def run_stage(stage: Stage, options: DriverOptions) -> float:
         pruned = [str(stage.settings[key]) for key in inputs if (Path(str(stage.settings[key])) / PRUNED).is_file()]
         if pruned:
             raise Refused(f"{stage.name} needs {pruned[0]}, whose weights were pruned (`keep`); use another run_dir")
-        check_disk(stage)
+        check_disk(stage, options)
         attempt = _begin(stage, record, running)
         config = output.with_name(output.name + ".yaml")
         write_whole(config, yaml.safe_dump(stage.settings, sort_keys=False))
@@ -222,6 +223,7 @@ def drive(
     todo: list[Stage],
     args: RunArguments,
     title: str,
+    splits: dict[str, list[int]],
     n_rows: int,
     collect: Callable[[], list[dict]],
     warn: Callable[[], list[str]] = list,
@@ -232,7 +234,8 @@ def drive(
     Args:
         todo (`list[Stage]`): all stages, in order.
         title (`str`): what the terminal calls the run.
-        n_rows (`int`): rows of the prepared data, which the run's splits are drawn from.
+        splits (`dict`): the run's (`run_splits`).
+        n_rows (`int`): rows of the prepared data, which they were drawn from.
         collect (`Callable`): the results of what is done.
         warn (`Callable`): sentences to print after an evaluation.
 
@@ -240,10 +243,9 @@ def drive(
         The rows of `results.json`.
 
     Raises:
-        Refused: too few rows, a run that was started with other settings, or a folder that holds what it would write.
+        Refused: no such stage, or a folder that holds what it would write.
     """
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
-    splits = run_splits(run / "splits.json", n_rows, args.rounds, args.rows_per_phase, args.seed)
     foreign = [name for name in ("results.json", *RECORDS) if (run / name).exists()]
     if foreign and not (run / ".lock").exists():
         raise Refused(f"{run} holds a {foreign[0]} but no run; use another run_dir")

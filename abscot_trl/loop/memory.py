@@ -141,24 +141,34 @@ def training_memory(shape: Shape, recipe: dict, trained: int, tokens: int, stage
     return int(full_memory(shape, recipe, tokens, share, accumulates) + REST)
 
 
-def checkpoint_bytes(shape: Shape, recipe: dict, trained: int) -> int:
-    """A training checkpoint: what is trained and its two moments, in 32 bits."""
-    return 12 * (trained if recipe.get("use_peft") else shape.parameters)
+def saved_bytes(recipe: dict, launcher: dict) -> tuple[int, int]:
+    """
+    Bytes a trained parameter of a phase's result and of a training checkpoint, by the accelerate configuration.
+
+    A weight and AdamW's two moments of its width; FSDP writes the weight once more, to go on from. DeepSpeed saves a
+    16-bit model if it computes in 16 bits, and beside it 32-bit weights with their moments (12 bytes); below ZeRO-3 it
+    writes the model twice.
+    """
+    if "deepspeed_config" in launcher:
+        weight = 2 if recipe.get("bf16", True) or recipe.get("fp16") else 4
+        return weight, weight * (1 if launcher["deepspeed_config"].get("zero_stage", 2) == 3 else 2) + 12
+    weight = 2 if recipe.get("dtype") in ("bfloat16", "float16") and not recipe.get("use_peft") else 4
+    return weight, weight * (4 if launcher.get("fsdp_config") else 3)
 
 
-def training_disk(shape: Shape, recipe: dict, trained: int) -> int:
+def training_disk(shape: Shape, recipe: dict, trained: int, launcher: dict) -> int:
     """Bytes of a phase's result and its checkpoints: one more than `save_total_limit` at the moment of writing."""
-    result = 4 * (trained if recipe.get("use_peft") else shape.parameters)
-    if recipe.get("save_strategy", "steps") == "no":
-        return result
-    return result + ((recipe.get("save_total_limit") or 2) + 1) * checkpoint_bytes(shape, recipe, trained)
+    result, checkpoint = saved_bytes(recipe, launcher)
+    kept = 0 if recipe.get("save_strategy", "steps") == "no" else (recipe.get("save_total_limit") or 2) + 1
+    return (result + kept * checkpoint) * (trained if recipe.get("use_peft") else shape.parameters)
 
 
-def stage_disk(phase: str, settings: dict) -> int:
+def stage_disk(phase: str, settings: dict, launcher: dict | None = None) -> int:
     """
     Bytes that a stage of the warm-up will write at most, as far as its settings say.
 
-    Training: `training_disk`; a merge: the weights again; traces: their lines, twice while parts are joined.
+    Training: `training_disk` by the accelerate configuration `launcher`; a merge: the weights again; traces: their
+    lines, twice while parts are joined.
     """
     if phase == "merge":
         adapter = json.loads((Path(settings["adapter"]) / "adapter_config.json").read_text())
@@ -173,4 +183,4 @@ def stage_disk(phase: str, settings: dict) -> int:
     path = settings["model_name_or_path"]
     shape, size = shape_of(str(path)), AbstractVocabulary.load(path).size
     trained = trained_parameters(shape, settings, size)
-    return training_disk(shape, settings, trained)
+    return training_disk(shape, settings, trained, launcher or {})

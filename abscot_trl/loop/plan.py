@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared, row_lengths
 from abscot_trl.data.splits import PHASES as PARTS
@@ -22,6 +23,7 @@ from abscot_trl.loop.lengths import check_lengths, row_tokens
 from abscot_trl.loop.memory import (
     GIB,
     Shape,
+    saved_bytes,
     shape_of,
     trained_parameters,
     training_disk,
@@ -33,7 +35,14 @@ from abscot_trl.phases import TRAINING
 from abscot_trl.training.steps import accumulation_of, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
 
-GPUS = {"a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}  # bf16 peak of the data sheets, GB
+GPUS = {  # dense bf16 peak of the data sheets in FLOP/s, GiB; the longer name first
+    "a100": (312e12, 79),
+    "h100-pcie": (756e12, 79),
+    "h100-nvl": (835e12, 93),
+    "h100": (989e12, 79),
+    "h200-nvl": (835e12, 139),
+    "h200": (989e12, 139),
+}
 # Share of the peak reached in training, by LoRA: 36 and 43 % were measured for Qwen3-4B on an H200, less when smaller.
 REACHED = {True: 0.35, False: 0.42}
 SAMPLING = 0.4  # share of the peak in reading prefixes: the earlier run's 5.6 rows/s of 5500 tokens on two A100s
@@ -46,13 +55,13 @@ class PlanArguments(WarmupArguments):
     What `--config WARMUP.yaml` will take.
 
     Args:
-        gpu (`str`): `a100`, `h100` or `h200`.
+        gpu (`str`, *optional*): for which card to plan; the one that is here when left out, or an h200 without one.
         gpus (`int`, *optional*): how many; those of the accelerate configuration when left out.
         model_config (`str`, *optional*): a config.json, while `model` is not there yet.
         prompt_tokens, cot_tokens, answer_tokens (`int`): mean lengths, while `data` is not there yet.
     """
 
-    gpu: str = field(default="h200", metadata={"help": "Which GPU.", "choices": list(GPUS)})
+    gpu: str | None = field(default=None, metadata={"help": "Which GPU; the one here otherwise.", "choices": [*GPUS]})
     gpus: int | None = field(default=None, metadata={"help": "How many; the accelerate configuration's otherwise."})
     model_config: str | None = field(default=None, metadata={"help": "A config.json, while model is not there yet."})
     prompt_tokens: int = field(default=200, metadata={"help": "Mean prompt length, while data is not there yet."})
@@ -66,6 +75,17 @@ class PlanArguments(WarmupArguments):
                 raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.gpus is not None and self.num_processes is not None:
             raise Refused("gpus and num_processes say the same thing; leave one of the two out")
+
+
+def card_of(gpu: str | None) -> tuple[str, float | None, float]:
+    """What a GPU is called, its peak in FLOP/s (`None` where it is not known) and its memory in GiB."""
+    if gpu is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        name = card.name.lower().replace(" ", "-")
+        known = [peak for kind, (peak, _) in GPUS.items() if kind in name and "mig" not in name]
+        return f"{card.name} (found here)", known[0] if known else None, card.total_memory / GIB
+    peak, memory = GPUS[gpu or "h200"]
+    return gpu or "h200 (no GPU is here; `gpu` names another)", peak, memory
 
 
 def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:
@@ -108,8 +128,13 @@ class Setting:
     parts: dict[str, np.ndarray]  # the rows of each phase
     gpus: int
     zero: int
-    flops: float  # peak of all GPUs
-    gpu_gb: int
+    launcher: dict  # the accelerate configuration
+    flops: float | None  # peak of all GPUs, if it is known
+    gpu_gib: float
+
+    def hours(self, operations: float, share: float) -> dict:
+        """By so large a share of the peak; nothing where the peak is not known."""
+        return {"hours": operations / (share * self.flops) / 3600} if self.flops else {}
 
 
 def plan(args: PlanArguments) -> dict:
@@ -127,7 +152,7 @@ def plan(args: PlanArguments) -> dict:
     shape = shape_of(str(args.model) if there or not args.model_config else args.model_config)
     vocabulary = AbstractVocabulary.load(args.model) if there else AbstractVocabulary()
     gpus, zero, launcher = _launcher(args)
-    peak, gpu_gb = GPUS[args.gpu]
+    card, peak, memory = card_of(args.gpu)
     lengths, counts = _lengths(args)
     lengths["trace"] = np.minimum(vocabulary.m_max, lengths["cot"] // 2) + 2
     n_rows, needed = len(lengths["cot"]), len(PARTS) * args.rounds * args.rows_per_phase
@@ -136,7 +161,7 @@ def plan(args: PlanArguments) -> dict:
     else:  # assumed, or too few, which is warned of
         rows = np.arange(args.rows_per_phase) % n_rows
         parts = {f"{t}.{phase}": rows for t in range(1, args.rounds + 1) for phase in PARTS}
-    setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, peak * gpus, gpu_gb)
+    setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, launcher, peak and peak * gpus, memory)
     todo, table, warnings = list(stages(args)), [], []
     if counts:
         warnings += check_lengths(todo, lengths, parts, vocabulary, args.model)
@@ -155,10 +180,12 @@ def plan(args: PlanArguments) -> dict:
     warnings += _data_warnings(args, setting) + _disk_warnings(args, table)
     known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
     assumptions = [
-        f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {args.gpu}, ZeRO stage {zero}",
+        f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {card}, ZeRO stage {zero}",
         "mean tokens " + ", ".join(f"{name} {values.mean():.0f}" for name, values in lengths.items()) + f": {known}",
         f"hours: {100 * REACHED[True]:.0f} % (LoRA) or {100 * REACHED[False]:.0f} % (full) of {peak / 1e12:.0f} "
-        f"TFLOP/s in training, {100 * SAMPLING:.0f} % in reading prefixes; evaluations and loading are not counted",
+        f"TFLOP/s in training, {100 * SAMPLING:.0f} % in reading prefixes; evaluations and loading are not counted"
+        if peak
+        else f"hours are not reckoned: of {card} no peak is known; `gpu` takes another's ({', '.join(GPUS)})",
         "~ steps of packed rows depend on the traces' lengths; memory with ZeRO or FSDP is calculated, not measured",
     ]
     return {"stages": table, "assumptions": assumptions, "warnings": list(dict.fromkeys(warnings))}
@@ -170,8 +197,9 @@ def _sampling(settings: dict, setting: Setting) -> dict:
     reads = settings["method"] in ("clusters", "policy")
     part = setting.parts[settings["part"]]
     tokens, rows = int(sum(setting.lengths[name][part].sum() for name in seen)) * reads, len(part)
-    hours = 2 * setting.shape.parameters * tokens / (SAMPLING * setting.flops) / 3600
-    return {"rows": rows, "tokens": tokens, "disk": 2 * rows * (4 * setting.vocabulary.m_max + 150), "hours": hours}
+    disk = 2 * rows * (4 * setting.vocabulary.m_max + 150)
+    hours = setting.hours(2 * setting.shape.parameters * tokens, SAMPLING)
+    return {"rows": rows, "tokens": tokens, "disk": disk, **hours}
 
 
 def _training(stage: Stage, setting: Setting) -> dict:
@@ -204,9 +232,9 @@ def _training(stage: Stage, setting: Setting) -> dict:
         "tokens": tokens,
         "trained": trained,
         "memory": training_memory(shape, recipe, trained, at_once, setting.zero, setting.gpus),
-        "disk": training_disk(shape, recipe, trained),
-        "stays": 4 * (trained if lora else shape.parameters),
-        "hours": flops / (REACHED[lora] * setting.flops) / 3600,
+        "disk": training_disk(shape, recipe, trained, setting.launcher),
+        "stays": saved_bytes(recipe, setting.launcher)[0] * trained,
+        **setting.hours(flops, REACHED[lora]),
     }
 
 
@@ -222,10 +250,10 @@ def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
         warnings.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")
     if recipe.get("warmup_steps", 0) >= max(line["steps"], 1):
         warnings.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {line['steps']} steps")
-    if line["memory"] > setting.gpu_gb * 1e9:
+    if line["memory"] > setting.gpu_gib * GIB:
         memory = line["memory"] / GIB
         warnings.append(
-            f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.gpu_gb} GB; more GPUs, ZeRO or LoRA"
+            f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.gpu_gib:.0f}; more GPUs, ZeRO or LoRA"
         )
     return warnings
 
@@ -278,9 +306,9 @@ def describe_plan(planned: dict) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     steps = sum(line.get("steps", 0) for line in planned["stages"])
     tokens = sum(line.get("tokens", 0) for line in planned["stages"] if line["phase"] in TRAINING)
-    hours = sum(line.get("hours", 0) for line in planned["stages"])
+    hours = number(sum(line["hours"] for line in planned["stages"] if "hours" in line) or None, 1, 1)
     disk = _disk(planned["stages"]) / GIB
-    lines.append(f"| total |  | {steps:,} | {tokens / 1e6:,.0f}M trained |  |  | {disk:,.0f} | {hours:,.1f} |")
+    lines.append(f"| total |  | {steps:,} | {tokens / 1e6:,.0f}M trained |  |  | {disk:,.0f} | {hours} |")
     lines += ["", *(f"- {sentence}" for sentence in planned["assumptions"])]
     lines += [f"- WARNING: {sentence}" for sentence in planned["warnings"]]
     return "\n".join(lines)

@@ -1,11 +1,14 @@
 """
-`abscot sweep`: one evaluation of the base and of every model that a warm-up's rounds left, in order.
+`abscot sweep`: one evaluation of the base and of every model that a warm-up's rounds left, in order; with `seeds` or
+temperatures one for each of their combinations.
 
 Each evaluation is a stage as the driver's are: a process of its own, skipped when its manifest is there, gone on with
 from its parts when it was killed.
 """
 
+import re
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from abscot_trl.errors import Refused
@@ -18,27 +21,50 @@ from abscot_trl.phases import check_fields, read_yaml
 from abscot_trl.report.runs import rounds
 from abscot_trl.storage import MANIFEST, PRUNED, check_folder, read_manifest
 
+# Fields of the recipe, each with the field here that gives its values.
+GRID = {"seed": "seeds", "trace_temperature": "trace_temperatures", "temperature": "temperatures"}
+
 
 @dataclass
 class SweepArguments:
     """
-    Evaluate all models of a warm-up's run.
+    Evaluate the models of a warm-up's run, over a grid of settings if one is given.
 
     Args:
         run (`str`): folder of the run. Evaluations go to `<run>/sweep`, their rows, with `stage` and `round`, to
             `<run>/sweep/results.json`.
         evaluate (`str`): recipe of the evaluation.
+        stages (`list[str]`, *optional*): whose models (`base`, `round3/distill`); all when left out.
+        seeds, trace_temperatures, temperatures (`list`, *optional*): values of the recipe's `seed`,
+            `trace_temperature` and `temperature`; one evaluation for each combination, named in its `stage`.
         name (`str`, *optional*): the models' name in results; the run's folder's when left out.
         launch (`str`): `process`, each evaluation in one of its own, or `inline`, all in this one.
     """
 
     run: str = field(metadata={"help": "Folder of a warm-up's run."})
     evaluate: str = field(metadata={"help": "Recipe of the evaluation."})
+    stages: list[str] | None = field(default=None, metadata={"help": "Whose models: base, round3/distill, ..; all."})
+    seeds: list[int] | None = field(default=None, metadata={"help": "One evaluation for each."})
+    trace_temperatures: list[float] | None = field(default=None, metadata={"help": "One evaluation for each."})
+    temperatures: list[float] | None = field(default=None, metadata={"help": "One evaluation for each."})
     name: str | None = field(default=None, metadata={"help": "The models' name in results.json."})
     launch: str = field(
         default="process",
         metadata={"help": "A process an evaluation, or all in this one.", "choices": ["process", "inline"]},
     )
+
+    def __post_init__(self):
+        for name in ("stages", *GRID.values()):
+            values = getattr(self, name)
+            if values == []:
+                raise Refused(f"{name} must name at least one; leave it out otherwise")
+            if twice := [value for value in values or [] if values.count(value) > 1]:
+                raise Refused(f"{name}: {twice[0]} stands twice")
+
+    def grid(self) -> list[dict]:
+        """The settings of each combination; one empty one without a grid."""
+        given = {field: getattr(self, name) for field, name in GRID.items() if getattr(self, name) is not None}
+        return [dict(zip(given, values, strict=True)) for values in product(*given.values())]
 
 
 def models(run: Path) -> list[tuple[str, Path]]:
@@ -67,37 +93,53 @@ def models(run: Path) -> list[tuple[str, Path]]:
     return finished
 
 
+def _stage(args: SweepArguments, recipe: dict, name: str, model: Path, values: dict) -> Stage:
+    words = [name, *(f"{field.replace('_', ' ')} {value:.12g}" for field, value in values.items())]
+    settings = {
+        "model": str(model),
+        "output_dir": str(Path(args.run) / "sweep" / "-".join(words).replace("/", "-").replace(" ", "-")),
+        "name": "base" if name == "base" else args.name or Path(args.run).resolve().name,
+    }
+    stage = Stage(" ".join(words), "evaluate", recipe | values | settings)
+    try:
+        EvaluateArguments(**stage.settings)  # refuses what makes no sense before the first is begun
+    except Refused as error:
+        raise Refused(f"{args.evaluate}: {error}") from error
+    return stage
+
+
 def sweep_stages(args: SweepArguments) -> list[Stage]:
     """The evaluations in order; models without weights are named and left out."""
-    run, recipe = Path(args.run), read_yaml(args.evaluate)
+    recipe = read_yaml(args.evaluate)
     check_fields(recipe, (EvaluateArguments,), args.evaluate)
-    todo = []
-    for name, model in models(run):
-        stage = Stage(
-            name,
-            "evaluate",
-            recipe
-            | {
-                "model": str(model),
-                "output_dir": str(run / "sweep" / name.replace("/", "-")),
-                "name": "base" if name == "base" else args.name or run.resolve().name,
-            },
-        )
-        if (model / PRUNED).is_file() and not is_done(stage):
-            print(f"{name} is left out: the weights of {model} were pruned (`keep`)", flush=True)  # noqa: T201
-        else:
-            todo.append(stage)
+    found, todo = dict(models(Path(args.run))), []
+    if "problems" not in recipe:
+        raise Refused(f"{args.evaluate}: names no problems")
+    if unknown := set(args.stages or []) - found.keys():
+        raise Refused(f"stages: no model {min(unknown)!r}; the run has {', '.join(found)}")
+    for name in args.stages or found:
+        stages = [_stage(args, recipe, name, found[name], values) for values in args.grid()]
+        if (found[name] / PRUNED).is_file() and not all(map(is_done, stages)):
+            stages = list(filter(is_done, stages))
+            print(f"{name} is left out: the weights of {found[name]} were pruned (`keep`)", flush=True)  # noqa: T201
+        todo += stages
     return todo
 
 
-def collect(stages: list[Stage]) -> list[dict]:
-    """The rows of the evaluations that are done (and graded), each with its `stage` and `round` (0: the base)."""
+def collect(run: Path, todo: list[Stage]) -> list[dict]:
+    """
+    The rows of the evaluations that are done (and graded), each with its `stage` and `round` (0: the base): those of
+    `todo` in order, then those of earlier sweeps of this run.
+    """
+    names = {stage.output: stage.name for stage in todo if is_done(stage)}
+    for path in sorted((run / "sweep").glob(f"*/{MANIFEST}")):
+        names.setdefault(path.parent, read_manifest(path.parent, "stage")["stage"])
     rows = []
-    for stage in stages:
-        path, round_name = stage.output / "results.json", stage.name.partition("/")[0]
-        if is_done(stage) and path.is_file():
-            t = 0 if stage.name == "base" else int(round_name.removeprefix("round"))
-            rows += [{**row, "stage": stage.name, "round": t} for row in read_results(path)]
+    for folder, name in names.items():
+        if (folder / "results.json").is_file():
+            of_round = re.match(r"round(\d+)/", name)
+            about = {"stage": name, "round": int(of_round[1]) if of_round else 0}
+            rows += [row | about for row in read_results(folder)]
     return rows
 
 
@@ -119,8 +161,8 @@ def sweep(args: SweepArguments) -> list[dict]:
     path.parent.mkdir(exist_ok=True)
 
     def after(number: int) -> list[dict]:
-        write_results(path, collect(todo))
-        return collect(todo)
+        write_results(path, collect(run, todo))
+        return collect(run, todo)
 
     with locked(run):
         return run_all(run, todo, todo, DriverOptions(launch=args.launch), "", after)

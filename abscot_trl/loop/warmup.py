@@ -163,4 +163,4 @@ def warmup(args: WarmupArguments) -> list[dict]:
     splits = run_splits(Path(args.run_dir) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     for sentence in check_lengths(todo, row_lengths(data), splits, AbstractVocabulary.load(args.model), args.model):
         print(f"WARNING: {sentence}", flush=True)  # noqa: T201
-    return drive(todo, args, args.name, len(data), lambda: collect_results(args), lambda: lost_rounds(args))
+    return drive(todo, args, args.name, splits, len(data), lambda: collect_results(args), lambda: lost_rounds(args))

@@ -9,7 +9,6 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig
 
 from abscot_trl.checkpoint import check_model, load_tokenizer, verify_checkpoint, write_model_card
@@ -129,7 +128,6 @@ def train(
         log = {"rows": trainer.row_counts, "steps": trainer.state.global_step, "log": log}
         (final / LOG_FILE).write_text(json.dumps(log, indent=2, sort_keys=True) + "\n")
         if not model_args.use_peft:
-            unset_hf_deepspeed_config()  # ZeRO-3 would divide the model that this one process reads
             verify_checkpoint(final)
             write_model_card(final, vocabulary)
         for file in sorted(final.iterdir(), key=lambda file: file.name == LOG_FILE):
