@@ -21,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import yaml
 from figures import RESULTS, record
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +70,10 @@ def abscot(*arguments) -> None:
 
 
 def prepare(base: Path, rows: Path, work: Path) -> dict[str, str]:
-    """The inputs of phase A: extended model, prepared rows, uniform traces."""
+    """The inputs of phase A, made once in `work`: extended model, prepared rows, uniform traces."""
+    made = {"model_name_or_path": str(work / "init"), "data": str(work / "data"), "traces": str(work / "t")}
+    if (work / "t").is_dir():
+        return made
     if not any(base.glob("*.safetensors")):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32)
@@ -83,7 +88,7 @@ def prepare(base: Path, rows: Path, work: Path) -> dict[str, str]:
     abscot(
         "traces", "--model", work / "init", "--data", work / "data", "--method", "uniform", "--output_dir", work / "t"
     )
-    return {"model_name_or_path": str(work / "init"), "data": str(work / "data"), "traces": str(work / "t")}
+    return made
 
 
 def launch(script: list[str], config: str, gpus: list[int], log: Path) -> subprocess.Popen:
@@ -97,8 +102,6 @@ def launch(script: list[str], config: str, gpus: list[int], log: Path) -> subpro
 
 
 def phase(recipe: dict, inputs: dict, config: str, gpus: list[int], output: Path, *more) -> subprocess.Popen:
-    import yaml
-
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe | inputs | {"output_dir": str(output)}))
     script = ["-m", "abscot_trl.scripts.bottleneck", "--config", str(file), *more]
@@ -123,8 +126,8 @@ def steps(output: Path) -> list[dict]:
     return json.loads((output / "training_log.json").read_text())["log"]
 
 
-def agree(args: argparse.Namespace, work: Path, inputs: dict) -> list[dict]:
-    rows, logs, todo = [], {}, list(AGREE.items())
+def agree(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
+    logs, todo = {}, list(AGREE.items())
     pairs = [args.gpus[i : i + 2] for i in range(0, len(args.gpus) - 1, 2)]
     while todo:
         slots = [[gpu] for gpu in args.gpus] if todo[0][1][1] == 1 else pairs
@@ -146,8 +149,7 @@ def agree(args: argparse.Namespace, work: Path, inputs: dict) -> list[dict]:
             print(f"{name}: losses {losses}, first differs {difference[0]:.1e}, rates {rates:.1e}", flush=True)
             if "single" not in name:
                 row = {"name": f"agree: {name}", "value": difference[0], "unit": "nats, first loss", "losses": losses}
-                rows.append(row | {"largest": max(difference), "rates_differ": rates, "baseline": "one GPU"})
-    return rows
+                yield row | {"largest": max(difference), "rates_differ": rates, "baseline": "one GPU"}
 
 
 def files(output: Path) -> dict[str, str]:
@@ -156,8 +158,7 @@ def files(output: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
 
 
-def kill(args: argparse.Namespace, work: Path, inputs: dict) -> list[dict]:
-    rows = []
+def kill(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
     saving = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
     for name in ("ddp, LoRA", "zero3, full"):
         config, processes, recipe = AGREE[name]
@@ -183,8 +184,7 @@ def kill(args: argparse.Namespace, work: Path, inputs: dict) -> list[dict]:
         largest = max(abs(a["loss"] - b["loss"]) for a, b in zip(steps(whole), steps(killed), strict=True))
         print(f"{name}, killed at {sealed}: files that differ {differ}, losses by {largest:.1e}", flush=True)
         row = {"name": f"kill: {name}", "value": len(differ), "unit": "files that differ", "files": differ}
-        rows.append(row | {"loss_differs": largest, "sealed": sealed, "baseline": "a run left alone"})
-    return rows
+        yield row | {"loss_differs": largest, "sealed": sealed, "baseline": "a run left alone"}
 
 
 def timed(case: str, config: str, gpus: list[int], work: Path, patience: float) -> tuple[subprocess.Popen, Path]:
@@ -193,14 +193,14 @@ def timed(case: str, config: str, gpus: list[int], work: Path, patience: float) 
     return launch(script, config, gpus, output.with_suffix(".log")), output
 
 
-def scale(args: argparse.Namespace, work: Path, inputs: dict) -> list[dict]:
-    rows, found = [], {}
+def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
+    found = {}
     waves = [
         [("smol-packed", "ddp", 1), ("full-1.7b", "zero3", 1)],
         [("smol-packed", "ddp", 2), ("full-4b-zero3", "zero3", 2)],
+        [("full-1.7b", "zero3", 2)],
         [("smol-packed", "ddp", 4)],
         [("full-1.7b", "zero3", 4)],
-        [("full-1.7b", "zero3", 2)],
     ]
     for wave in waves:
         free, running = list(args.gpus), []
@@ -221,29 +221,35 @@ def scale(args: argparse.Namespace, work: Path, inputs: dict) -> list[dict]:
             print(f"{case} by {config}, {count}: {shown}", flush=True)
             row = {"name": f"scale: {case}, {config} {count}", "value": round(result["tokens_per_s"], 1)}
             row |= {"unit": "tokens/s", "step_s": result["step_s"], "peak_gib": result["peak_gib"], "baseline": None}
-            rows.append(row)
+            yield row
             if count > 1 and (case, 1) in found:
                 share = result["tokens_per_s"] / (count * found[case, 1]["tokens_per_s"])
                 name = f"{config}-{count}-gpu-scaling"
-                rows.append({"name": name, "value": round(share, 3), "unit": f"of {count} times one GPU's tokens/s"})
-                rows[-1] |= {"case": case, "baseline": f"the same on one GPU, {config}"}
-    return rows
+                row = {"name": name, "value": round(share, 3), "unit": f"of {count} times one GPU's tokens/s"}
+                yield row | {"case": case, "baseline": f"the same on one GPU, {config}"}
+
+
+SECTIONS = {"agree": agree, "kill": kill, "scale": scale}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="+", choices=["agree", "kill", "scale"])
+    parser.add_argument("sections", nargs="+", choices=["prepare", *SECTIONS])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="kept for another call; without it nothing stays")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(range(torch.cuda.device_count())))
     parser.add_argument("--patience", type=float, default=120, help="seconds for one phase")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpus.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        inputs = prepare(args.base, args.rows, work) if {"agree", "kill"} & set(args.sections) else {}
+        work = args.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        inputs = prepare(args.base, args.rows, work) if set(args.sections) != {"scale"} else {}
         for section in args.sections:
-            record(args.output, globals()[section](args, work, inputs), "make bench-gpus")
+            if section != "prepare":
+                for row in SECTIONS[section](args, work, inputs):
+                    record(args.output, [row], "make bench-gpus")
     return 0
 
 
