@@ -19,6 +19,12 @@ class DriverOptions:
         dry_run (`bool`): say what is done and what is to do, and write nothing.
         launch (`str`): `accelerate`, each phase in a process of its own, or `inline`, all in this one.
         accelerate_config (`str`, *optional*): accelerate's configuration of the training phases.
+        nodes (`list[str]`, *optional*): names of the machines that train, and sample traces, together. This command
+            runs on the first, where the first process is, and which the others reach by that name. All of them share
+            the disk that holds model, data, run and this Python. Its `num_processes` counts the processes of all.
+        launcher (`str`, *optional*): what starts a command on the machine `{node}`, such as
+            `srun --nodes=1 --ntasks=1 --nodelist={node}` or `ssh -tt {node} cd /where/this/runs &&`. It ends with that
+            command and its exit code, and ends it when it is told to (SIGTERM).
     """
 
     keep: str = field(
@@ -34,6 +40,12 @@ class DriverOptions:
     )
     accelerate_config: str | None = field(
         default=None, metadata={"help": "accelerate configuration of the training phases: a file, or a name."}
+    )
+    nodes: list[str] | None = field(
+        default=None, metadata={"help": "Machines that train and sample together; this runs on the first."}
+    )
+    launcher: str | None = field(
+        default=None, metadata={"help": "Starts a command on {node}: 'srun --nodes=1 --ntasks=1 --nodelist={node}'."}
     )
 
 
