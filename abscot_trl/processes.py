@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 DRIVER = "ABSCOT_DRIVER"  # in the environment of what a driver or `abscot` launched: its process id
 PR_SET_PDEATHSIG = 1
 STOP_S = 20.0  # what a child may take to end after SIGTERM
+STOP_ELSEWHERE_S = 60.0  # the same of one on another machine: torchrun gives ranks that hang in a collective 30
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not between a fork and what follows
 
 
@@ -68,12 +69,12 @@ def start(command: list[str], elsewhere: bool = False, **options) -> subprocess.
     return subprocess.Popen(command, preexec_fn=tie, **options)
 
 
-def _end(processes: list[subprocess.Popen]) -> None:
+def _end(processes: list[subprocess.Popen], within_s: float) -> None:
     """Tell them to stop, so that they may tidy up; then stop them."""
     try:
         for process in processes:
             process.terminate()
-        end = time.monotonic() + STOP_S
+        end = time.monotonic() + within_s
         with suppress(subprocess.TimeoutExpired):
             for process in processes:
                 process.wait(max(end - time.monotonic(), 0.0))
@@ -88,7 +89,7 @@ def run(command: list[str]) -> int:
         try:
             return process.wait()
         except BaseException:
-            _end([process])
+            _end([process], STOP_S)
             raise
 
 
@@ -115,4 +116,4 @@ def run_elsewhere(commands: list[list[str]]) -> tuple[int, int] | None:
                     return None
                 time.sleep(0.2)
         finally:
-            _end(processes)
+            _end(processes, STOP_ELSEWHERE_S)

@@ -1,6 +1,7 @@
 """`abscot traces --method clusters`: each row read once; killed, in shards, by several: always the same file."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -197,6 +198,21 @@ def test_sigkill_and_the_same_command_again(arguments, prepared, tmp_path, monke
     monkeypatch.setattr(storage.Parts, "remove", noting)
     make_traces(arguments)
     assert content(arguments) == content(whole) and kept.items() <= seen.items()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_gpus_make_the_file_of_one(arguments, tmp_path, dtype):
+    """A process a GPU, without being asked; against one process that sees one GPU."""
+    flags = ["--method", "clusters", "--part_tokens", "400", "--dtype", dtype, "--seed", "3"]
+    flags += ["--model", arguments.model, "--data", arguments.data]
+    for name, visible in (("one", {"CUDA_VISIBLE_DEVICES": "0"}), ("all", {})):
+        command = [sys.executable, "-m", "abscot_trl.scripts.traces", *flags, "--output_dir", str(tmp_path / name)]
+        said = subprocess.run(command, env=os.environ | visible, check=True, capture_output=True, text=True).stderr
+        assert ("step states 2/" in said) == (name == "all")
+    found = [content(replace(arguments, output_dir=str(tmp_path / name))) for name in ("one", "all")]
+    assert found[0] == found[1]
 
 
 def test_too_few_steps_are_refused_before_the_model_is_read(arguments, monkeypatch):

@@ -24,7 +24,7 @@ from warmups import LORA, recipes
 from abscot_trl.errors import Refused
 from abscot_trl.loop import launch as launching
 from abscot_trl.loop.arguments import DriverOptions
-from abscot_trl.loop.launch import launch, launcher_of
+from abscot_trl.loop.launch import check_nodes, launch
 from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, warmup
 from abscot_trl.processes import DRIVER, run_elsewhere
@@ -67,46 +67,43 @@ def of_attempt(attempt: str) -> dict[int, tuple[str, str]]:
 
 @pytest.mark.slow
 def test_two_nodes_end_in_the_files_of_one(toy, tmp_path, monkeypatch):
-    """Clusters, training, merging; a rank of the second node is killed, then the driver, then it may end."""
-    training = LORA | {"max_steps": 10, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-    training |= {"per_device_train_batch_size": 2}
-    training.pop("use_cpu", None)
-    for name, value in {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    fields = toy | recipes(tmp_path, "none", training) | {"evaluate": None, "rounds": 1, "launch": "accelerate"}
+    """Traces, training, merging. A rank of the second node is killed: the driver says so, and goes on from there."""
+    training = LORA | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    fields = toy | recipes(tmp_path, "none", training) | {"evaluate": None, "rounds": 1}
     fields |= {"keep_checkpoints": True, "until": "round1/bottleneck-merge", "run_dir": "run"}
+    environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for name, value in (environment | {"PYTHONHASHSEED": "0"}).items():  # the order of LoRA's modules
+        monkeypatch.setenv(name, value)
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    one = accelerate_config(tmp_path / "one.yaml", 0)
-    warmup(WarmupArguments(**fields, accelerate_config=one))
+    by_processes = {"launch": "accelerate", "until": "round1/bottleneck"}
+    config = accelerate_config(tmp_path / "one.yaml", 0)
+    warmup(WarmupArguments(**fields | {"until": "round1/bottleneck-traces"}))
+    warmup(WarmupArguments(**fields | by_processes, accelerate_config=config))
+    warmup(WarmupArguments(**fields))
     log = json.loads(Path("run/round1/bottleneck/training_log.json").read_text())
     assert {entry["sequences_per_step"] for entry in log["log"]} == {4}
 
     monkeypatch.chdir(tmp_path / "two")
-    two = fields | NODES | {"accelerate_config": accelerate_config(tmp_path / "two.yaml", free_port())}
+    two = fields | by_processes | NODES | {"accelerate_config": accelerate_config(tmp_path / "two.yaml", free_port())}
     Path("../warmup.yaml").write_text(yaml.safe_dump(two))
     command = [sys.executable, "-m", "abscot_trl.scripts.warmup", "--config", "../warmup.yaml"]
-    for attempt, moment in (("rank", "checkpoint-2"), ("driver", "checkpoint-6")):
-        environment = os.environ | {"ABSCOT_ATTEMPT": attempt, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as driver:
-            while not Path(f"run/round1/bottleneck/{moment}/sealed.json").exists():
-                assert driver.poll() is None, driver.stderr.read().decode()[-3000:]
+    environment = os.environ | {"ABSCOT_ATTEMPT": "1", "PYTHONPATH": str(ROOT)}
+    with open("../said", "w") as said:
+        with subprocess.Popen(command, stderr=said, stdout=said, env=environment) as driver:
+            while not Path("run/round1/bottleneck/checkpoint-2/sealed.json").exists():
+                assert driver.poll() is None, Path("../said").read_text()[-3000:]
                 time.sleep(0.005)
-            running = of_attempt(attempt)
-            assert {node for node, _ in running.values()} == {"", *NODES["nodes"]}
+            running = of_attempt("1")
             ranks = [p for p, (node, ran) in running.items() if node == "127.0.0.1" and "scripts.bottleneck" in ran]
-            os.kill(driver.pid if attempt == "driver" else max(ranks), signal.SIGKILL)
-            killed = time.monotonic()
-            said = driver.stderr.read().decode() if attempt == "rank" else ""
-            code = driver.wait(60)
-        while of_attempt(attempt):
-            assert time.monotonic() < killed + 60, of_attempt(attempt)
-            time.sleep(0.05)
-        if attempt == "rank":
-            assert code == 1 and "stage round1/bottleneck failed on node" in said.splitlines()[-1]
+            os.kill(max(ranks), signal.SIGKILL)
+            assert driver.wait(60) == 1
+    assert {node for node, _ in running.values()} == {"", *NODES["nodes"]} and not of_attempt("1")
+    assert "stage round1/bottleneck failed on node" in Path("../said").read_text().splitlines()[-1]
     assert not Path("run/round1/bottleneck/training_log.json").exists()
     warmup(WarmupArguments(**two))
+    warmup(WarmupArguments(**fields))
     found = {name: digest for name, digest in contents(Path("run")).items() if ".node" not in name}
     assert found == contents(tmp_path / "one" / "run")
     second = yaml.safe_load(Path("run/round1/bottleneck.node1.yaml").read_text())
@@ -205,31 +202,52 @@ def test_nodes_share_the_traces(toy, tmp_path, monkeypatch, method):
         ({"nodes": ["a", "a"]}, "each once"),
         ({"launcher": "srun"}, "{node}"),
         ({"launcher": "ssh '{node}"}, "is no command"),
-        ({"launch": "inline"}, "use launch: accelerate"),
+        ({"launch": "inline"}, "nodes need launch: accelerate"),
         ({"nodes": ["a", "b", "c"]}, "num_processes 2 counts the processes of all nodes, and is no multiple of 3"),
-        ({"accelerate_config": None}, "need an accelerate_config"),
+        ({"accelerate_config": None}, "and an accelerate_config such as ddp"),
+        ({"nodes": None, "launcher": None, "accelerate_config": "zero3_multinode"}, "is for 2 machines: name them in"),
     ],
 )
 def test_nodes_that_cannot_be_are_refused(tmp_path, fields, words):
     options = {"accelerate_config": accelerate_config(tmp_path / "a.yaml", 0)} | NODES
     with pytest.raises(Refused, match=words):
-        launcher_of(DriverOptions(**options | fields))
+        check_nodes(DriverOptions(**options | fields))
+
+
+def waiting(folder: Path) -> list[str]:
+    """A command on another machine: it is tied to no process number of this one, and tidies up when told to end."""
+    code = f"""
+import os, signal, sys, time
+assert {DRIVER!r} not in os.environ
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(open({str(folder / "told")!r}, "w").close()))
+open({str(folder / "ready")!r}, "w").close()
+time.sleep(60)
+"""
+    return [sys.executable, "-c", code]
 
 
 def test_when_one_fails_the_others_are_told_to_end(tmp_path):
-    """And none is tied to a process number of this machine."""
-    waiting = f"""
-import os, signal, sys, time
-assert {DRIVER!r} not in os.environ
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(open({str(tmp_path / "told")!r}, "w").close()))
-open({str(tmp_path / "ready")!r}, "w").close()
-time.sleep(60)
-"""
     failing = f"while [ ! -e {tmp_path / 'ready'} ]; do sleep 0.01; done; exit 3"
-    start = time.monotonic()
-    assert run_elsewhere([[sys.executable, "-c", waiting], ["sh", "-c", failing]]) == (1, 3)
-    assert (tmp_path / "told").exists() and time.monotonic() - start < 15
+    assert run_elsewhere([waiting(tmp_path), ["sh", "-c", failing]]) == (1, 3)
+    assert (tmp_path / "told").exists()
     assert run_elsewhere([["true"], ["sh", "-c", "sleep 0.3"]]) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_the_other_machines_are_told_when_the_driver_dies(tmp_path, kind):
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    code += f"from abscot_trl.processes import run_elsewhere; run_elsewhere([{waiting(tmp_path)!r}, ['sleep', '60']])"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as driver:
+        while not (tmp_path / "ready").exists():
+            assert driver.poll() is None
+            time.sleep(0.01)
+        driver.send_signal(kind)
+        driver.wait(10)
+    end = time.monotonic() + 10
+    while not (tmp_path / "told").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_disk_without_locks_is_said_so(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from abscot_trl.data.splits import run_splits, save_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
-from abscot_trl.loop.launch import launch
+from abscot_trl.loop.launch import check_nodes, launch
 from abscot_trl.loop.memory import GIB, stage_disk
 from abscot_trl.loop.record import RECORDS, environment, write_record
 from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
@@ -240,8 +240,10 @@ def drive(
         The rows of `results.json`.
 
     Raises:
-        Refused: too few rows, a run that was started with other settings, or a folder that holds what it would write.
+        Refused: too few rows, a run that was started with other settings, or a folder that holds what it would write;
+            nodes that cannot train together.
     """
+    check_nodes(args)
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
     splits = run_splits(run / "splits.json", n_rows, args.rounds, args.rows_per_phase, args.seed)
     foreign = [name for name in ("results.json", *RECORDS) if (run / name).exists()]

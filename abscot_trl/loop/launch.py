@@ -23,8 +23,6 @@ def launcher_of(options: DriverOptions) -> dict:
         Refused: no such file or name, or no such configuration.
     """
     if options.accelerate_config is None:
-        if options.nodes is not None or options.launcher is not None:
-            raise Refused("nodes and launcher need an accelerate_config, such as zero3 or ddp")
         return {}
     path = accelerate_config_path(options.accelerate_config)
     config = read_yaml(path)
@@ -37,12 +35,22 @@ def launcher_of(options: DriverOptions) -> dict:
     stage = deepspeed.get("zero_stage", 2)
     if type(stage) is not int or stage not in range(4):
         raise Refused(f"{path}: deepspeed_config: zero_stage: {stage!r:.80} is none of 0, 1, 2, 3")
-    if options.nodes is not None or options.launcher is not None:
-        _check_nodes(options, processes)
     return config
 
 
-def _check_nodes(options: DriverOptions, processes: int) -> None:
+def check_nodes(options: DriverOptions) -> None:
+    """
+    Raises:
+        Refused: `nodes` and `launcher` do not go together, or not with the accelerate configuration.
+    """
+    config = launcher_of(options)
+    if options.nodes is None and options.launcher is None:
+        if config.get("num_machines", 1) != 1 and options.launch == "accelerate":
+            raise Refused(
+                f"accelerate_config {options.accelerate_config} is for {config['num_machines']} machines: name them in"
+                " nodes, and in launcher what starts a command on one"
+            )
+        return
     nodes, launcher = options.nodes or [], options.launcher or ""
     if not nodes or "{node}" not in launcher or len({*nodes}) < len(nodes):
         raise Refused(
@@ -53,8 +61,11 @@ def _check_nodes(options: DriverOptions, processes: int) -> None:
         shlex.split(launcher)
     except ValueError as error:
         raise Refused(f"launcher: {launcher!r} is no command ({error})") from error
-    if options.launch == "inline":
-        raise Refused("nodes need processes of their own: use launch: accelerate")
+    if options.launch == "inline" or not config:
+        raise Refused(
+            "nodes need processes of their own: use launch: accelerate, and an accelerate_config such as ddp"
+        )
+    processes = config.get("num_processes", 1)
     if processes % len(nodes):
         raise Refused(
             f"{options.accelerate_config}: num_processes {processes} counts the processes of all nodes, and is no "

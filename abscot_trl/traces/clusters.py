@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import load_model
 from abscot_trl.errors import Refused
-from abscot_trl.storage import Parts, phase_settings, write_whole
+from abscot_trl.storage import Parts, look_again, phase_settings, write_whole
 from abscot_trl.traces.batching import batches, cut
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -146,6 +146,7 @@ def cluster_parts(
         write_whole(states.path(n), save({"states": torch.cat([found for _, found in work("step states", drawn[n])])}))
     clusters = parts.folder / CLUSTER_FILE
     with parts.joining():
+        look_again(parts.path(0))
         if not parts.done(0) and all(states.done(n) for n in range(len(drawn))):
             found = torch.cat([load_file(states.path(n))["states"] for n in range(len(drawn))])
             centroids = fit_clusters(found.float().numpy(), vocabulary.size, args.seed)

@@ -16,7 +16,7 @@ from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.errors import Refused
-from abscot_trl.storage import Parts, at_work, check_folder, phase_settings, written_whole
+from abscot_trl.storage import Parts, at_work, check_folder, look_again, phase_settings, written_whole
 from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, engine_arguments, load_sampler
 from abscot_trl.traces.batching import cut
@@ -217,6 +217,7 @@ def _join(
         with parts.joining():
             if Path(args.output_dir).exists():  # another shard has joined them in the meantime
                 return _summary(args)
+            look_again(parts.path(0))
             left = sum(not parts.done(number) for number in range(count))
             if left:
                 return {"shard": args.shard, "parts_made": made, "parts_left_to_others": left}
