@@ -1,6 +1,7 @@
 """A stage and its process: started from a configuration file, and ended when its driver is."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,19 +53,20 @@ def check_nodes(options: DriverOptions) -> None:
             )
         return
     nodes, launcher = options.nodes or [], options.launcher or ""
-    if not nodes or "{node}" not in launcher or len({*nodes}) < len(nodes):
+    named = nodes and all(node.isprintable() and node.split() == [node] for node in nodes)
+    if not named or "{node}" not in launcher or len({*nodes}) < len(nodes):
         raise Refused(
             f"nodes {nodes} and launcher {launcher!r} go together: names of machines, each once, and what starts a "
             "command on the machine {node}, such as 'srun --nodes=1 --ntasks=1 --nodelist={node}'"
         )
     try:
-        shlex.split(launcher)
+        command = shlex.split(launcher)[0]
+        if shutil.which(command) is None:
+            raise Refused(f"{command!r} is not installed here")
     except ValueError as error:
-        raise Refused(f"launcher: {launcher!r} is no command ({error})") from error
+        raise Refused(f"launcher: {launcher!r:.200} is no command ({error})") from error
     if options.launch == "inline" or not config:
-        raise Refused(
-            "nodes need processes of their own: use launch: accelerate, and an accelerate_config such as ddp"
-        )
+        raise Refused("nodes need launch: accelerate, and an accelerate_config such as ddp")
     processes = config.get("num_processes", 1)
     if processes % len(nodes):
         raise Refused(
