@@ -173,6 +173,14 @@ def test_two_shards_that_join_without_a_lock(arguments, whole, monkeypatch):
     assert make_traces(arguments)["traces"] == ROWS and content(arguments) == whole
 
 
+def test_a_damaged_part_is_named(arguments):
+    make_traces(replace(arguments, shard="1/2"))
+    damaged = Path(arguments.output_dir + ".parts") / "states000000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(Refused, match="states000000.safetensors is damaged .*; remove it and run the same command"):
+        make_traces(replace(arguments, shard="2/2"))
+
+
 @pytest.mark.slow
 def test_sigkill_and_the_same_command_again(arguments, prepared, tmp_path, monkeypatch):
     monkeypatch.undo()  # the command fits on all rows
@@ -220,5 +228,6 @@ def test_too_few_steps_are_refused_before_the_model_is_read(arguments, monkeypat
     monkeypatch.setattr(clusters, "load_model", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(Refused, match="steps in 1 rows cannot form 8 clusters; give more rows"):
         make_traces(arguments)
+    assert not Path(arguments.output_dir + ".parts").exists()
     with pytest.raises(Refused, match="data_parallel_size: 0 is no number of processes"):
         replace(arguments, engine={"data_parallel_size": 0})

@@ -14,10 +14,12 @@ A batch holds rows of one part, so a row's states do not depend on how many proc
 import math
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +85,13 @@ def nearest(states: torch.Tensor, centroids: np.ndarray) -> list[int]:
     return ((centroids**2).sum(axis=1) - 2 * states @ centroids.T).argmin(axis=1).tolist()
 
 
+def _load(path: Path, name: str) -> torch.Tensor:
+    try:
+        return load_file(path)[name]
+    except (SafetensorError, KeyError) as error:
+        raise Refused(f"{path} is damaged ({error}); remove it and run the same command again") from error
+
+
 def cluster_parts(
     args,
     vocabulary: AbstractVocabulary,
@@ -108,10 +117,8 @@ def cluster_parts(
         The parts, how many they are in the end, and how many were made here, of states or of traces.
 
     Raises:
-        Refused: fewer step states than clusters; before the model is read.
+        Refused: fewer step states than clusters, before anything is written; a damaged part.
     """
-    settings = phase_settings(args, rows=len(rows))
-    parts, states = Parts(args.output_dir, settings), Parts(args.output_dir, settings, "states{:06}.safetensors")
     part = part.select_columns(["id", "prompt_ids", "cot_ids", "step_ends"])
     lengths = [
         len(x) + len(c)
@@ -129,6 +136,8 @@ def cluster_parts(
             f"{sum(groups)} CoT steps in {len(sample)} rows cannot form {vocabulary.size} clusters; give more rows or "
             "a smaller codebook"
         )
+    settings = phase_settings(args, rows=len(rows))
+    parts, states = Parts(args.output_dir, settings), Parts(args.output_dir, settings, "states{:06}.safetensors")
     drawn, others = cut_rows(sample), cut_rows(sorted({*range(len(rows))} - {*sample}))
     load = cache(lambda: load_model(args.model, args.dtype, device_map="auto"))
 
@@ -148,7 +157,7 @@ def cluster_parts(
     with parts.joining():
         look_again(parts.path(0))
         if not parts.done(0) and all(states.done(n) for n in range(len(drawn))):
-            found = torch.cat([load_file(states.path(n))["states"] for n in range(len(drawn))])
+            found = torch.cat([_load(states.path(n), "states") for n in range(len(drawn))])
             centroids = fit_clusters(found.float().numpy(), vocabulary.size, args.seed)
             write_whole(clusters, save({"centroids": torch.tensor(centroids)}))
             traces = zip(sample, found.split(groups), strict=True)
@@ -156,7 +165,7 @@ def cluster_parts(
     todo = [n for n in range(share, len(others) + 1, shares) if not parts.done(n)]
     if not parts.done(0) or (mine and shares > 1):
         return parts, len(others) + 1, len(mine)
-    centroids = load_file(clusters)["centroids"].numpy()
+    centroids = _load(clusters, "centroids").numpy()
     for n in todo:
         traces = {i: nearest(at_ends, centroids) for i, at_ends in work("traces", others[n - 1])}
         parts.write(n, [record(row, traces[i]) for i, row in enumerate(others[n - 1])])
