@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from abscot_trl.errors import Refused
 
@@ -61,7 +62,7 @@ def write_whole(path: str | Path, text: str | bytes) -> None:
     path = Path(path)
     if path.is_dir():
         raise Refused(f"{path} is a folder, where a file is to be written; move it away")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY}")  # process ids repeat on other machines
     with open(temporary, "wb") as file:
         file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
@@ -88,6 +89,14 @@ def check_folder(path: str | Path) -> None:
         raise Refused(f"{path}: {there} is a file, not a folder; choose another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Refused(f"{path}: nothing may be written in {there}; choose another")
+
+
+def look_again(path: str | Path) -> bool:
+    """Whether `path` is there: a network disk may say for a minute that it was not, until its folder is listed."""
+    path = Path(path).absolute()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return path.name in os.listdir(path.parent)
+    return False
 
 
 @contextmanager
@@ -118,10 +127,12 @@ def at_work(folder: str | Path, beside: bool = False, lock: Path | None = None) 
     Hold the lock of a folder, `.<name>.lock` next to it if not said otherwise, against other jobs.
 
     The processes of one job share it, so that it is free when the last of them has ended: the first asks for it alone,
-    the others (`beside`: further ranks, shards) join. Forked processes hold it too.
+    the others (`beside`: further ranks, shards) join. Forked processes hold it too. Where a network disk keeps locks
+    to each machine (Lustre's `localflock`), jobs of other machines are not seen.
 
     Raises:
-        Refused: another job is at work on the folder, and still is after `GRACE_S`; or there can be no folder.
+        Refused: another job is at work on the folder, and still is after `GRACE_S`; or there can be no folder, or no
+            lock.
     """
     check_folder(folder)
     folder = Path(folder).resolve()
@@ -144,6 +155,11 @@ def _flock(file: IO, kind: int, folder: Path, wait_s: float) -> None:
                     f"{folder}: another process is still at work here; let it end, or stop it (`fuser {file.name}` "
                     "says which it is)"
                 ) from None
+        except OSError as error:
+            raise Refused(
+                f"{file.name}: the disk has no locks ({error.strerror}); mount it with them (Lustre: `-o flock`), or "
+                "choose a folder on another"
+            ) from error
         time.sleep(0.05)
 
 

@@ -21,6 +21,12 @@ class DriverOptions:
         accelerate_config (`str`, *optional*): accelerate's configuration of the training phases; without one they
             are trained in one process, on one card.
         num_processes (`int`, *optional*): how many in place of that configuration's.
+        nodes (`list[str]`, *optional*): names of the machines that train, and sample traces, together. This command
+            runs on the first, where the first process is, and which the others reach by that name. All of them share
+            the disk that holds model, data, run and this Python. Its `num_processes` counts the processes of all.
+        launcher (`str`, *optional*): what starts a command on the machine `{node}`, such as
+            `srun --nodes=1 --ntasks=1 --nodelist={node}` or `ssh -tt {node} cd /where/this/runs &&`. It ends with that
+            command and its exit code, and ends it when it is told to (SIGTERM).
     """
 
     keep: str = field(
@@ -39,6 +45,12 @@ class DriverOptions:
     )
     num_processes: int | None = field(
         default=None, metadata={"help": "Processes that train, in place of the accelerate configuration's."}
+    )
+    nodes: list[str] | None = field(
+        default=None, metadata={"help": "Machines that train and sample together; this runs on the first."}
+    )
+    launcher: str | None = field(
+        default=None, metadata={"help": "Starts a command on {node}: 'srun --nodes=1 --ntasks=1 --nodelist={node}'."}
     )
 
 

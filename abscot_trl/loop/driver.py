@@ -21,7 +21,7 @@ from abscot_trl.data.splits import save_splits
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import write_results
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
-from abscot_trl.loop.launch import launch, launcher_of
+from abscot_trl.loop.launch import check_nodes, launch, launcher_of
 from abscot_trl.loop.memory import GIB, stage_disk
 from abscot_trl.loop.record import RECORDS, environment, write_record
 from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
@@ -243,8 +243,9 @@ def drive(
         The rows of `results.json`.
 
     Raises:
-        Refused: no such stage, or a folder that holds what it would write.
+        Refused: no such stage, or a folder that holds what it would write; nodes that cannot train together.
     """
+    check_nodes(args)
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
     foreign = [name for name in ("results.json", *RECORDS) if (run / name).exists()]
     if foreign and not (run / ".lock").exists():

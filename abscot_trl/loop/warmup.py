@@ -73,6 +73,9 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
         check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
     sampling = {"backend": args.backend, "engine": args.engine, "server": args.server}
+    initial = {}
+    if args.initial == "clusters" and "data_parallel_size" in (args.engine or {}):
+        initial["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
     for t in range(1, args.rounds + 1):
         for phase in PARTS:
             seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
@@ -91,7 +94,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
                     "given": "cot" if phase == "bottleneck" else args.distill_from,
                     "temperature": args.temperature,
                     "seed": seed,
-                    **({} if first else sampling),
+                    **(initial if first else sampling),
                     "batch_tokens": args.batch_tokens,
                     "dtype": args.dtype,
                 },

@@ -2,30 +2,27 @@
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import yaml
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from abscot_trl.checkpoint import load_model, load_tokenizer
+from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.errors import Refused
-from abscot_trl.processes import start
-from abscot_trl.storage import Parts, at_work, check_folder, phase_settings, written_whole
+from abscot_trl.storage import Parts, at_work, check_folder, look_again, phase_settings, written_whole
 from abscot_trl.traces import initial
-from abscot_trl.traces.backends import SamplerArguments, load_sampler
+from abscot_trl.traces.backends import SamplerArguments, engine_arguments, load_sampler
 from abscot_trl.traces.batching import cut
+from abscot_trl.traces.clusters import CLUSTER_FILE, cluster_parts
 from abscot_trl.traces.files import summarise_traces, write_traces
+from abscot_trl.traces.parallel import parse_shard, run_jobs, visible_gpus
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -37,13 +34,16 @@ class TracesArguments(SamplerArguments):
     Args:
         model (`str`): extended checkpoint: the policy, the base model of the clusters, or the vocabulary's home.
         data (`str`): prepared data (`abscot data`).
-        output_dir (`str`): where `traces.jsonl` and `summary.json` go. While `policy` is at work its finished parts
+        output_dir (`str`): where `traces.jsonl` and `summary.json` go. While a model is at work its finished parts
             are kept in `<output_dir>.parts`; the same command goes on from them.
-        method (`str`): `uniform`, `cycle`, `power_law`, `clusters`, or `policy` (constrained decoding).
+        method (`str`): `uniform`, `cycle`, `power_law`, `clusters`, or `policy` (constrained decoding). Clusters take
+            backend `hf` and a process for each visible GPU; `engine: {data_parallel_size: n}` shares the GPUs among
+            n processes instead.
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
         part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
-        shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them.
+        shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them. Shards of
+            clusters are run twice: first they make what the clusters are fitted on.
     """
 
     model: str = field(metadata={"help": "Extended checkpoint."})
@@ -65,32 +65,23 @@ class TracesArguments(SamplerArguments):
     shard: str | None = field(default=None, metadata={"help": "Make only this share of the rows, e.g. 2/8."})
 
     def __post_init__(self):
+        engine = engine_arguments(self.engine)
+        if self.method == "clusters" and self.backend == "hf" and set(engine) <= {"data_parallel_size"}:
+            self.engine = None
         super().__post_init__()
+        self.engine = engine or None
         if (self.splits is None) != (self.part is None):
             raise Refused(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
         if self.part_tokens < 1:
             raise Refused(f"part_tokens must be at least 1, got {self.part_tokens}")
         parse_shard(self.shard)
-        if self.method != "policy" and (self.shard or self.backend != "hf"):
-            raise Refused(
-                f"method {self.method} samples no policy: shard {self.shard!r} and backend {self.backend!r} are for "
-                "method: policy"
-            )
-
-
-def parse_shard(shard: str | None) -> tuple[int, int]:
-    """
-    `2/8` as (2, 8); `None` as (1, 1).
-
-    Raises:
-        Refused: anything else.
-    """
-    if shard is None:
-        return 1, 1
-    index, _, count = shard.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise Refused(f"shard {shard!r} is not of the form 2/8 (the second of eight)")
-    return int(index), int(count)
+        for name, value in engine.items():
+            if name in ("data_parallel_size", "tensor_parallel_size") and (type(value) is not int or value < 1):
+                raise Refused(f"engine: {name}: {value!r:.80} is no number of processes")
+        if self.method != "policy" and self.backend != "hf":
+            raise Refused(f"method {self.method} samples no policy: backend {self.backend!r} is for method: policy")
+        if self.method in initial.RANDOM_METHODS and self.shard:
+            raise Refused(f"method {self.method} reads no model and takes seconds; leave shard {self.shard} out")
 
 
 def make_traces(args: TracesArguments) -> dict:
@@ -105,33 +96,26 @@ def make_traces(args: TracesArguments) -> dict:
         Refused: inputs that are missing or do not belong together, or the output is there already.
     """
     check_folder(args.output_dir)
-    if (args.engine or {}).get("data_parallel_size", 1) > 1:
-        with at_work(f"{args.output_dir}.shards"):  # each of them is at work on `output_dir`
+    if _processes(args) > 1:
+        if os.path.lexists(args.output_dir):
+            raise Refused(f"{args.output_dir} is there already; choose another output_dir or remove it")
+        with at_work(f"{args.output_dir}.shards", beside=args.shard is not None):  # each is at work on `output_dir`
             return _by_processes(args)
     vocabulary = AbstractVocabulary.load(args.model)
     tokenizer = load_tokenizer(args.model)
     data, _ = load_prepared(args.data, tokenizer)
     rows = part_rows(args.splits, args.part, len(data))
-    if args.method == "policy":
+    if args.method not in initial.RANDOM_METHODS:
         with at_work(args.output_dir, beside=args.shard is not None):
-            return _from_policy(args, vocabulary, tokenizer, data.select(rows), rows)
+            make_parts = cluster_parts if args.method == "clusters" else _policy_parts
+            parts, count, made = make_parts(
+                args, vocabulary, tokenizer, data.select(rows), rows, *parse_shard(args.shard)
+            )
+            return _join(args, vocabulary, parts, count, rows, made)
     with written_whole(args.output_dir) as folder:
         part = data.select(rows)
-        if args.method == "clusters":
-            traces = initial.cluster_traces(
-                load_model(args.model, args.dtype, device_map="auto"),
-                tokenizer,
-                part.select_columns(["prompt_ids", "cot_ids", "step_ends"]),
-                vocabulary.size,
-                vocabulary.m_max,
-                args.seed,
-                folder,
-                batch_tokens=args.batch_tokens,
-                progress=True,
-            )
-        else:
-            rng, size, m_max = np.random.default_rng(args.seed), vocabulary.size, vocabulary.m_max
-            traces = [initial.random_trace(args.method, lengths, size, m_max, rng) for lengths in part["step_lengths"]]
+        rng, size, m_max = np.random.default_rng(args.seed), vocabulary.size, vocabulary.m_max
+        traces = [initial.random_trace(args.method, lengths, size, m_max, rng) for lengths in part["step_lengths"]]
         made = zip(rows, part["id"], traces, strict=True)
         records = ({"row": row, "id": id, "trace": trace} for row, id, trace in made)
         return _write(args, folder, vocabulary, records, len(rows))
@@ -161,14 +145,16 @@ def _prefixes(rows: dict[str, list], given: str) -> list[list[int]]:
     return [x + c for x, c in zip(rows["prompt_ids"], rows["cot_ids"], strict=True)]
 
 
-def _from_policy(
+def _policy_parts(
     args: TracesArguments,
     vocabulary: AbstractVocabulary,
     tokenizer: PreTrainedTokenizerBase,
     part: Dataset,
     rows: list[int],
-) -> dict:
-    """z ~ pi_abs(. | x) or pi_abs(. | x, c), part by part."""
+    share: int,
+    shares: int,
+) -> tuple[Parts, int, int]:
+    """z ~ pi_abs(. | x) or pi_abs(. | x, c), this share of the parts; returns them, how many in all and made here."""
     parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
     columns = ["prompt_ids"] if args.given == "prompt" else ["prompt_ids", "cot_ids"]
     part = part.select_columns(["id", *columns])
@@ -178,7 +164,6 @@ def _from_policy(
         for prefix in _prefixes(batch, args.given)
     ]
     spans = cut(lengths, args.part_tokens)
-    share, shares = parse_shard(args.shard)
     mine = range(share - 1, len(spans), shares)
     todo = [number for number in mine if not parts.done(number)]
     ready = sum(len(spans[number]) for number in mine) - sum(len(spans[number]) for number in todo)
@@ -218,51 +203,73 @@ def _from_policy(
                         for i, trace in zip(fitting, traces, strict=True)
                     ],
                 )
-    with parts.joining():
-        if Path(args.output_dir).exists():  # another shard has joined them in the meantime
-            return _summary(args)
-        left = sum(not parts.done(number) for number in range(len(spans)))
-        if left:
-            return {"shard": args.shard, "parts_made": len(todo), "parts_left_to_others": left}
-        with written_whole(args.output_dir) as folder:
-            summary = _write(args, folder, vocabulary, parts.records(range(len(spans))), len(rows))
+    return parts, len(spans), len(todo)
+
+
+def _join(
+    args: TracesArguments, vocabulary: AbstractVocabulary, parts: Parts, count: int, rows: list[int], made: int
+) -> dict:
+    """
+    The `count` parts as one file, in the order of `rows`, if all are there.
+
+    Where a network disk has no locks two shards may join at once: who comes second finds the first one's file.
+    """
+    at = {row: i for i, row in enumerate(rows)}
+    try:
+        with parts.joining():
+            if Path(args.output_dir).exists():  # another shard has joined them in the meantime
+                return _summary(args)
+            look_again(parts.path(0))
+            left = sum(not parts.done(number) for number in range(count))
+            if left:
+                return {"shard": args.shard, "parts_made": made, "parts_left_to_others": left}
+            with written_whole(args.output_dir) as folder:
+                if args.method == "clusters":
+                    shutil.copyfile(parts.folder / CLUSTER_FILE, folder / CLUSTER_FILE)
+                records = sorted(parts.records(range(count)), key=lambda record: at[record["row"]])
+                summary = _write(args, folder, vocabulary, records, len(rows))
+    except (OSError, Refused):
+        if not Path(args.output_dir).exists():
+            raise
+        return _summary(args)
     parts.remove()
     return summary
 
 
+def _processes(args: TracesArguments) -> int:
+    """How many share the work of this call: as many as asked for; clusters have one a GPU."""
+    default = len(visible_gpus()) if args.method == "clusters" else 1
+    return (args.engine or {}).get("data_parallel_size", default) or 1
+
+
 def _by_processes(args: TracesArguments) -> dict:
     """
-    Data parallel: `data_parallel_size` shards, each in a process with the GPUs that its engine needs.
+    Data parallel: this call's share in several, each made by a process with GPUs of its own.
 
     Raises:
         Refused: more GPUs asked for than there are;
             a process failed; the parts that are finished are kept.
     """
-    engine = dict(args.engine)
-    shares, width = engine.pop("data_parallel_size"), engine.get("tensor_parallel_size", 1)
-    if args.shard:
-        raise Refused(f"shard {args.shard} and data_parallel_size {shares} are two ways to one end; use one")
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    devices = [device for device in devices.split(",") if device]
-    if devices and len(devices) < shares * width:
+    engine, processes, gpus = dict(args.engine or {}), _processes(args), visible_gpus()
+    engine.pop("data_parallel_size", None)
+    width = engine.get("tensor_parallel_size", 1)
+    if args.backend == "hf":  # which spreads a model over all the GPUs that its process sees
+        engine, width = {"data_parallel_size": 1}, max(len(gpus) // processes, 1)
+    if gpus and len(gpus) < processes * width:
         raise Refused(
-            f"data_parallel_size {shares} with tensor_parallel_size {width} needs {shares * width} GPUs, "
-            f"{len(devices)} are visible"
+            f"data_parallel_size {processes} with tensor_parallel_size {width} needs {processes * width} GPUs, "
+            f"{len(gpus)} are visible"
         )
-    processes = []
-    with tempfile.TemporaryDirectory() as folder:
+    share, shares = parse_shard(args.shard)
+    first, of = (share - 1) * processes + 1, shares * processes
+    jobs = [asdict(replace(args, engine=engine, shard=f"{first + k}/{of}")) for k in range(processes)]
+    turns = 2 if args.method == "clusters" and args.shard is None else 1  # states, then traces
+    for _ in range(turns):
         try:
-            for share in range(shares):
-                config = Path(folder) / f"shard{share + 1}.yaml"
-                config.write_text(yaml.safe_dump(asdict(replace(args, engine=engine, shard=f"{share + 1}/{shares}"))))
-                mine = ",".join(devices[share * width : (share + 1) * width])
-                visible = {"CUDA_VISIBLE_DEVICES": mine} if devices else {}
-                command = [sys.executable, "-m", "abscot_trl.scripts.traces", "--config", str(config)]
-                processes.append(start(command, env=os.environ | visible, stdout=subprocess.DEVNULL))
-            failed = sum(process.wait() != 0 for process in processes)
-        finally:
-            for process in processes:
-                process.terminate()
-    if failed:
-        raise Refused(f"{failed} of {shares} processes failed, see above; the same command goes on from here")
-    return _summary(args)
+            run_jobs(jobs, [gpus[k * width : (k + 1) * width] for k in range(processes)])
+        except Refused:  # of a process too, that had nothing left to do and came when the others had joined
+            if not Path(args.output_dir).exists():
+                raise
+        if Path(args.output_dir).exists():
+            return _summary(args)
+    return {"shard": args.shard, "parts_left_to_others": True}

@@ -21,7 +21,7 @@ from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig, built, check_settings
 from abscot_trl.training.distillation import SelfDistillationTrainer
-from abscot_trl.training.resume import FINAL, LOG_FILE, begin_output, check_output, sealed_checkpoints
+from abscot_trl.training.resume import FINAL, LOG_FILE, begin_output, check_output, last_checkpoint
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -118,8 +118,7 @@ def train(
     if trainer.is_world_process_zero():
         begin_output(output)
     trainer.accelerator.wait_for_everyone()
-    sealed = sealed_checkpoints(output)
-    trainer.train(resume_from_checkpoint=str(sealed[-1]) if sealed else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output, trainer.accelerator))
     final = output / FINAL  # moved into place once it is whole
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():

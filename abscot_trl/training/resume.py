@@ -9,6 +9,7 @@ ever removed or overwritten.
 """
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from abscot_trl.errors import Refused
-from abscot_trl.storage import write_whole
+from abscot_trl.storage import look_again, write_whole
 
 MARK = ".abscot"  # in the folder of a training phase from its beginning
 SEAL = "sealed.json"
@@ -33,6 +34,25 @@ def sealed_checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of an unfinished phase, oldest first."""
     sealed = [seal.parent for seal in Path(output_dir).glob(f"checkpoint-*/{SEAL}")]
     return sorted(sealed, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(output_dir: str | Path, accelerator) -> str | None:
+    """
+    The newest sealed checkpoint as the first process sees it: a network disk may show others an older state.
+
+    Raises:
+        Refused: a process on another machine does not see the folder that the first has marked.
+    """
+    sealed = sealed_checkpoints(output_dir)
+    step = float(sealed[-1].name.rpartition("-")[2]) if sealed and accelerator.is_main_process else 0.0
+    step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), reduction="sum").item())
+    look_again(output_dir)
+    if not look_again(Path(output_dir) / MARK):
+        raise Refused(
+            f"output_dir {output_dir} is not on a disk that all machines share: {platform.node()} does not see what "
+            "the first process wrote there"
+        )
+    return str(Path(output_dir) / f"checkpoint-{step}") if step else None
 
 
 def remove_checkpoint(path: Path) -> None:
