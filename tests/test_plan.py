@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from trainers import lora, rows, run
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from warmups import LORA, TRAINING, recipes
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
@@ -67,10 +67,27 @@ MEASURED = [  # size, LoRA rank, gradient checkpointing, tokens, rows of a step,
     ("4b", 32, True, 16384, 2, 14.493, 66.2e6),
     ("1.7b", 32, False, 4096, 2, 13.948, 35.0e6),
 ]
+# The same on one H100 with compiled layers, without Liger (tests/benchmarks/results/train.json).
+COMPILED = [  # size, recipe, tokens, GiB
+    ("4b", {"gradient_checkpointing": False, "lora_r": 32}, 8192, 41.80),
+    ("4b", {"gradient_checkpointing": True, "lora_r": 32}, 8192, 12.78),
+    ("4b", {"gradient_checkpointing": True, "lora_r": 32}, 32768, 20.34),
+    ("4b", {"gradient_checkpointing": False, "dtype": "bfloat16"}, 8192, 55.13),
+    ("4b", {"gradient_checkpointing": False, "dtype": "bfloat16", "gradient_accumulation_steps": 8}, 8192, 62.66),
+    ("135m", {"gradient_checkpointing": False}, 4 * 8192, 20.35),
+    ("135m", {"gradient_checkpointing": False}, 2 * 8192, 11.17),
+]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def config_of(size: str, folder: Path) -> str:
+    if size == "135m":
+        config = LlamaConfig(
+            hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+            intermediate_size=1536, vocab_size=49280, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+        )  # fmt: skip
+        config.save_pretrained(folder / size)
+        return str(folder / size)
     width, layers, heads, mlp, tied = SIZES[size]
     config = Qwen3Config(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
@@ -92,6 +109,14 @@ def test_peak_memory_is_what_an_h200_measured(tmp_path, size, rank, checkpointin
     assert predicted == pytest.approx(gib, rel=0.04)
     shared = training_memory(shape, recipe, trained_parameters(shape, recipe, 64), tokens, stage=3, gpus=8) / GIB
     assert shared < predicted
+
+
+@pytest.mark.parametrize(("size", "recipe", "tokens", "gib"), COMPILED)
+def test_peak_memory_with_compiled_layers_is_what_an_h100_measured(tmp_path, size, recipe, tokens, gib):
+    recipe = recipe | {"compile_layers": True, "use_peft": "lora_r" in recipe, "lora_target_modules": PROJECTIONS}
+    shape = shape_of(config_of(size, tmp_path))
+    predicted = training_memory(shape, recipe, trained_parameters(shape, recipe, 64), tokens) / GIB
+    assert predicted == pytest.approx(gib, rel=0.04)
 
 
 def test_parameters_are_counted_right(checkpoint, tmp_path):
