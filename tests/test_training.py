@@ -1,20 +1,23 @@
 """The trainers on tiny models: which losses, which parameters, and the same result however the batch is cut."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from torch._dynamo.testing import CompileCounter
 from trainers import lora, rows, run, settings, token_ids, weights
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
 from abscot_trl.errors import Refused
+from abscot_trl.training import configs
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
-from abscot_trl.training.configs import BottleneckConfig, DistillationConfig
+from abscot_trl.training.configs import BottleneckConfig, DistillationConfig, check_settings
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -105,6 +108,33 @@ def test_gradient_checkpointing_changes_nothing(checkpoint, tmp_path):
     plain, saved = (run(checkpoint, tmp_path / str(c), max_steps=3, gradient_checkpointing=c) for c in (False, True))
     for a, b in zip(plain.state.log_history[:3], saved.state.log_history[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"gradient_checkpointing": True}, {"dataloader_num_workers": 2}])
+def test_an_epoch_of_many_lengths_compiles_two_graphs(checkpoint, tmp_path, monkeypatch, fields):
+    """All layers share them: one is of the first length, should that be a special one, the other of any length."""
+    options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    plain = run(checkpoint, tmp_path / "plain", **options)
+    torch._dynamo.reset()
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compiler, backend=counter))
+    trainer = run(checkpoint, tmp_path / "compiled", compile_layers=True, **options, **fields)
+    lengths = {batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()}
+    assert len(lengths) > 2 and 1 <= counter.frame_count <= 2
+    assert trainer.state.global_step == 16
+    for a, b in zip(plain.state.log_history[:16], trainer.state.log_history[:16], strict=True):
+        assert {**a, "grad_norm": 0} == pytest.approx({**b, "grad_norm": 0}, abs=1e-4)
+    for (name, one), (other, two) in zip(
+        plain.model.named_parameters(), trainer.model.named_parameters(), strict=True
+    ):
+        assert name == other and torch.allclose(one, two, atol=1e-4)
+
+
+def test_compiled_layers_and_zero3_are_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "is_deepspeed_zero3_enabled", lambda: True)
+    args = BottleneckConfig(**settings(tmp_path, compile_layers=True))
+    with pytest.raises(Refused, match="compile_layers does not go with DeepSpeed ZeRO-3.*use_liger_kernel"):
+        check_settings(args, ModelConfig(model_name_or_path=str(checkpoint)))
 
 
 def test_lora_trains_its_matrices_and_the_token_rows_only(checkpoint, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig
 
 from abscot_trl.attention import IMPLEMENTATIONS
@@ -170,14 +171,19 @@ def check_settings(training_args: BottleneckConfig, model_args: ModelConfig) -> 
     What the libraries would say later, or never.
 
     Raises:
-        Refused: an attention implementation that carries no mask, a `report_to` that is not installed, or a field of
-            trl's that has no effect here.
+        Refused: an attention implementation that carries no mask, a `report_to` that is not installed, a field of
+            trl's that has no effect here, or compiled layers under ZeRO-3.
     """
     attention = model_args.attn_implementation
     if attention not in (None, *IMPLEMENTATIONS):
         raise Refused(f"attn_implementation {attention!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if attention == "flex_attention" and training_args.device.type == "cpu":
         raise Refused("attn_implementation flex_attention trains on a GPU only; take sdpa on CPU")
+    if training_args.compile_layers and is_deepspeed_zero3_enabled():
+        raise Refused(
+            "compile_layers does not go with DeepSpeed ZeRO-3, which gathers weights inside of a layer; "
+            "set use_liger_kernel: true instead, or train on the single, ddp, zero2 or fsdp2 configuration"
+        )
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name):
             raise Refused(f"{name} has no effect here; leave it out")
