@@ -21,7 +21,7 @@ named    = $(if $(TUNING)$(ACCELERATE),$(addprefix --tuning ,$(tuning)) $(addpre
 by       = $(addprefix --accelerate_config ,$(launcher))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-sampling bench-vllm bench-plan bench-data clean
+.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page bench-sampling bench-vllm bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -89,8 +89,20 @@ sweep: $(READY) ## the base and every model of that warm-up on BENCHMARK=math500
 plan: $(READY) ## what that warm-up will take: steps, memory, disk, hours
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/warmup.$(METHOD).yaml $(named) $(ARGS)
 
-bench-train: $(READY) ## phase A's step against the seed's way, and flex gradients against sdpa's (one H200)
+bench-train: $(READY) ## a training step against the earlier way, a causal step, a bare loop (one H100, 12 minutes)
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
+
+bench-gradients: $(READY) ## flex attention's gradients under the mask against sdpa's (one GPU, a minute)
+	$(BIN)/python tests/benchmarks/bench_gradients.py $(ARGS)
+
+bench-attention: $(READY) ## attention kernels alone, under the mask and a causal one (one GPU, 2 minutes)
+	$(BIN)/python tests/benchmarks/bench_attention.py $(ARGS)
+
+bench-gpus: $(READY) ## every launcher against one GPU, kills, scaling: ARGS="agree kill scale --base .. --rows .." (2 or 4 GPUs)
+	$(BIN)/python tests/benchmarks/bench_gpus.py $(ARGS)
+
+speed-page: $(READY) ## recipes/SPEED.md's tables and picture from tests/benchmarks/results
+	$(BIN)/python tests/benchmarks/speed_page.py
 
 bench-sampling: $(READY) ## vLLM against transformers, the second call (12 minutes on 2 cores)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)
