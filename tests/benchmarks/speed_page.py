@@ -82,7 +82,13 @@ def picture(found: dict[str, dict], path: Path) -> None:
         memory, tokens = found[f"{case}-memory"]["value"], found[f"{case}-tokens"]["value"]
         left.plot(memory, tokens, "o")
         words = STEPS[case].removeprefix("LoRA, ").replace("LoRA", "nothing computed again")
-        left.annotate(words, (memory, tokens), xytext=(0, 8), textcoords="offset points", ha="center")
+        left.annotate(
+            words,
+            (memory, tokens),
+            xytext=(-15 if memory < 20 else 0, 8),
+            textcoords="offset points",
+            ha="left" if memory < 20 else "center",
+        )
     left.set(xlabel="peak GiB", ylabel="tokens/s", xlim=(0, 60), ylim=(0, 20000))
     left.set_title("LoRA of Qwen3-4B's shape, rows of 8192")
     lengths = sorted(int(m[1]) for name in found if (m := re.fullmatch(r"masked-over-causal-(\d+)", name)))
