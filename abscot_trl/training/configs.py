@@ -28,7 +28,8 @@ class BottleneckConfig(SFTConfig):
     Configuration of [`BottleneckSFTTrainer`]: trl's `SFTConfig` and the fields below.
 
     `max_length` is the longest row (and the length of a packed one); rows are never cut. `packing` packs whole
-    documents, best fit first, under the same mask; trl's own packing is not used.
+    documents, best fit first, under the same mask; trl's own packing is not used. On flex attention packed rows are
+    padded to `max_length`, so that kernels are compiled once.
 
     Args:
         channel (`str`, *optional*, defaults to `"hidden"`):
