@@ -75,9 +75,6 @@ class TracesArguments(SamplerArguments):
         if self.part_tokens < 1:
             raise Refused(f"part_tokens must be at least 1, got {self.part_tokens}")
         parse_shard(self.shard)
-        for name, value in engine.items():
-            if name in ("data_parallel_size", "tensor_parallel_size") and (type(value) is not int or value < 1):
-                raise Refused(f"engine: {name}: {value!r:.80} is no number of processes")
         if self.method != "policy" and self.backend != "hf":
             raise Refused(f"method {self.method} samples no policy: backend {self.backend!r} is for method: policy")
         if self.method in initial.RANDOM_METHODS and self.shard:
