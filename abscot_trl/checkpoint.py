@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from abscot_trl.attention import check_supported
@@ -203,9 +204,10 @@ def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -
     check_model(folder)
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # not by `from_config`: ZeRO-3 would divide it
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
     embedding, head = (
-        f"{names[module]}.weight" for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        next(iter(revert_weight_conversion(model, {names[module]: module.weight})))  # in files: GPT-NeoX's `embed_out`
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     with ExitStack() as files:
         opened = [files.enter_context(safe_open(file, "pt")) for file in _weight_files(folder)]
@@ -215,11 +217,12 @@ def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -
         for name in {embedding, head} & tensors.keys():
             if max(ids) >= (n := tensors[name].get_shape()[0]):
                 raise Refused(f"{folder}: {n} embedding rows do not reach token id {max(ids)}")
-        tied = head not in tensors or torch.equal(tensors[head][:], tensors[embedding][:])
-        if tied != bool(config.tie_word_embeddings):
-            raise Refused(f"{folder}: tie_word_embeddings is {config.tie_word_embeddings}, the weights say otherwise")
+        tied = bool(config.tie_word_embeddings)
+        agrees = not tied or torch.equal(tensors[head][:], tensors[embedding][:]) if head in tensors else tied
+        if not agrees:
+            raise Refused(f"{folder}: tie_word_embeddings is {tied}, the weights say otherwise")
         stored = sum(math.prod(tensor.get_shape()) for name, tensor in tensors.items() if not tied or name != head)
-        wanted = sum(parameter.numel() for parameter in model.parameters())
+        wanted = sum(tensor.numel() for tensor in set(model.state_dict(keep_vars=True).values()))  # buffers too
         if stored != wanted:
             raise Refused(f"{folder}: its weights hold {stored} numbers, a model of its config.json {wanted}")
         rows = tensors[embedding][min(ids) : max(ids) + 1][torch.tensor(ids) - min(ids)]

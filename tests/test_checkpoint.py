@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from abscot_trl.checkpoint import InitArguments, init_checkpoint, initial_rows, verify_checkpoint
 from abscot_trl.data.prepare import tokenizer_digest
@@ -27,6 +34,26 @@ def base(folder, vocabulary: int, tied: bool = True):
     tiny_model(vocabulary=vocabulary, tied=tied).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "eos_token_id": 1}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "pad_token_id": 0}
+
+
+def glm_with_experts():
+    """Its weights hold buffers."""
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    }
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**SIZES, num_key_value_heads=1, head_dim=32, **experts))
+
+
+def gpt_neox():
+    """Its head is `lm_head` in the model and `embed_out` in its files."""
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES))
 
 
 def test_names_and_ids():
@@ -230,12 +257,24 @@ def test_what_weights_hold_is_checked_without_loading_them(tmp_path, family, tie
         assert verify_checkpoint(path, expected).size == 8
         wrong["tie_word_embeddings is True, the weights say otherwise"] = whole | {"lm_head.weight": whole[rows] + 1}
     else:
+        save_file(whole | {"lm_head.weight": whole[rows].clone()}, file, metadata={"format": "pt"})
+        assert verify_checkpoint(path, expected).size == 8  # untied, though equal
         short = {k: v for k, v in whole.items() if k != "lm_head.weight"}
         wrong["tie_word_embeddings is False, the weights say otherwise"] = short
     for words, tensors in wrong.items():
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(Refused, match=words):
             verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("make", [glm_with_experts, gpt_neox])
+def test_weights_that_files_name_otherwise_and_saved_buffers_are_counted(tmp_path, make):
+    make().save_pretrained(tmp_path / "base")
+    toy_tokenizer().save_pretrained(tmp_path / "base")
+    out = init_checkpoint(InitArguments(str(tmp_path / "base"), str(tmp_path / "out"), codebook_size=8, m_max=9))
+    AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).save_pretrained(out, max_shard_size="40KB")
+    (out / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(out.glob("model-*.safetensors"))) > 1 and verify_checkpoint(out).size == 8
 
 
 def test_written_whole(tmp_path):

@@ -173,6 +173,14 @@ def test_two_shards_that_join_without_a_lock(arguments, whole, monkeypatch):
     assert make_traces(arguments)["traces"] == ROWS and content(arguments) == whole
 
 
+def test_a_damaged_part_of_traces_is_named(arguments):
+    for shard in ("1/2", "2/2", "1/2"):
+        make_traces(replace(arguments, shard=shard))
+    (Path(arguments.output_dir + ".parts") / "000000.jsonl").write_text("{}\n")
+    with pytest.raises(Refused, match="000000.jsonl is damaged .row is missing.*; remove it and run the same command"):
+        make_traces(replace(arguments, shard="2/2"))
+
+
 def test_a_damaged_part_is_named(arguments):
     make_traces(replace(arguments, shard="1/2"))
     damaged = Path(arguments.output_dir + ".parts") / "states000000.safetensors"

@@ -70,3 +70,18 @@ def test_num_processes_wins_over_the_configuration_and_must_share_the_batch():
     with pytest.raises(Refused, match=words):
         stage_launch.check_launch(todo, replace(options, num_processes=3))
     stage_launch.check_launch(todo, replace(options, num_processes=None, launch="inline"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"per_device_train_batch_size": 0, "global_batch_size": 8}, "must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 2, "global_batch_size": 8}, "leave one of the two out"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused_before_the_traces_are_made(recipe, words):
+    """They came to light with the first training stage, hours later."""
+    with pytest.raises(Refused, match=f"round1/distill: .*{words}"):
+        stage_launch.check_launch([Stage("round1/distill", "distill", recipe)], DriverOptions())

@@ -202,6 +202,8 @@ def test_nodes_share_the_traces(toy, tmp_path, monkeypatch, method):
         ({"nodes": ["a", "a"]}, "each once"),
         ({"launcher": "srun"}, "{node}"),
         ({"nodes": ["a", ""]}, "go together"),
+        ({"nodes": ["a,b"]}, "names of machines, each once"),
+        ({"nodes": ["n[1-2]"]}, "'n.1-2.'. and launcher"),
         ({"launcher": "env '{node}"}, "is no command .No closing quotation"),
         ({"launcher": "nowhere {node}"}, "is no command .'nowhere' is not installed here"),
         ({"launcher": "a\0b {node}"}, "is no command"),

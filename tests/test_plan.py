@@ -272,6 +272,12 @@ def test_rows_that_are_too_long_are_refused_before_the_first_stage(toy, tmp_path
     assert not [w for w in plan(PlanArguments(**fields))["warnings"] if f"{phase}: max_length" in w]
 
 
+def test_a_batch_that_the_gpus_cannot_share_is_refused_by_its_stage(toy, tmp_path):
+    fields = toy | recipes(tmp_path, "none", {"global_batch_size": 8}) | {"evaluate": None}
+    with pytest.raises(Refused, match="^round1/bottleneck: global_batch_size 8 is no multiple of .* x 3"):
+        plan(PlanArguments(**fields, gpus=3))
+
+
 def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):
     fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump(TRAINING | LORA | {"max_length": 4}))

@@ -245,11 +245,19 @@ def test_a_grid_that_makes_no_sense_is_refused_before_it_begins(tmp_path, monkey
         ({"seeds": [1, 2, 1]}, "seeds: 1 stands twice"),
         ({"trace_temperatures": [0.5, 0.5]}, "trace_temperatures: 0.5 stands twice"),
         ({"stages": ["round9/distill"]}, "no model 'round9/distill'; the run has base, round1/distill"),
-        ({"trace_temperatures": [0.7, 0]}, "evaluate.yaml: samples: 4 answers at temperature 0 are one and the same"),
-        ({"seeds": [-1]}, "evaluate.yaml: seed must be at least 0"),
+        (
+            {"trace_temperatures": [0.7, 0]},
+            "evaluate.yaml, base trace temperature 0: samples: 4 answers at temperature 0",
+        ),
+        ({"seeds": [-1]}, "evaluate.yaml, base seed -1: seed must be at least 0"),
     ):
         with pytest.raises(Refused, match=words):
             sweep(SweepArguments(**fields, **wrong))
+    recipe.write_text("problems: p\n")
+    large = [10**13 + 1, 10**13 + 2]
+    near = module.sweep_stages(SweepArguments(**fields, stages=["base"], seeds=large, temperatures=[1.0]))
+    names = [f"base-seed-1000000000000{k}-temperature-1" for k in (1, 2)]  # were one and the same
+    assert [stage.output.name for stage in near] == names
     recipe.write_text("task: x\n")
     with pytest.raises(Refused, match="evaluate.yaml: names no problems"):
         sweep(SweepArguments(**fields))

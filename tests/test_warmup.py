@@ -104,6 +104,9 @@ def test_the_backend_reaches_every_stage_that_samples_a_policy(toy, tmp_path):
     policy = [s.settings for s in found if s.settings.get("method") == "policy"]
     assert len(policy) == 3 and all(s["backend"] == "vllm" and s["engine"] == engine for s in policy)
     assert "backend" not in found[0].settings and found[0].settings["method"] == "clusters"
+    for sizes in ({"data_parallel_size": 0}, {"tensor_parallel_size": "2"}):
+        with pytest.raises(Refused, match="^engine: .*_size: .* is no number of processes"):
+            WarmupArguments(**fields, backend="vllm", engine=sizes)
     with pytest.raises(ValueError, match="backend vllm hangs in a process that trains"):
         WarmupArguments(**fields | {"launch": "inline"}, backend="vllm")
     with pytest.raises(ValueError, match="evaluate.yaml: backend vllm hangs in a process that trains"):

@@ -1,5 +1,6 @@
 """A stage and its process: started from a configuration file, and ended when its driver is."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -14,7 +15,7 @@ from abscot_trl.loop.stages import Stage
 from abscot_trl.phases import TRAINING, read_yaml, run_phase
 from abscot_trl.processes import run, run_elsewhere
 from abscot_trl.storage import look_again, write_whole
-from abscot_trl.training.steps import accumulation_of
+from abscot_trl.training.steps import accumulation_of, check_batch
 
 
 def launcher_of(options: DriverOptions) -> dict:
@@ -46,13 +47,20 @@ def launcher_of(options: DriverOptions) -> dict:
 def check_launch(todo: list[Stage], options: DriverOptions) -> None:
     """
     Raises:
-        Refused: as `launcher_of`; or a recipe's `global_batch_size` cannot be shared by that many processes.
+        Refused: as `launcher_of`; or as `check_batches`.
     """
     processes = launcher_of(options).get("num_processes", 1)
-    if options.launch == "inline":
-        return
+    check_batches(todo, 1 if options.launch == "inline" else processes)
+
+
+def check_batches(todo: list[Stage], processes: int) -> None:
+    """
+    Raises:
+        Refused: a training stage whose recipe's batch sizes are none, or cannot be shared by so many processes.
+    """
     for stage in (stage for stage in todo if stage.phase in TRAINING):
         try:
+            check_batch(stage.settings)
             accumulation_of(stage.settings, processes)
         except Refused as error:
             raise Refused(f"{stage.name}: {error}") from None
@@ -72,7 +80,7 @@ def check_nodes(options: DriverOptions) -> None:
             )
         return
     nodes, launcher = options.nodes or [], options.launcher or ""
-    named = nodes and all(node.isprintable() and node.split() == [node] for node in nodes)
+    named = nodes and all(re.fullmatch(r"[\w.:%-]+", node) for node in nodes)  # no list in one word: `n[1-4]`, `a,b`
     if not named or "{node}" not in launcher or len({*nodes}) < len(nodes):
         raise Refused(
             f"nodes {nodes} and launcher {launcher!r} go together: names of machines, each once, and what starts a "

@@ -18,7 +18,7 @@ from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import staged_splits
 from abscot_trl.errors import Refused
 from abscot_trl.examples import best_fit
-from abscot_trl.loop.launch import launcher_of
+from abscot_trl.loop.launch import check_batches, launcher_of
 from abscot_trl.loop.lengths import check_lengths, row_tokens
 from abscot_trl.loop.memory import (
     GIB,
@@ -163,6 +163,7 @@ def plan(args: PlanArguments) -> dict:
         parts = {f"{t}.{phase}": rows for t in range(1, args.rounds + 1) for phase in PARTS}
     setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, launcher, peak and peak * gpus, memory)
     todo, table, warnings = list(stages(args)), [], []
+    check_batches(todo, gpus)
     if counts:
         warnings += check_lengths(todo, lengths, parts, vocabulary, args.model)
     for stage in todo:

@@ -83,7 +83,7 @@ def check_stages(todo: list[Stage], args: RunArguments) -> None:
             try:
                 parse(PHASES[stage.phase].classes, ["--config", str(path)])
             except ValueError as error:
-                raise Refused(str(error).replace(str(path), str(getattr(args, stage.phase, path)))) from None
+                raise Refused(str(error).replace(str(path), getattr(args, stage.phase, stage.name))) from None
             if stage.phase == "evaluate":
                 settings = stage.settings
                 where = settings.get("problems_split", "test"), settings.get("problems_config")

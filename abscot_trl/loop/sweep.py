@@ -94,7 +94,9 @@ def models(run: Path) -> list[tuple[str, Path]]:
 
 
 def _stage(args: SweepArguments, recipe: dict, name: str, model: Path, values: dict) -> Stage:
-    words = [name, *(f"{field.replace('_', ' ')} {value:.12g}" for field, value in values.items())]
+    words = [name]
+    for field_, value in values.items():
+        words.append(f"{field_.replace('_', ' ')} {str(value).removesuffix('.0')}")
     settings = {
         "model": str(model),
         "output_dir": str(Path(args.run) / "sweep" / "-".join(words).replace("/", "-").replace(" ", "-")),
@@ -104,7 +106,7 @@ def _stage(args: SweepArguments, recipe: dict, name: str, model: Path, values: d
     try:
         EvaluateArguments(**stage.settings)  # refuses what makes no sense before the first is begun
     except Refused as error:
-        raise Refused(f"{args.evaluate}: {error}") from error
+        raise Refused(f"{args.evaluate}, {stage.name}: {error}") from error
     return stage
 
 

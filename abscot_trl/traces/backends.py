@@ -19,7 +19,7 @@ def engine_arguments(engine: dict | str | None) -> dict:
     A field `engine` as a mapping: a recipe gives one, a command line its JSON.
 
     Raises:
-        Refused: neither, or it asks for remote code.
+        Refused: neither, or it asks for remote code, or for no number of processes.
     """
     if isinstance(engine, str):
         try:
@@ -30,6 +30,10 @@ def engine_arguments(engine: dict | str | None) -> dict:
         raise Refused(f"engine: {engine!r} is no mapping of vLLM's arguments")
     if "trust_remote_code" in (engine or {}):
         raise Refused("engine: trust_remote_code is never set here; leave it out")
+    for name in ("data_parallel_size", "tensor_parallel_size"):
+        value = (engine or {}).get(name, 1)
+        if type(value) is not int or value < 1:
+            raise Refused(f"engine: {name}: {value!r:.80} is no number of processes")
     return engine or {}
 
 

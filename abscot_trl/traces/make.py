@@ -75,9 +75,6 @@ class TracesArguments(SamplerArguments):
         if self.part_tokens < 1:
             raise Refused(f"part_tokens must be at least 1, got {self.part_tokens}")
         parse_shard(self.shard)
-        for name, value in engine.items():
-            if name in ("data_parallel_size", "tensor_parallel_size") and (type(value) is not int or value < 1):
-                raise Refused(f"engine: {name}: {value!r:.80} is no number of processes")
         if self.method != "policy" and self.backend != "hf":
             raise Refused(f"method {self.method} samples no policy: backend {self.backend!r} is for method: policy")
         if self.method in initial.RANDOM_METHODS and self.shard:
@@ -214,7 +211,7 @@ def _join(
 
     Where a network disk has no locks two shards may join at once: who comes second finds the first one's file.
     """
-    at = {row: i for i, row in enumerate(rows)}
+    at, kinds = {row: i for i, row in enumerate(rows)}, {"row": int, "trace": list}
     try:
         with parts.joining():
             if Path(args.output_dir).exists():  # another shard has joined them in the meantime
@@ -226,7 +223,7 @@ def _join(
             with written_whole(args.output_dir) as folder:
                 if args.method == "clusters":
                     shutil.copyfile(parts.folder / CLUSTER_FILE, folder / CLUSTER_FILE)
-                records = sorted(parts.records(range(count)), key=lambda record: at[record["row"]])
+                records = sorted(parts.records(range(count), kinds=kinds), key=lambda record: at[record["row"]])
                 summary = _write(args, folder, vocabulary, records, len(rows))
     except (OSError, Refused):
         if not Path(args.output_dir).exists():

@@ -10,6 +10,7 @@ from trl import ModelConfig, SFTConfig
 
 from abscot_trl.attention import IMPLEMENTATIONS
 from abscot_trl.errors import Refused
+from abscot_trl.training.steps import accumulation_of, check_batch
 
 # The baselines by the mode in which each answers.
 BASELINES = {
@@ -81,18 +82,10 @@ class BottleneckConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise Refused("global_batch_size sets gradient_accumulation_steps; leave one of the two out")
+        check_batch(vars(self))
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # one process, one card: transformers would use nn.DataParallel over all
-        if self.global_batch_size is not None:
-            at_once = self.per_device_train_batch_size * self.world_size
-            if self.global_batch_size < 1 or self.global_batch_size % at_once:
-                raise Refused(
-                    f"global_batch_size {self.global_batch_size} is no multiple of per_device_train_batch_size "
-                    f"{self.per_device_train_batch_size} x {self.world_size} processes = {at_once}"
-                )
-            self.gradient_accumulation_steps = self.global_batch_size // at_once
+        self.gradient_accumulation_steps = accumulation_of(vars(self), self.world_size)
         if not isinstance(self.resume_from_checkpoint, bool):
             raise Refused(
                 f"resume_from_checkpoint: {self.resume_from_checkpoint!r} is neither true nor false; true finds the "

@@ -5,6 +5,18 @@ import math
 from abscot_trl.errors import Refused
 
 
+def check_batch(recipe: dict) -> None:
+    """
+    Raises:
+        Refused: the recipe's batch sizes say nothing, or one thing twice.
+    """
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if recipe.get(name, 1) < 1:
+            raise Refused(f"{name} must be at least 1, got {recipe[name]}")
+    if recipe.get("global_batch_size") is not None and recipe.get("gradient_accumulation_steps", 1) != 1:
+        raise Refused("global_batch_size sets gradient_accumulation_steps; leave one of the two out")
+
+
 def accumulation_of(recipe: dict, processes: int) -> int:
     """
     Micro-batches of an optimiser step on each process.
