@@ -124,6 +124,7 @@ def test_another_engine_or_server_is_no_other_stage(toy, tmp_path, monkeypatch):
             driver.run_stage(replace(stage, settings=stage.settings | {"seed": -1}), WarmupArguments(**fields))
 
 
+@pytest.mark.slow
 def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
     launched, launch = [], driver.launch
@@ -413,8 +414,10 @@ def test_a_process_a_phase(toy, tmp_path):
     for name in ("bottleneck-traces", "distill-traces"):
         assert traces(tmp_path / "run" / "round1" / name) == traces(tmp_path / "launched" / "round1" / name)
     (tmp_path / "bottleneck.yaml").write_text(yaml.safe_dump(TRAINING | {"learning_rate": 1.0e30}))
+    fails = fields | {"run_dir": str(tmp_path / "fails")}
+    warmup(WarmupArguments(**fails, until="round1/bottleneck-traces"))
     with pytest.raises(Refused, match="stage round1/bottleneck failed with exit code 1"):
-        warmup(WarmupArguments(**fields | launched | {"run_dir": str(tmp_path / "fails")}))
+        warmup(WarmupArguments(**fails | launched | {"run_dir": fails["run_dir"]}))
     assert collect_results(WarmupArguments(**fields | launched)) == inline  # what was written is still there
 
 
