@@ -61,7 +61,7 @@ def attempt(fields: dict, log: Path, plan: dict) -> int:
         if not os.environ.get("KILL_RUN_SHOW"):
             os.dup2(null, 1), os.dup2(null, 2)
         killer = Killer(plan)
-        launch, sealed = driver.launch, phase.sealed_checkpoints
+        launch, last = driver.launch, phase.last_checkpoint
 
         def note(kind: str, what: str) -> None:
             killer.armed = False
@@ -77,13 +77,13 @@ def attempt(fields: dict, log: Path, plan: dict) -> int:
             if stage.name == plan.get("stage") and not plan.keys() & {"before", "after"}:
                 killer.die()  # faster than the whole run was: what was to kill it did not come
 
-        def sealed_and_note(output):
-            found = sealed(output)
+        def last_and_note(output, accelerator):
+            found = last(output, accelerator)
             if found:
-                note("resume", f"{output} {found[-1].name}")
+                note("resume", found)
             return found
 
-        driver.launch, phase.sealed_checkpoints = launch_and_note, sealed_and_note
+        driver.launch, phase.last_checkpoint = launch_and_note, last_and_note
         sys.addaudithook(killer)
         if "delay" in plan:
 

@@ -45,6 +45,10 @@ TRAINING = {
     "gradient_checkpointing": False, "bf16": False, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2,
     "save_total_limit": 2, "disable_tqdm": True,
 }  # fmt: skip
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,18 +143,25 @@ class Table:
                 (self.folder / f"warmup.{tuning}.{processes}.yaml").write_text(yaml.safe_dump(fields))
         (self.folder / "ready").touch()
 
+    def fresh(self, name: str) -> Path:
+        """An empty folder; or with a copy of the run `begun`, if there is one, whose stages are then done."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        if (self.folder / "begun").exists():
+            shutil.copytree(self.folder / "begun", folder)
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def begin(self, folder: Path, tuning: str, processes: int, attempt: str) -> subprocess.Popen:
         """The driver, as a user would start it."""
         config = str(self.folder / f"warmup.{tuning}.{processes}.yaml")
-        environment = {MARK: attempt, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         with open(folder / "log.txt", "a") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "abscot_trl.scripts.warmup", "--config", config],
                 cwd=folder,
                 stdout=log,
                 stderr=log,
-                env=os.environ | environment,
+                env=os.environ | ENVIRONMENT | {MARK: attempt},
                 preexec_fn=die_with_parent,  # a table that is killed leaves nothing behind
             )
 
@@ -159,8 +170,7 @@ class Table:
         folder = self.folder / f"whole-{tuning}-{processes}"
         done = folder / "seconds"
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            self.fresh(folder.name)
             start = time.monotonic()
             code = self.begin(folder, tuning, processes, f"{folder.name}:1").wait(self.timeout_s)
             assert code == 0, (folder / "log.txt").read_text()[-3000:]
@@ -209,14 +219,12 @@ class Table:
             if cell.victim != "driver" and wait is not None and seen and not pid:
                 seen = None  # it ended before: the next one of its kind
                 wait = wait / 2
-            time.sleep(0.002)
+            time.sleep(0.01)
         raise AssertionError(f"the moment did not come: {(folder / 'log.txt').read_text()[-2000:]}")
 
     def run_cell(self, cell: Cell, number: int) -> dict:
         name = f"{number:02}-{cell.name}"
-        folder = self.folder / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder = self.fresh(name)
         attempt = f"{name}:1"
         driver = self.begin(folder, cell.tuning, cell.processes, attempt)
         pid, when = self._moment(cell, folder, driver, attempt)

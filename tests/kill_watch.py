@@ -69,7 +69,7 @@ class Watch(threading.Thread):
                         self.beside.add(cell)
             self.known, self.now = known, found
             self.looks += 1
-            time.sleep(0.05)
+            time.sleep(0.2)  # each takes milliseconds of a core; a process lives for seconds
 
     def fresh(self) -> list[Process]:
         """What a look that began after this call finds."""

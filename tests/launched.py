@@ -1,7 +1,7 @@
 """
 Training by several processes on CPU over gloo: how they are launched and, as their script, what each of them does.
 
-    accelerate launch .. tests/launched.py train '[CHECKPOINT, FOLDER, FIELDS, LORA]'
+    accelerate launch .. tests/launched.py train '[CHECKPOINT, FOLDER, FIELDS, LORA]' together '[..]'
 """
 
 import json
@@ -15,14 +15,11 @@ from safetensors.torch import load_file
 from trainers import LAST, build, lora, phase, rows, run, settings, weights
 
 from abscot_trl.errors import Refused
+from abscot_trl.phases import run_phase
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def torchrun(processes: int) -> list[str]:
-    return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
 def accelerate(name: str, processes: int = 2) -> list[str]:
@@ -32,10 +29,11 @@ def accelerate(name: str, processes: int = 2) -> list[str]:
     return ["accelerate.commands.launch", "--config_file", config, *overridden]
 
 
-def launch(launcher: list[str], job: str, *args) -> None:
-    """Run `job(*args)` in the launcher's processes; paths become strings on the way."""
+def launch(launcher: list[str], *jobs: tuple) -> None:
+    """Run jobs, each a name and its arguments, in the launcher's processes, which take 15 s to start."""
+    given = [part for name, *args in jobs for part in (name, json.dumps(args, default=str))]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, __file__, job, json.dumps(args, default=str)],
+        [sys.executable, "-m", *launcher, __file__, *given],
         capture_output=True,
         text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu"},
@@ -43,15 +41,13 @@ def launch(launcher: list[str], job: str, *args) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def run_processes(launcher: list[str], checkpoint, folder: Path, fields: dict, with_lora: bool = False) -> dict:
-    """Train by the launcher's processes; what the first of them found, and the weights that were saved."""
-    folder.mkdir(parents=True)
-    launch(launcher, "train", checkpoint, folder, fields, with_lora)
+def trained(folder: Path) -> dict:
+    """What the first process of a job `train` found, and the weights that it saved."""
     weights = next((folder / "model").glob("*model.safetensors"))
     return json.loads((folder / "found.json").read_text()) | {"weights": load_file(weights)}
 
 
-def train(checkpoint: str, folder: str, fields: dict, with_lora: bool) -> None:
+def train(checkpoint: str, folder: str, fields: dict, with_lora: bool = False) -> None:
     """A bottleneck phase, or the baseline that `fields` names."""
     if "baseline" in fields:
         trainer = build(checkpoint, folder, **fields)
@@ -74,6 +70,12 @@ def refusal(call, *args, **fields) -> str | None:
         call(*args, **fields)
     except Refused as error:
         return str(error)
+
+
+def refused(folder: str, arguments: list[str]) -> None:
+    """What `abscot bottleneck` with these arguments says; each process writes it."""
+    said = refusal(run_phase, "bottleneck", arguments)
+    Path(folder, f"said{os.environ['RANK']}.txt").write_text(str(said))
 
 
 def together(checkpoint: str, folder: str, inputs: dict) -> None:
@@ -117,4 +119,6 @@ def one_card(checkpoint: str, folder: str, found: str) -> None:
 
 
 if __name__ == "__main__":
-    {"train": train, "together": together, "one_card": one_card}[sys.argv[1]](*json.loads(sys.argv[2]))
+    jobs = {"train": train, "together": together, "refused": refused, "one_card": one_card}
+    for name, args in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        jobs[name](*json.loads(args))

@@ -90,36 +90,37 @@ def answers_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_samples(arguments, tmp_path):
     """Each a draw of its own that its number fixes, not how many there are, nor how the work was cut."""
     sampling = {"temperature": 1.0, "trace_temperature": 1.0, "top_p": 0.95, "max_new_tokens": 6, "samples": 3}
-    arguments = replace(arguments, modes=["abstract"], swaps=["own", "other", "shuffled"], limit=15, **sampling)
+    arguments = replace(arguments, modes=["abstract"], swaps=["own", "other"], limit=10, **sampling)
     (row, *_) = evaluate(replace(arguments, output_dir=str(tmp_path / "a"), part_answers=7))
     first = answers_of(tmp_path / "a")
     assert [(a["id"], a["sample"]) for a in first if a["swap"] == "own"] == [
-        (p.id, s) for p in load_problems(arguments.problems, limit=15) for s in range(3)
+        (p.id, s) for p in load_problems(arguments.problems, limit=10) for s in range(3)
     ]
-    evaluate(replace(arguments, output_dir=str(tmp_path / "b"), batch_tokens=100, limit=20, samples=5))
+    evaluate(replace(arguments, output_dir=str(tmp_path / "b"), batch_tokens=100, limit=12, samples=4, swaps=["own"]))
     wanted = {(a["id"], a["sample"]) for a in first}
     again = [a for a in answers_of(tmp_path / "b") if a["swap"] == "own" and (a["id"], a["sample"]) in wanted]
     assert again == [a for a in first if a["swap"] == "own"]
-    own = [first[start : start + 3] for start in range(0, 45, 3)]
-    assert sum(len({tuple(a["trace"]) for a in group}) == 3 for group in own) >= 10
+    own = [first[start : start + 3] for start in range(0, 30, 3)]
+    assert sum(len({tuple(a["trace"]) for a in group}) == 3 for group in own) >= 7
     other = [a for a in first if a["swap"] == "other"]
     for sample in range(3):  # the traces of one sample move among the problems; none stays with its own
         mine = [a["trace"] for a in first if (a["swap"], a["sample"]) == ("own", sample)]
         theirs = [a["trace"] for a in other if a["sample"] == sample]
         assert sorted(mine) == sorted(theirs)
     scores = [[a["score"] for a in group] for group in own]
-    assert row["accuracy"] == pytest.approx(100 * np.mean(scores)) and row["n"] == 15 and row["samples"] == 3
+    assert row["accuracy"] == pytest.approx(100 * np.mean(scores)) and row["n"] == 10 and row["samples"] == 3
     assert row["pass"] == pytest.approx(100 * np.mean([max(group) for group in scores]))
     assert row["maj"] <= row["pass"] and row["ci95"] == pytest.approx(mean_interval(np.mean(scores, axis=1)))
     greedy = replace(arguments, output_dir=str(tmp_path / "c"), trace_temperature=0.0, swaps=["own"])
     evaluate(greedy)
     answers = answers_of(tmp_path / "c")
-    groups = [answers[start : start + 3] for start in range(0, 45, 3)]
+    groups = [answers[start : start + 3] for start in range(0, 30, 3)]
     assert all(len({tuple(a["trace"]) for a in group}) == 1 for group in groups)
-    assert sum(len({a["response"] for a in group}) > 1 for group in groups) >= 10
+    assert sum(len({a["response"] for a in group}) > 1 for group in groups) >= 7
 
 
 def test_greedy_answers_after_sampled_traces(arguments, tmp_path):

@@ -17,7 +17,6 @@ import torch
 import yaml
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
-from launched import accelerate, run_processes
 from torch.utils.data import BatchSampler, SequentialSampler
 from trainers import build, rows, settings, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -274,21 +273,6 @@ def test_internalisation_resumed_is_internalisation_uninterrupted(checkpoint, tm
     for a, b in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b)
     assert resumed.state.log_history[:12] == whole.state.log_history[:12]
-
-
-@pytest.mark.slow
-def test_two_processes_of_zero3_internalise_as_one(checkpoint, tmp_path):
-    """The same rows a step, and moments that are forgotten in DeepSpeed's partitions too."""
-    fields = {"max_steps": 8, "removal_stages": 3, "adam_epsilon": 1e-4, "baseline": "icot"}
-    fields |= {"per_device_train_batch_size": 2, "global_batch_size": 4}
-    two = run_processes(accelerate("zero3"), checkpoint, tmp_path / "two", fields)
-    assert (two["processes"], two["kind"]) == (2, "DEEPSPEED")
-    one = build(checkpoint, tmp_path / "one", **fields)
-    one.train()
-    for a, b in zip(one.state.log_history, two["log"], strict=False):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["num_tokens"] == b["num_tokens"]
-    weights = dict(one.model.named_parameters())
-    assert max((weights[name] - weight).abs().max() for name, weight in two["weights"].items()) < 1e-3
 
 
 def test_bad_baselines_are_refused(checkpoint, tmp_path):

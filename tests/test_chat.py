@@ -219,7 +219,7 @@ def test_tokenizing_holds_up_nobody(checkpoint, monkeypatch):
 
     def slowly(messages, tokenizer) -> list[int]:
         tokenizing.set()
-        assert answered.wait(timeout=10), "/health waits for the tokenizer"
+        assert answered.wait(timeout=60), "/health waits for the tokenizer"
         return [3]
 
     def vllm(request: httpx.Request) -> httpx.Response:
@@ -229,7 +229,7 @@ def test_tokenizing_holds_up_nobody(checkpoint, monkeypatch):
         app = chat_app(chat_over(checkpoint, vllm))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             chat = asyncio.ensure_future(client.post("/v1/chat/completions", json={"messages": [USER]}))
-            await asyncio.to_thread(tokenizing.wait, 10)
+            await asyncio.to_thread(tokenizing.wait, 60)
             assert (await client.get("/health")).status_code == 200
             answered.set()
             return await chat
@@ -260,7 +260,7 @@ def test_clients_that_send_too_much_or_too_little(checkpoint, caplog):
         begun = time.monotonic()
         body = b'{"messages": [{"role": "user", "content": "' + b"3 + 4 = " * 6_500_000
         assert httpx.post(f"{url}/v1/chat/completions", content=body, timeout=60).status_code == 413
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 60
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
             client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
         assert httpx.post(f"{url}/v1/chat/completions", json={"messages": [USER]}).status_code == 200
@@ -282,7 +282,7 @@ def test_requests_under_way_are_told_when_it_stops(checkpoint, monkeypatch, capl
 
     def ask(**fields) -> None:
         body = {"messages": [USER], **fields}
-        replies[str(fields)] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+        replies[str(fields)] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
 
     asked, replies = [], {}
     monkeypatch.setattr(server_module, "PATIENCE", 2)
@@ -333,7 +333,7 @@ def test_a_client_that_goes_away_takes_its_request_along(checkpoint, stream):
 
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
         await chat_app(chat_over(checkpoint, vllm))(scope, receive, send)
-        await asyncio.wait_for(cancelled.wait(), timeout=10)
+        await asyncio.wait_for(cancelled.wait(), timeout=60)
 
     asyncio.run(leave())
 

@@ -5,19 +5,20 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from launched import ROOT, accelerate, launch, run_processes, torchrun
-from trainers import contents, foreign
+from launched import ROOT, accelerate, launch, train, trained
+from trainers import build, contents, foreign
 
 from abscot_trl.checkpoint import verify_checkpoint
 from abscot_trl.cli import accelerate_config_path
-from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.loop.memory import saved_bytes, shape_of
-from abscot_trl.phases import read_yaml, run_phase
+from abscot_trl.phases import read_yaml
 from abscot_trl.training.resume import sealed_checkpoints
 
 STEPS, WARMUP, PEAK = 8, 2, 1.0e-3
@@ -32,9 +33,43 @@ FIELDS = {
 }
 
 
+ICOT = {"max_steps": 8, "removal_stages": 3, "adam_epsilon": 1e-4, "baseline": "icot"}
+ICOT |= {"per_device_train_batch_size": 2, "global_batch_size": 4}
+
+
 @pytest.fixture(scope="module")
-def ddp(checkpoint, tmp_path_factory):
-    return run_processes(accelerate("ddp"), checkpoint, tmp_path_factory.mktemp("ddp") / "run", FIELDS)
+def ddp(checkpoint, inputs, tmp_path_factory):
+    """What two processes train under DDP, full and by LoRA, and what they refuse, stop and resume."""
+    folder = tmp_path_factory.mktemp("ddp")
+    before = foreign(folder / "foreign")
+    jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "lora", FIELDS, True)]
+    launch(accelerate("ddp"), *jobs, ("together", checkpoint, folder, inputs))
+    return SimpleNamespace(full=trained(folder / "full"), lora=trained(folder / "lora"), folder=folder, before=before)
+
+
+@pytest.fixture(scope="module")
+def zero2(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero2")
+    jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "lora", FIELDS, True)]
+    launch(accelerate("zero2"), *jobs)
+    return SimpleNamespace(full=trained(folder / "full"), lora=trained(folder / "lora"))
+
+
+@pytest.fixture(scope="module")
+def zero3(checkpoint, inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero3")
+    jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "icot", ICOT)]
+    launch(accelerate("zero3"), *jobs, ("refused", folder, with_lora(checkpoint, inputs, folder / "out")))
+    full, icot = trained(folder / "full"), trained(folder / "icot")
+    said = {(folder / f"said{rank}.txt").read_text() for rank in range(2)}
+    return SimpleNamespace(full=full, icot=icot, said=said, models=list((folder / "out").glob("*model*")))
+
+
+def with_lora(checkpoint, inputs: dict, output: Path) -> list[str]:
+    """Arguments of `abscot bottleneck`."""
+    fields = inputs | {"model_name_or_path": checkpoint, "output_dir": output, "use_peft": "true"}
+    fields |= {"use_cpu": "true", "bf16": "false"}
+    return [part for key, value in fields.items() for part in (f"--{key}", str(value))]
 
 
 def assert_same_training(found: dict, expected: dict) -> None:
@@ -50,80 +85,84 @@ def assert_same_training(found: dict, expected: dict) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(checkpoint, tmp_path, ddp):
-    one = run_processes(torchrun(1), checkpoint, tmp_path / "one", FIELDS)
-    assert (one["processes"], ddp["processes"], ddp["kind"]) == (1, 2, "MULTI_CPU")
-    assert_same_training(ddp, one)
+    train(str(checkpoint), str(tmp_path), FIELDS)  # by this process
+    one = trained(tmp_path)
+    assert (one["processes"], ddp.full["processes"], ddp.full["kind"]) == (1, 2, "MULTI_CPU")
+    assert_same_training(ddp.full, one)
 
 
 @pytest.mark.slow
-def test_two_processes_refuse_stop_and_resume_together(checkpoint, inputs, tmp_path):
-    before = foreign(tmp_path / "foreign")
-    launch(torchrun(2), "together", checkpoint, tmp_path, inputs)
-    found = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2)]
+def test_two_processes_refuse_stop_and_resume_together(ddp):
+    found = [json.loads((ddp.folder / f"found{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1] and found[0]["processes"] == 2
-    assert "no phase of ours wrote" in found[0]["foreign"] and contents(tmp_path / "foreign") == before
+    assert "no phase of ours wrote" in found[0]["foreign"] and contents(ddp.folder / "foreign") == ddp.before
     assert "the loss of step 3 is nan" in found[0]["loss"]
     assert "after step 2 the weights are not finite" in found[0]["weights"]
-    assert [path.name for path in sealed_checkpoints(tmp_path / "weights")] == ["checkpoint-1"]
+    assert [path.name for path in sealed_checkpoints(ddp.folder / "weights")] == ["checkpoint-1"]
     assert found[0]["same"] == [True, True]
 
 
 @pytest.mark.slow
 def test_the_cosine_ends_at_zero_and_never_rises_again(ddp):
-    rates = [entry["learning_rate"] for entry in ddp["log"]]
+    rates = [entry["learning_rate"] for entry in ddp.full["log"]]
     decay = [0.5 * (1 + math.cos(math.pi * i / (STEPS - WARMUP))) for i in range(STEPS - WARMUP)]
     assert rates == pytest.approx([PEAK * share for share in [0.0, 0.5, *decay]], abs=1e-12)
-    after = rates[WARMUP:] + ddp["rate_at_end"][:1]
-    assert all(a > b for a, b in zip(after, after[1:], strict=False)) and set(ddp["rate_at_end"]) == {0.0}
+    after = rates[WARMUP:] + ddp.full["rate_at_end"][:1]
+    assert all(a > b for a, b in zip(after, after[1:], strict=False)) and set(ddp.full["rate_at_end"]) == {0.0}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_zero_trains_as_ddp(checkpoint, tmp_path, ddp, name):
-    found = run_processes(accelerate(name), checkpoint, tmp_path / name, FIELDS)
+def test_zero_trains_as_ddp(ddp, name, request):
+    found = request.getfixturevalue(name).full
     assert (found["processes"], found["kind"]) == (2, "DEEPSPEED")
-    assert_same_training(found, ddp)
+    assert_same_training(found, ddp.full)
     assert set(found["rate_at_end"]) == {0.0}
 
 
 @pytest.mark.slow
-def test_lora_under_zero2_trains_as_under_ddp(checkpoint, tmp_path):
-    by_ddp, by_zero = (
-        run_processes(accelerate(name), checkpoint, tmp_path / name, FIELDS, with_lora=True)
-        for name in ("ddp", "zero2")
-    )
-    assert by_zero["kind"] == "DEEPSPEED" and any("token" in name for name in by_zero["weights"])
-    assert_same_training(by_zero, by_ddp)
+def test_lora_under_zero2_trains_as_under_ddp(ddp, zero2):
+    assert zero2.lora["kind"] == "DEEPSPEED" and any("token" in name for name in zero2.lora["weights"])
+    assert_same_training(zero2.lora, ddp.lora)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, words", [("zero3", "does not work under DeepSpeed ZeRO-3"), ("fsdp2", "under FSDP")])
-def test_lora_is_refused_in_words(checkpoint, tmp_path, name, words):
-    rows = write_problems(tmp_path / "rows.jsonl", chain_arithmetic(4, 2, 5, seed=0))
-    fields = {"tokenizer": str(checkpoint), "output_dir": str(tmp_path / "data"), "data_format": "problems"}
-    run_phase("data", [part for key, value in {"data": rows, **fields}.items() for part in (f"--{key}", value)])
-    fields = {"model_name_or_path": checkpoint, "data": tmp_path / "data", "output_dir": tmp_path / "out"}
-    fields |= {"traces": "x", "use_peft": "true", "use_cpu": "true", "bf16": "false"}
-    done = subprocess.run(
-        [sys.executable, "-m", *accelerate(name, processes=1), "-m", "abscot_trl.scripts.bottleneck"]
-        + [part for key, value in fields.items() for part in (f"--{key}", str(value))],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
-    )
+def test_two_processes_of_zero3_internalise_as_one(checkpoint, tmp_path, zero3):
+    """The same rows a step, and moments that are forgotten in DeepSpeed's partitions too."""
+    two, one = zero3.icot, build(checkpoint, tmp_path / "one", **ICOT)
+    assert (two["processes"], two["kind"]) == (2, "DEEPSPEED")
+    one.train()
+    for a, b in zip(one.state.log_history, two["log"], strict=False):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["num_tokens"] == b["num_tokens"]
+    weights = dict(one.model.named_parameters())
+    assert max((weights[name] - weight).abs().max() for name, weight in two["weights"].items()) < 1e-3
+
+
+@pytest.mark.slow
+def test_lora_under_zero3_is_refused_in_words(zero3):
+    (said,) = zero3.said
+    assert "LoRA with trained token" in said and "does not work under DeepSpeed ZeRO-3" in said and not zero3.models
+
+
+@pytest.mark.slow
+def test_lora_under_fsdp2_is_refused_in_words(checkpoint, inputs, tmp_path):
+    """By the command itself: one line."""
+    command = [*accelerate("fsdp2", processes=1), "-m", "abscot_trl.scripts.bottleneck"]
+    command += with_lora(checkpoint, inputs, tmp_path / "out")
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("abscot bottleneck: LoRA with trained token")]
-    assert len(said) == 1 and words in said[0] and not list((tmp_path / "out").glob("*model*"))
+    assert len(said) == 1 and "under FSDP" in said[0] and not list((tmp_path / "out").glob("*model*"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, bf16", [("zero3", False), ("zero2", True)])
-def test_full_fine_tuning_on_zero_ends_in_a_checkpoint(checkpoint, inputs, tmp_path, name, bf16):
+@pytest.mark.parametrize("name, processes, bf16", [("zero3", 2, False), ("zero2", 1, True)])
+def test_full_fine_tuning_on_zero_ends_in_a_checkpoint(checkpoint, inputs, tmp_path, name, processes, bf16):
     """By the command itself: before and after training one process reads models, which ZeRO-3 would divide."""
     fields = inputs | {"model_name_or_path": checkpoint, "output_dir": tmp_path / "out"}
     fields |= {"use_cpu": "true", "bf16": bf16, "dtype": "float32", "attn_implementation": "sdpa", "max_steps": "2"}
     fields |= {"max_length": "256", "per_device_train_batch_size": "2", "save_steps": "1", "save_total_limit": "1"}
-    launcher = ["bf16" if bf16 and part == "no" else part for part in accelerate(name)]
+    launcher = ["bf16" if bf16 and part == "no" else part for part in accelerate(name, processes)]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "abscot_trl.scripts.bottleneck"]
         + [part for key, value in fields.items() for part in (f"--{key}", str(value))],
@@ -134,7 +173,7 @@ def test_full_fine_tuning_on_zero_ends_in_a_checkpoint(checkpoint, inputs, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert verify_checkpoint(tmp_path / "out").size == 8
     log = json.loads((tmp_path / "out" / "training_log.json").read_text())
-    assert log["steps"] == 2 and {entry["sequences_per_step"] for entry in log["log"]} == {4}
+    assert log["steps"] == 2 and {entry["sequences_per_step"] for entry in log["log"]} == {2 * processes}
     kept, shape = tmp_path / "out" / "checkpoint-2", shape_of(str(checkpoint))
     result, saved = saved_bytes({"bf16": bf16}, read_yaml(accelerate_config_path(name)))
     weights = (tmp_path / "out" / "model.safetensors").stat().st_size

@@ -58,6 +58,9 @@ def test_a_training_stage_is_started_as_its_options_say(monkeypatch):
         assert started.pop() == expected
     stage_launch.launch(Stage("round1/evaluate", "evaluate", {}), Path("x.yaml"), options)
     assert started.pop() == ["-m", "abscot_trl.scripts.evaluate", "--config", "x.yaml"]
+    monkeypatch.setattr(stage_launch, "run", lambda command: 3)
+    with pytest.raises(Refused, match="stage round1/bottleneck failed with exit code 3 .*run the same command again"):
+        stage_launch.launch(stage, Path("x.yaml"), options)
 
 
 def test_num_processes_wins_over_the_configuration_and_must_share_the_batch():

@@ -43,7 +43,7 @@ def run(folder: Path, job: str, *args, launcher=(), gpus=(0,)) -> dict:
     """`job(*args)` in a process of its own, or in those of a launcher."""
     out, env = folder / f"{job}.json", os.environ | ENVIRONMENT | visible(*gpus)
     command = [sys.executable, *launcher, rollout_jobs.__file__, job, out, *args]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, timeout=400)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, timeout=560)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -69,7 +69,7 @@ def serving(checkpoint, folder: Path, gpu: int = 0, takes_weights: bool = False)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *flags]
 
     def wait():
-        for _ in range(240):
+        for _ in range(600):
             try:
                 return urlopen(f"{url}/health")
             except URLError:
@@ -83,7 +83,7 @@ def serving(checkpoint, folder: Path, gpu: int = 0, takes_weights: bool = False)
         yield url, wait
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        server.wait(60)
 
 
 @pytest.fixture(scope="module")

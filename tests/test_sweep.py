@@ -145,6 +145,7 @@ def run(warmed, tmp_path):
     return SweepArguments(str(tmp_path / "run"), str(tmp_path / "sweep.yaml"), launch="inline")
 
 
+@pytest.mark.slow
 def test_sweep(run, monkeypatch, capsys):
     """Base and the models that are left, in order; broken off at every kind of moment, each answer is made once."""
     graded, record = [], answering.Answerer._record
@@ -205,6 +206,7 @@ def test_sweep(run, monkeypatch, capsys):
         sweep(run)
 
 
+@pytest.mark.slow
 def test_a_grid_of_seeds_and_temperatures(run, monkeypatch, capsys):
     """One row each in one results.json, told apart by `stage`; killed, it goes on; a second grid adds its rows."""
     record, graded, calls = answering.Answerer._record, [], []
@@ -264,6 +266,7 @@ def test_a_grid_that_makes_no_sense_is_refused_before_it_begins(tmp_path, monkey
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_each_evaluation_has_a_process_of_its_own(run, monkeypatch, tmp_path):
     """`launch: process`; here the processes are stood in for by the phase in this one (they take seconds to start)."""
     commands = []

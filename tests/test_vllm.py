@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.examples import cot_columns, prompt_ids
+from abscot_trl.phases import run_phase
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.vllm import VLLMTraceSampler, check_tensor_parallel
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -181,9 +182,10 @@ def test_evaluation_by_vllm_equals_transformers(checkpoint, tmp_path):
     for backend, extra in (("hf", {}), ("vllm", {"engine": ENGINE})):
         path = tmp_path / f"{backend}.yaml"
         path.write_text(yaml.safe_dump(recipe | extra | {"backend": backend, "output_dir": str(tmp_path / backend)}))
-        command = [sys.executable, "-m", "abscot_trl.scripts.evaluate", "--config", path]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
-        assert done.returncode == 0, done.stderr[-3000:]
+    run_phase("evaluate", ["--config", str(tmp_path / "hf.yaml")])
+    command = [sys.executable, "-m", "abscot_trl.scripts.evaluate", "--config", tmp_path / "vllm.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
     hf, vllm = ((tmp_path / name / "answers.jsonl").read_text() for name in ("hf", "vllm"))
     assert hf == vllm and len(hf.splitlines()) == 60 * 4
     hf, vllm = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("hf", "vllm"))

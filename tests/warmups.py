@@ -23,6 +23,8 @@ TRAINING = {
     "disable_tqdm": True,
 }
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+# Two names of this machine. `env NODE={node}` stands for `srun --nodelist={node}`: it starts a command and becomes it.
+NODES = {"nodes": ["localhost", "127.0.0.1"], "launcher": "env NODE={node}"}
 
 
 def recipes(folder: Path, problems: str, training: dict | None = None, **evaluation) -> dict[str, str]:
