@@ -6,6 +6,8 @@ positions of Y (and of the discrete channel's COPY) see neither C nor the DRAFT.
 """
 
 import copy
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,7 +56,10 @@ def additive_mask(segments: Tensor, documents: Tensor, dtype: torch.dtype) -> Te
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-_compiled_create_block_mask = torch.compile(create_block_mask, dynamic=True)  # one graph for rows of any length
+@functools.cache
+def _compiled_create_block_mask() -> Callable:
+    """Made on first use, for it loads the compiler; one graph for rows of any length."""
+    return torch.compile(create_block_mask, dynamic=True)
 
 
 def codes(segments: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +84,7 @@ def block_mask(segments: Tensor, documents: Tensor) -> BlockMask:
 
     batch, length = segments.shape
     # Compiled, the (L, L) intermediate of a long sequence is never written to memory.
-    create = _compiled_create_block_mask if segments.is_cuda else create_block_mask
+    create = _compiled_create_block_mask() if segments.is_cuda else create_block_mask
     return create(mask_mod, batch, None, length, length, device=segments.device)
 
 
