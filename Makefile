@@ -11,7 +11,7 @@ ARGS    ?=
 BIN     := $(VENV)/bin
 ABSCOT  := $(BIN)/abscot
 # A thread a process: the models are tiny.
-PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 READY   := $(VENV)/.ready
 # TUNING, ACCELERATE, RUN: where they are empty, what the warm-up's recipe says; another tuning brings its accelerate
 # configuration along.
