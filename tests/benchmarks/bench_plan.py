@@ -18,26 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from models import (
-    ALPHA,
-    GIB,
-    MODULES,
-    QWEN3_06B,
-    QWEN3_4B,
-    QWEN3_17B,
-    TINY,
-    build_model,
-    extended_tokenizer,
-    training_row,
-)
+from models import GIB, MODULES, QWEN3_06B, QWEN3_4B, QWEN3_17B, TINY, build_model, trainer_on, training_row
 from transformers import TrainerCallback
-from trl import ModelConfig
 
 from abscot_trl.loop.memory import shape_of, trained_parameters, training_memory
-from abscot_trl.training.adapters import lora_config
-from abscot_trl.training.bottleneck import BottleneckSFTTrainer
-from abscot_trl.training.configs import BottleneckConfig
 from abscot_trl.training.steps import steps_of
 
 BOUND = 0.1
@@ -74,7 +58,6 @@ def measure(case: tuple, tiny: bool, device: str) -> dict:
     shape, tokens = (TINY, 128) if tiny else (SIZES[size], tokens)
     lengths = {"prompt": tokens // 16, "trace": 6 if tiny else 128, "answer": tokens // 16}
     lengths["cot"] = tokens - 2 - sum(lengths.values())  # 2: the trace's delimiters
-    tokenizer, vocabulary = extended_tokenizer()
     attention = "sdpa" if tiny else "flex_attention"
     model = build_model(shape, device, torch.bfloat16 if rank else torch.float32, attention)
     rows = [training_row(lengths, shape["vocab_size"])] * (STEPS * accumulation - (accumulation > 1))
@@ -82,25 +65,11 @@ def measure(case: tuple, tiny: bool, device: str) -> dict:
     fields = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
     fields |= {"gradient_checkpointing": checkpointing, "max_length": tokens, "bf16": True}
     peak = Peak()
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        planned = shape_of(folder)
-        trained = trained_parameters(planned, peft, vocabulary.size)
+    others = {"use_liger_kernel": not tiny, "use_cpu": device == "cpu"}
+    with trainer_on(model, rows, fields | others, rank, peak) as trainer:
+        planned = shape_of(trainer.args.output_dir)
+        trained = trained_parameters(planned, peft, trainer.vocabulary.size)
         predicted = training_memory(planned, fields | peft, trained, tokens)
-        others = {"use_liger_kernel": not tiny, "use_cpu": device == "cpu", "save_strategy": "no", "logging_steps": 1}
-        others |= {"report_to": "none", "disable_tqdm": True}
-        trainer = BottleneckSFTTrainer(
-            model=model,
-            args=BottleneckConfig(folder, **fields, **others),
-            train_dataset=Dataset.from_list(rows),
-            vocabulary=vocabulary,
-            processing_class=tokenizer,
-            peft_config=lora_config(
-                ModelConfig(model_name_or_path=folder, lora_alpha=ALPHA, lora_dropout=0.0, **peft),
-                vocabulary.all_ids(tokenizer),
-            ),
-            callbacks=[peak],
-        )
         trainer.train()
     really = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     return {

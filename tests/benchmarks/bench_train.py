@@ -131,6 +131,15 @@ class Meter(TrainerCallback):
         }
 
 
+def take_step(loss: torch.Tensor, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+    """The rest of a bare loop's step; the loss, which waits for the GPU."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def seed(case: Case, device: str) -> dict:
     """The earlier way: dense additive mask in sdpa, whole embedding and head trained, all logits, checkpointing."""
     model = build_model(case.shape, device, torch.bfloat16, "sdpa")
@@ -151,11 +160,7 @@ def seed(case: Case, device: str) -> dict:
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
         with torch.autocast(device, torch.bfloat16):
             loss = model(**inputs, attention_mask=mask, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(take_step(loss, trained, optimizer))
         meter.tick()
     return meter.result(losses, case.tokens)
 
@@ -172,11 +177,7 @@ def bare(case: Case, trainer, device: str) -> dict:
         with torch.autocast(device, torch.bfloat16):
             outputs = model(**batch, use_cache=False, fused_lm_head=True)
         loss = -(outputs.log_probs * weights).sum() / outputs.label_mask.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(take_step(loss, trained, optimizer))
         meter.tick()
     return meter.result(losses, sum(batch["attention_mask"].sum().item() for batch in batches) / len(batches))
 
