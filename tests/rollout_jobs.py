@@ -79,7 +79,7 @@ def untied(folder: Path) -> Path:
     return folder
 
 
-def backend(checkpoint, model=None, cpu: bool = not ON_GPU, **fields):
+def backend(checkpoint, model=None, **fields):
     """The class under test, with the engine settings that the machine needs and TRL does not pass."""
     import vllm
     from accelerate import Accelerator
@@ -93,7 +93,7 @@ def backend(checkpoint, model=None, cpu: bool = not ON_GPU, **fields):
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
         layer, "cpu_linear", torch.nn.functional.linear
     )
-    accelerator, tokenizer = Accelerator(cpu=cpu), AutoTokenizer.from_pretrained(checkpoint)
+    accelerator, tokenizer = Accelerator(cpu=not ON_GPU), AutoTokenizer.from_pretrained(checkpoint)
     model = (model or AutoModelForCausalLM.from_pretrained(checkpoint)).to(accelerator.device)
     return AbstractVLLMGeneration(model, accelerator, tokenizer, **FIELDS | fields)
 
@@ -272,8 +272,7 @@ def sharded(checkpoint: str, folder: str, url: str, port: str) -> dict | None:
 
 def beside(checkpoint: str, folder: str, url: str) -> dict | None:
     """
-    Two processes, of 120 prompts each: on a server, then as one tensor-parallel engine of an adapted model (left out
-    with one GPU, where they meet over gloo as on CPU).
+    Two processes, of 120 prompts each: on a server, then as one tensor-parallel engine of an adapted model.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -283,19 +282,17 @@ def beside(checkpoint: str, folder: str, url: str) -> dict | None:
     from abscot_trl.traces.vllm import row_seed
 
     VLLMClient.init_communicator = lambda self, device: None
-    cpu = torch.cuda.device_count() < 2
-    given, found, rank = prompts(checkpoint), {}, PartialState(cpu=cpu).process_index
+    given, found, rank = prompts(checkpoint), {}, PartialState(cpu=not ON_GPU).process_index
     mine = given[rank * 120 : (rank + 1) * 120]
 
     def rollouts(generation) -> list[list]:
         return [gather_object(part) for part in generation.generate(mine, None, 4)]
 
-    generation = backend(checkpoint, cpu=cpu, mode="server", server_base_url=url, seed=3)
+    generation = backend(checkpoint, mode="server", server_base_url=url, seed=3)
     found["calls"] = [rollouts(generation) for _ in range(2)]
-    if cpu != ON_GPU:
-        parallel = backend(checkpoint, adapted(checkpoint), cpu, tensor_parallel_size=2, seed=3)
-        parallel.sync_weights()
-        found["parallel"] = rollouts(parallel)
+    parallel = backend(checkpoint, adapted(checkpoint), tensor_parallel_size=2, seed=3)
+    parallel.sync_weights()
+    found["parallel"] = rollouts(parallel)
     if rank == 0:
         prefixes = [prompt[:-1] for prompt in given]
         sampler = ServerTraceSampler(url, checkpoint)

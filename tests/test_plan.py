@@ -1,6 +1,7 @@
 """The plan against what was measured, against transformers' own counts, and against files on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.examples import Encoder
 from abscot_trl.loop import driver
+from abscot_trl.loop.duration import GPUS, batch_seconds, card_of
 from abscot_trl.loop.lengths import row_tokens
 from abscot_trl.loop.memory import (
     GIB,
@@ -76,6 +78,19 @@ COMPILED = [  # size, recipe, tokens, GiB
     ("4b", {"gradient_checkpointing": False, "dtype": "bfloat16", "gradient_accumulation_steps": 8}, 8192, 62.66),
     ("135m", {"gradient_checkpointing": False}, 4 * 8192, 20.35),
     ("135m", {"gradient_checkpointing": False}, 2 * 8192, 11.17),
+]
+# Seconds of a micro-batch there: size, recipe, tokens, document length, seconds.
+SECONDS = [
+    ("4b", {"lora_r": 32}, 8192, 8192, 0.499),
+    ("4b", {"lora_r": 32, "gradient_checkpointing": True}, 8192, 8192, 0.686),
+    ("4b", {"lora_r": 32, "gradient_checkpointing": True}, 32768, 32768, 5.017),
+    ("4b", {"dtype": "bfloat16"}, 8192, 8192, 4.28 / 8),
+    ("4b", {"gradient_checkpointing": True}, 8192, 8192, 6.173 / 8),
+    ("135m", {}, 4 * 8192, 200, 0.107),
+]
+STARTING = [  # so little that the host sets the time
+    ("4b", {"lora_r": 32, "gradient_checkpointing": True}, 2048, 2048, 0.22),
+    ("135m", {}, 200, 200, 0.0896),
 ]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -298,16 +313,15 @@ def test_the_card_that_is_here_is_planned_for(toy, tmp_path, monkeypatch):
         hours = [line.get("hours") for line in found["stages"] if line["phase"] == "distill"]
         return hours[0], " ".join(found["assumptions"]), " ".join(found["warnings"]), describe_plan(found)
 
-    h200, said, _, _ = planned()
-    assert "1 x h200 (no GPU is here; `gpu` names another)" in said and "of 989 TFLOP/s" in said
-    for name, times in (
-        ("NVIDIA H100 80GB HBM3", 1), ("NVIDIA H100 PCIe", 989 / 756), ("NVIDIA A100-SXM4-40GB", 989 / 312),
-        ("NVIDIA H200", 1), ("NVIDIA H200 NVL", 989 / 835),
+    hours, said, _, _ = planned()
+    assert hours > 0 and "1 x h200 (no GPU is here; `gpu` names another)" in said
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835),
     ):  # fmt: skip
         hours, said, warned, _ = planned(name, 39.5)
-        assert (
-            hours == pytest.approx(h200 * times) and f"1 x {name} (found here)" in said and "GiB a GPU" not in warned
-        )
+        assert hours > 0 and f"1 x {name} (found here)" in said and "GiB a GPU" not in warned
+        assert card_of(None).peak == peak * 1e12
     _, _, warned, _ = planned("NVIDIA H200", 0.01)
     assert "GiB a GPU, which has 0; more GPUs" in warned  # its own memory, not the table's
     assert planned("NVIDIA H200", 0.01, gpu="a100")[:3] == planned(gpu="a100")[:3]
@@ -315,6 +329,24 @@ def test_the_card_that_is_here_is_planned_for(toy, tmp_path, monkeypatch):
         hours, said, warned, table = planned(name, 44.0)
         assert hours is None and f"hours are not reckoned: of {name} (found here) no peak is known" in said
         assert next(line for line in table.splitlines() if line.startswith("| total")).endswith("|  |")
+
+
+@pytest.mark.parametrize("size, recipe, tokens, length, seconds", SECONDS + STARTING)
+def test_a_batch_takes_what_an_h100_measured(tmp_path, size, recipe, tokens, length, seconds):
+    """Three constants were fitted to the first six, the fourth to the others; `make bench-plan` has more."""
+    recipe = {"use_peft": "lora_r" in recipe, "gradient_checkpointing": False} | recipe
+    predicted = batch_seconds(shape_of(config_of(size, tmp_path)), recipe, tokens, length, GPUS["h100"])
+    assert predicted == pytest.approx(seconds, rel=0.1 if tokens > 2048 else 0.2)
+
+
+def test_a_card_with_twice_of_all_halves_a_step(tmp_path):
+    """Down to what the host takes, which no card changes."""
+    card = GPUS["h100"]
+    twice = replace(card, peak=2 * card.peak, bandwidth=2 * card.bandwidth)
+    shape, recipe = shape_of(config_of("4b", tmp_path)), {"use_peft": True}
+    seconds = [batch_seconds(shape, recipe, 8192, 8192, one) for one in (card, twice)]
+    assert seconds[0] == pytest.approx(2 * seconds[1])
+    assert batch_seconds(shape, recipe, 64, 64, card) == batch_seconds(shape, recipe, 64, 64, twice)
 
 
 def test_the_production_run_fits_two_cards_with_full_fine_tuning(tmp_path, monkeypatch):

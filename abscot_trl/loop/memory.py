@@ -20,6 +20,7 @@ from abscot_trl.vocabulary import AbstractVocabulary
 GIB = 2**30
 HEAD_COPIES = 4.1  # token rows: the head with its rows in place, its gradient, and that in 32 bits, in 2-byte copies
 REST = 0.065 * GIB  # what no term explains
+LIVE, BUCKET = 10**9, 5 * 10**8  # DeepSpeed's stage3_max_live_parameters and sub_group_size; reduce_bucket_size
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def full_memory(shape: Shape, recipe: dict, tokens: int, share: list[int], accum
     size = 2 if recipe.get("dtype") in ("bfloat16", "float16") and max(share) == 1 else 4  # ZeRO keeps 32 bits
     sizes = (size, size, 2 * size)
     weights, gradients, moments = (n * shape.parameters / s for n, s in zip(sizes, share, strict=True))
+    if share[0] > 1:
+        return weights + gradients + moments + zero3_memory(shape, recipe, tokens, share[0])
     stream, head = tokens * shape.width * size, shape.vocabulary * shape.width * size
     if recipe.get("gradient_checkpointing", True):
         kept = shape.layers * stream + layer_backward(shape, recipe, tokens)
@@ -132,6 +135,20 @@ def full_memory(shape: Shape, recipe: dict, tokens: int, share: list[int], accum
     begin = gradients * accumulates + kept + 6 * shape.vocabulary * shape.width
     end = gradients + head + 2 * stream
     return weights + moments + max(begin, end)
+
+
+def zero3_memory(shape: Shape, recipe: dict, tokens: int, gpus: int) -> float:
+    """
+    What DeepSpeed's ZeRO-3 takes beside its 16 bytes a parameter, which all GPUs share (weight and gradient in 16
+    bits, weight and moments in 32). The model computes in 16 bits: a bucket of gradients, and the larger of what
+    backward begins with (gathered weights, what forward kept, the head's gradient) and what the optimizer's step
+    takes (gradients of a group of weights in 32 bits). FSDP gathers a layer at a time, and takes less.
+    """
+    kept = shape.layers * layer_activations(shape, tokens)
+    if recipe.get("gradient_checkpointing", True):
+        kept = shape.layers * tokens * shape.width * 2 + layer_backward(shape, recipe, tokens)
+    begin = 2 * min(LIVE, shape.parameters) + kept + 2 * shape.vocabulary * shape.width
+    return 2 * BUCKET + max(begin, 4 * min(LIVE, shape.parameters / gpus))
 
 
 def training_memory(shape: Shape, recipe: dict, trained: int, tokens: int, stage: int = 0, gpus: int = 1) -> int:

@@ -1,8 +1,8 @@
 """
 `abscot plan`: what a warm-up will take, before it is started. Reads configurations only; writes nothing.
 
-Steps are counted as transformers counts them, of packed rows by packing the prepared rows' lengths. Hours are
-floating-point operations over what a GPU was measured to reach; they are an estimate.
+Steps are counted as transformers counts them, of packed rows by packing the prepared rows' lengths. Memory and hours
+are those of `loop/memory.py` and `loop/duration.py`.
 """
 
 import math
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared, row_lengths
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import staged_splits
 from abscot_trl.errors import Refused
 from abscot_trl.examples import best_fit
+from abscot_trl.loop.duration import GPUS, Card, batch_seconds, card_of, reading_seconds
 from abscot_trl.loop.launch import check_batches, launcher_of
 from abscot_trl.loop.lengths import check_lengths, row_tokens
 from abscot_trl.loop.memory import (
@@ -35,17 +35,6 @@ from abscot_trl.phases import TRAINING
 from abscot_trl.training.steps import accumulation_of, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
 
-GPUS = {  # dense bf16 peak of the data sheets in FLOP/s, GiB; the longer name first
-    "a100": (312e12, 79),
-    "h100-pcie": (756e12, 79),
-    "h100-nvl": (835e12, 93),
-    "h100": (989e12, 79),
-    "h200-nvl": (835e12, 139),
-    "h200": (989e12, 139),
-}
-# Share of the peak reached in training, by LoRA: 36 and 43 % were measured for Qwen3-4B on an H200, less when smaller.
-REACHED = {True: 0.35, False: 0.42}
-SAMPLING = 0.4  # share of the peak in reading prefixes: the earlier run's 5.6 rows/s of 5500 tokens on two A100s
 PACKED = 0.97  # how full packed rows are, while nothing is known of their lengths
 
 
@@ -77,30 +66,6 @@ class PlanArguments(WarmupArguments):
             raise Refused("gpus and num_processes say the same thing; leave one of the two out")
 
 
-def card_of(gpu: str | None) -> tuple[str, float | None, float]:
-    """What a GPU is called, its peak in FLOP/s (`None` where it is not known) and its memory in GiB."""
-    if gpu is None and torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        name = card.name.lower().replace(" ", "-")
-        known = [peak for kind, (peak, _) in GPUS.items() if kind in name and "mig" not in name]
-        return f"{card.name} (found here)", known[0] if known else None, card.total_memory / GIB
-    peak, memory = GPUS[gpu or "h200"]
-    return gpu or "h200 (no GPU is here; `gpu` names another)", peak, memory
-
-
-def training_flops(shape: Shape, lora: bool, checkpointing: bool, tokens: float, length: float) -> float:
-    """
-    Operations of forward and backward over `tokens` that stand in documents of mean `length`.
-
-    2 a parameter and token forward, 2 for the gradient of activations, 2 more for that of the weights (full), 2 when
-    layers are computed again; causal attention 2 L q a token and layer forward, twice that backward.
-    """
-    parameters = sum(a * b for name, a, b in shape.linear if name != "lm_head")
-    passes = 2 + 2 + (0 if lora else 2) + (2 if checkpointing else 0)
-    attention = 2 * length * shape.queries * shape.layers * (3 + checkpointing)
-    return tokens * (passes * parameters + attention)
-
-
 def _lengths(args: PlanArguments) -> tuple[dict[str, np.ndarray], dict | None]:
     """Tokens of prompt, CoT and answer of each row, and the prepared data's counts; without it one row, assumed."""
     if not (Path(args.data) / COUNTS_FILE).is_file():
@@ -129,12 +94,7 @@ class Setting:
     gpus: int
     zero: int
     launcher: dict  # the accelerate configuration
-    flops: float | None  # peak of all GPUs, if it is known
-    gpu_gib: float
-
-    def hours(self, operations: float, share: float) -> dict:
-        """By so large a share of the peak; nothing where the peak is not known."""
-        return {"hours": operations / (share * self.flops) / 3600} if self.flops else {}
+    card: Card
 
 
 def plan(args: PlanArguments) -> dict:
@@ -152,7 +112,7 @@ def plan(args: PlanArguments) -> dict:
     shape = shape_of(str(args.model) if there or not args.model_config else args.model_config)
     vocabulary = AbstractVocabulary.load(args.model) if there else AbstractVocabulary()
     gpus, zero, launcher = _launcher(args)
-    card, peak, memory = card_of(args.gpu)
+    card = card_of(args.gpu)
     lengths, counts = _lengths(args)
     lengths["trace"] = np.minimum(vocabulary.m_max, lengths["cot"] // 2) + 2
     n_rows, needed = len(lengths["cot"]), len(PARTS) * args.rounds * args.rows_per_phase
@@ -161,7 +121,7 @@ def plan(args: PlanArguments) -> dict:
     else:  # assumed, or too few, which is warned of
         rows = np.arange(args.rows_per_phase) % n_rows
         parts = {f"{t}.{phase}": rows for t in range(1, args.rounds + 1) for phase in PARTS}
-    setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, launcher, peak and peak * gpus, memory)
+    setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, launcher, card)
     todo, table, warnings = list(stages(args)), [], []
     check_batches(todo, gpus)
     if counts:
@@ -181,12 +141,12 @@ def plan(args: PlanArguments) -> dict:
     warnings += _data_warnings(args, setting) + _disk_warnings(args, table)
     known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
     assumptions = [
-        f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {card}, ZeRO stage {zero}",
+        f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {card.name}, ZeRO stage {zero}",
         "mean tokens " + ", ".join(f"{name} {values.mean():.0f}" for name, values in lengths.items()) + f": {known}",
-        f"hours: {100 * REACHED[True]:.0f} % (LoRA) or {100 * REACHED[False]:.0f} % (full) of {peak / 1e12:.0f} "
-        f"TFLOP/s in training, {100 * SAMPLING:.0f} % in reading prefixes; evaluations and loading are not counted"
-        if peak
-        else f"hours are not reckoned: of {card} no peak is known; `gpu` takes another's ({', '.join(GPUS)})",
+        "hours: as measured on an H100, to other cards by their data sheets (abscot_trl/loop/duration.py); what GPUs "
+        "wait for each other, evaluations and loading are not counted"
+        if card.peak
+        else f"hours are not reckoned: of {card.name} no peak is known; `gpu` takes another's ({', '.join(GPUS)})",
         "~ steps of packed rows depend on the traces' lengths; memory with ZeRO or FSDP is calculated, not measured",
     ]
     return {"stages": table, "assumptions": assumptions, "warnings": list(dict.fromkeys(warnings))}
@@ -199,8 +159,10 @@ def _sampling(settings: dict, setting: Setting) -> dict:
     part = setting.parts[settings["part"]]
     tokens, rows = int(sum(setting.lengths[name][part].sum() for name in seen)) * reads, len(part)
     disk = 2 * rows * (4 * setting.vocabulary.m_max + 150)
-    hours = setting.hours(2 * setting.shape.parameters * tokens, SAMPLING)
-    return {"rows": rows, "tokens": tokens, "disk": disk, **hours}
+    line = {"rows": rows, "tokens": tokens, "disk": disk}
+    if setting.card.peak:
+        line["hours"] = reading_seconds(setting.shape, tokens, setting.card) / setting.gpus / 3600
+    return line
 
 
 def _training(stage: Stage, setting: Setting) -> dict:
@@ -208,7 +170,7 @@ def _training(stage: Stage, setting: Setting) -> dict:
     recipe, shape, (round_, phase) = stage.settings, setting.shape, stage.name.split("/")
     part = setting.parts[f"{round_.removeprefix('round')}.{phase}"]
     lengths = {name: lengths[part] for name, lengths in setting.lengths.items()}
-    lora, longest = bool(recipe.get("use_peft")), recipe.get("max_length") or 8192
+    longest = recipe.get("max_length") or 8192
     every = row_tokens(lengths, lengths["trace"], stage.phase, recipe)
     fitting = every[every <= longest]  # the others are refused, or dropped
     documents = fitting if recipe.get("overlong") == "drop" and len(fitting) else np.minimum(every, longest)
@@ -220,13 +182,11 @@ def _training(stage: Stage, setting: Setting) -> dict:
     trained = trained_parameters(shape, recipe, setting.vocabulary.size)
     at_once = longest * recipe.get("per_device_train_batch_size", 8)
     steps, epochs = steps_of(rows, recipe, setting.gpus), recipe.get("num_train_epochs", 3)
+    at_batch = recipe.get("per_device_train_batch_size", 8) * setting.gpus
     if recipe.get("max_steps", -1) > 0:
-        at_step = recipe.get("per_device_train_batch_size", 8) * setting.gpus * accumulation_of(recipe, setting.gpus)
-        epochs = steps * at_step / rows
+        epochs = steps * accumulation_of(recipe, setting.gpus) * at_batch / rows
     tokens = float(documents.sum() * epochs)
-    length = float((documents.astype(float) ** 2).sum() / documents.sum())  # of the document that a token stands in
-    flops = training_flops(shape, lora, recipe.get("gradient_checkpointing", True), tokens, length)
-    return {
+    line = {
         "rows": len(every),
         "steps": steps,
         "packed": packed,
@@ -235,8 +195,13 @@ def _training(stage: Stage, setting: Setting) -> dict:
         "memory": training_memory(shape, recipe, trained, at_once, setting.zero, setting.gpus),
         "disk": training_disk(shape, recipe, trained, setting.launcher),
         "stays": saved_bytes(recipe, setting.launcher)[0] * trained,
-        **setting.hours(flops, REACHED[lora]),
     }
+    if setting.card.peak:
+        length = float((documents.astype(float) ** 2).sum() / documents.sum())  # of the document a token stands in
+        batches = rows * epochs / at_batch
+        batch = tokens / setting.gpus / batches
+        line["hours"] = batches * batch_seconds(shape, recipe, batch, length, setting.card) / 3600
+    return line
 
 
 def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
@@ -251,10 +216,10 @@ def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
         warnings.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")
     if recipe.get("warmup_steps", 0) >= max(line["steps"], 1):
         warnings.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {line['steps']} steps")
-    if line["memory"] > setting.gpu_gib * GIB:
+    if line["memory"] > setting.card.gib * GIB:
         memory = line["memory"] / GIB
         warnings.append(
-            f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.gpu_gib:.0f}; more GPUs, ZeRO or LoRA"
+            f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.card.gib:.0f}; more GPUs, ZeRO or LoRA"
         )
     return warnings
 

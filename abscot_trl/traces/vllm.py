@@ -125,14 +125,11 @@ def complete_here(llm, prompts: list[list[int]], parameters: list[dict], bar: tq
 
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        [SamplingParams(**fields, detokenize=False) for fields in parameters],
+        [SamplingParams(**fields, detokenize=False, flat_logprobs=True) for fields in parameters],
         use_tqdm=progress if bar is not None else False,
     )
     completions = [output.outputs[0] for output in outputs]
-    return [
-        (list(c.token_ids), [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)])
-        for c in completions
-    ]
+    return [(list(c.token_ids), list(c.logprobs.logprobs)) for c in completions]  # of the drawn token alone
 
 
 class EngineTraceSampler:

@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import yaml
+from bench_plan import compare
 from figures import RESULTS, record
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,7 +62,6 @@ AGREE = {
     "zero3_offload, full": ("zero3_offload", 2, FULL),
     "ddp, full, compiled": ("ddp", 2, FULL | {"compile_layers": True}),
     "fsdp2, full, compiled": ("fsdp2", 2, FULL | {"compile_layers": True}),
-    "zero3, full, compiled": ("zero3", 2, FULL | {"compile_layers": True}),
 }
 
 
@@ -127,7 +127,8 @@ def steps(output: Path) -> list[dict]:
 
 
 def agree(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
-    logs, todo = {}, list(AGREE.items())
+    logs = {}
+    todo = [(name, one) for name, one in AGREE.items() if "single" in name or not args.names or name in args.names]
     pairs = [args.gpus[i : i + 2] for i in range(0, len(args.gpus) - 1, 2)]
     while todo:
         slots = [[gpu] for gpu in args.gpus] if todo[0][1][1] == 1 else pairs
@@ -222,6 +223,8 @@ def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
             row = {"name": f"scale: {case}, {config} {count}", "value": round(result["tokens_per_s"], 1)}
             row |= {"unit": "tokens/s", "step_s": result["step_s"], "peak_gib": result["peak_gib"], "baseline": None}
             yield row
+            if count > 1:
+                yield compare(case, result, 3 if config == "zero3" else 0, count)
             if count > 1 and (case, 1) in found:
                 share = result["tokens_per_s"] / (count * found[case, 1]["tokens_per_s"])
                 name = f"{config}-{count}-gpu-scaling"
@@ -240,6 +243,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="kept for another call; without it nothing stays")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(range(torch.cuda.device_count())))
     parser.add_argument("--patience", type=float, default=120, help="seconds for one phase")
+    parser.add_argument("--names", nargs="+", choices=[*AGREE], help="of section agree; all when left out")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpus.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -29,6 +29,7 @@ from models import (
     ALPHA,
     GIB,
     MODULES,
+    QWEN3_06B,
     QWEN3_4B,
     QWEN3_17B,
     RANK,
@@ -59,7 +60,8 @@ class Case:
     Args:
         rows (`str`): `long`, rows of `tokens` tokens; `short`, rows of some 190.
         way (`str`): `trainer`; `causal`, the same with the model's own causal sdpa in the mask's place; `bare`, the
-            same model in a loop without Trainer; `seed`, the earlier way.
+            same model in a loop without Trainer; `seed`, the earlier way; `flash`, the trainer with flex's other back
+            end (flash-attn-4).
     """
 
     shape: dict = field(default_factory=lambda: QWEN3_4B)
@@ -88,6 +90,15 @@ CASES = {
     "full-4b-float32": Case(lora=None, dtype="float32", accumulation=8, steps=5, fields=ALL),
     **{f"causal-{n}": Case(tokens=n, way="causal", fields=ALL) for n in (2048, 8192, 32768)},
     **{f"masked-{n}": Case(tokens=n, fields=ALL) for n in (2048, 8192, 32768)},
+    "flash-lora-4b": Case(fields=NONE, way="flash"),
+    "flash-lora-4b-checkpointing": Case(fields=ALL, way="flash"),
+    "flash-full-4b-bf16": Case(lora=None, accumulation=8, steps=5, fields=NONE, way="flash"),
+    "flash-masked-32768": Case(tokens=32768, fields=ALL, way="flash"),
+    # Of bench_plan.py.
+    "plan-1.7b-lora": Case(shape=QWEN3_17B, lora=16, tokens=16384, fields=NONE),
+    "plan-4b-lora": Case(tokens=24576, fields=ALL),
+    "plan-0.6b-full": Case(shape=QWEN3_06B, lora=None, dtype="float32", batch=2, fields=ALL | EAGER),
+    "plan-1.7b-full": Case(shape=QWEN3_17B, lora=None, tokens=4096, accumulation=4, fields=NONE),
     "full-1.7b": Case(shape=QWEN3_17B, lora=None, dtype="float32", fields=ALL | EAGER),
     "full-4b-zero3": Case(lora=None, dtype="float32", fields=ALL | EAGER),
     "smol-packed": Case(batch=4, **SMOL),
@@ -188,6 +199,11 @@ def plain_causal(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs | {"attention_mask": None}
 
 
+def by_flash(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Flex attention by flash-attn-4's kernels."""
+    return args, kwargs | {"kernel_options": {"BACKEND": "FLASH"}}
+
+
 def run(case: Case, tiny: bool, device: str) -> dict:
     if case.way == "seed":
         return seed(case, device)
@@ -208,6 +224,8 @@ def run(case: Case, tiny: bool, device: str) -> dict:
         if case.way == "causal":
             backbone._bottleneck_mask.remove()
             backbone.register_forward_pre_hook(plain_causal, with_kwargs=True)
+        if case.way == "flash":
+            backbone.register_forward_pre_hook(by_flash, with_kwargs=True)
         if case.way == "bare":
             return bare(case, trainer, device)
         trainer.train()

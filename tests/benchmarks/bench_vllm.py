@@ -39,20 +39,20 @@ from sampled import SHAPES, make_model, random_prompts, say
 from abscot_trl.traces.vllm import VLLMTraceSampler, row_seed, trace_parameters
 
 TEMPERATURE = 0.7
-# Of section `cost`: what is asked for beside temperature and number of tokens.
+# Of section `cost`: what is asked for beside temperature and number of tokens; one thing more at each step.
 STEPS = {
     "plain": (),
-    "log-probabilities": ("logprobs",),
-    "and seeds": ("logprobs", "seeds"),
-    "and constraint": ("logprobs", "constraint"),
-    "all": ("logprobs", "seeds", "constraint"),
+    "constraint": ("constraint",),
+    "seeds": ("constraint", "seeds"),
+    "log-probabilities": ("constraint", "seeds", "logprobs"),
+    "log-probabilities in dictionaries": ("constraint", "seeds", "logprobs", "dictionaries"),
 }
 COSTS = {  # name: before, after
-    "constraint": ("log-probabilities", "and constraint"),
-    "constraint, given seeds": ("and seeds", "all"),
-    "seeds": ("and constraint", "all"),
-    "log-probabilities": ("plain", "log-probabilities"),
-    "all against plain": ("plain", "all"),
+    "vllm-constraint-cost-percent": ("plain", "constraint"),
+    "vllm-seed-cost-percent": ("constraint", "seeds"),
+    "vllm-logprobs-cost-percent": ("seeds", "log-probabilities"),
+    "vllm-dictionaries-cost-percent": ("log-probabilities", "log-probabilities in dictionaries"),
+    "vllm-all-cost-percent": ("plain", "log-probabilities"),
 }
 OLDER = {"v2": "", "v1": " (older model runner)"}  # ends a figure's name
 # Of section `resume`: name, environment, engine arguments. The second two show whether processes differ.
@@ -78,7 +78,7 @@ def requests(sampler: VLLMTraceSampler, n: int, tokens: int, asked: tuple[str, .
             made.append(trace_parameters(sampler.codebook, sampler.end, tokens, tokens, TEMPERATURE))
         else:
             made.append({"temperature": TEMPERATURE, "max_tokens": tokens, "ignore_eos": True})
-            made[-1] |= {"logprobs": 0} if "logprobs" in asked else {}
+        made[-1] |= {"logprobs": 0 if "logprobs" in asked else None, "flat_logprobs": "dictionaries" not in asked}
         made[-1]["seed"] = row_seed(0, row) if "seeds" in asked else None
     return made
 
@@ -111,10 +111,8 @@ def cost(sampler: VLLMTraceSampler, args: argparse.Namespace) -> list[dict]:
     rows = []
     for name, (before, after) in COSTS.items():
         pairs = [100 * (b / a - 1) for a, b in zip(seconds[before][1:], seconds[after][1:], strict=True)]
-        title = {"constraint": "vllm-constraint-cost-percent", "seeds": "vllm-seed-cost-percent"}.get(name)
-        title = (title or f"vllm {name}") + OLDER[args.runner]
-        rows.append({"name": title, "value": round(median(pairs), 2), "unit": "% more time", "runs": len(pairs)})
-        rows[-1] |= {"low": round(min(pairs), 2), "high": round(max(pairs), 2)}
+        rows.append({"name": name + OLDER[args.runner], "value": round(median(pairs), 2), "unit": "% more time"})
+        rows[-1] |= {"runs": len(pairs), "low": round(min(pairs), 2), "high": round(max(pairs), 2)}
         rows[-1] |= {"baseline": f"{n} requests of 16 + {tokens} tokens, '{before}', in the same engine, in turn"}
         rows[-1] |= {"tokens_per_second": round(n * tokens / median(seconds[after][1:])), "shape": args.shape}
         say(rows[-1])
@@ -300,7 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_model_len", type=int, default=8192)
     parser.add_argument("--requests", type=int, default=256, help="of section cost, all at once")
     parser.add_argument("--cost_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5, help="of section cost")
+    parser.add_argument("--repeats", type=int, default=9, help="of section cost")
     parser.add_argument("--speed_repeats", type=int, default=3)
     parser.add_argument("--trace_tokens", type=int, default=13, help="of each trace in section speed")
     parser.add_argument("--rows", type=int, default=2048, help="prompts of 200 tokens")

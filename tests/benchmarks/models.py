@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -47,14 +48,18 @@ SMALL = qwen3(512, 512, 1024, 3, 8, 2)
 TINY = qwen3(512, 64, 96, 2, 2, 1)
 
 
-def build_model(shape: dict, device: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A random tied model, made on the device itself; the same weights at every call."""
+def config_of(shape: dict) -> PretrainedConfig:
     kind = LlamaConfig if shape.get("llama") else Qwen3Config
     sizes = {key: value for key, value in shape.items() if key != "llama"}
-    config = kind(tie_word_embeddings=True, use_cache=False, pad_token_id=0, max_position_embeddings=65536, **sizes)
+    return kind(tie_word_embeddings=True, use_cache=False, pad_token_id=0, max_position_embeddings=65536, **sizes)
+
+
+def build_model(shape: dict, device: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A random tied model, made on the device itself; the same weights at every call."""
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
+        model = AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype, attn_implementation=attention)
+    return model.train()
 
 
 def extended_tokenizer() -> tuple[PreTrainedTokenizerBase, AbstractVocabulary]:

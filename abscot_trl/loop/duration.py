@@ -1,0 +1,75 @@
+"""
+How long training and sampling take: what a GPU multiplies, attends to and moves, and what it was measured to reach.
+
+The four constants are fitted to steps of Qwen3-4B's and SmolLM2-135M's shapes on an H100 (`recipes/SPEED.md`), six of
+which they give within 6 %; `make bench-plan` holds them against steps that they were not fitted to.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from abscot_trl.loop.memory import GIB, Shape, layer_activations
+
+MATMUL = 0.69  # of the peak, in products with weights
+ATTENTION = 0.43  # of the peak, in flex attention
+MOVED = 4.6  # times what a layer keeps for backward is read or written in each pass
+LAUNCH = 0.0017  # seconds: the host starts a layer's kernels in one pass
+READING = 0.47  # of the peak, vLLM reading prefixes: 58,000 tokens/s of Qwen3-4B's shape on an H100
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: dense bf16 peak in FLOP/s and bytes/s of its memory (`None` where they are not known), and its GiB."""
+
+    name: str
+    peak: float | None
+    bandwidth: float | None
+    gib: float
+
+
+GPUS = {  # by the data sheets; the longer name first
+    "a100": Card("a100", 312e12, 1.9e12, 79),
+    "h100-pcie": Card("h100-pcie", 756e12, 2.0e12, 79),
+    "h100-nvl": Card("h100-nvl", 835e12, 3.9e12, 93),
+    "h100": Card("h100", 989e12, 3.35e12, 79),
+    "h200-nvl": Card("h200-nvl", 835e12, 4.8e12, 139),
+    "h200": Card("h200", 989e12, 4.8e12, 139),
+}
+
+
+def card_of(gpu: str | None) -> Card:
+    """The card of that name; without one the GPU that is here, else an h200."""
+    if gpu is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        name = card.name.lower().replace(" ", "-")
+        known = [one for kind, one in GPUS.items() if kind in name and "mig" not in name] or [Card("", None, None, 0)]
+        return Card(f"{card.name} (found here)", known[0].peak, known[0].bandwidth, card.total_memory / GIB)
+    if gpu is None:
+        h200 = GPUS["h200"]
+        return Card("h200 (no GPU is here; `gpu` names another)", h200.peak, h200.bandwidth, h200.gib)
+    return GPUS[gpu]
+
+
+def batch_seconds(shape: Shape, recipe: dict, tokens: float, length: float, card: Card) -> float:
+    """
+    Seconds of forward and backward over `tokens` that stand in documents of mean `length`, by one GPU of a known peak.
+
+    2 operations a parameter and token forward, 2 for the gradient of activations, 2 for that of the weights (full), 2
+    when layers are computed again; causal attention 2 L q a token and layer forward, 2.5 times that backward; what
+    layers keep, moved in each pass; weights read once a pass, and written in 16 bits first where they have 32. Not
+    less than the host takes to start it all.
+    """
+    lora, again = bool(recipe.get("use_peft")), int(recipe.get("gradient_checkpointing", True))
+    body = sum(a * b for name, a, b in shape.linear if name != "lm_head")
+    products = tokens * body * (4 + 2 * (not lora) + 2 * again)
+    attention = tokens * 2 * length * shape.queries * shape.layers * (3.5 + again)
+    kept = shape.layers * layer_activations(shape, int(tokens)) * (3 + again)
+    weights = body * (2 if lora or recipe.get("dtype") in ("bfloat16", "float16") else 12) * (2 + again)
+    seconds = (products / MATMUL + attention / ATTENTION) / card.peak + (MOVED * kept + weights) / card.bandwidth
+    return max(seconds, LAUNCH * shape.layers * (2 + again))
+
+
+def reading_seconds(shape: Shape, tokens: float, card: Card) -> float:
+    """Seconds of reading `tokens` of prefixes, by one GPU."""
+    return 2 * shape.parameters * tokens / (READING * card.peak)
