@@ -145,7 +145,7 @@ def _check_implementation(implementation: str | None) -> None:
         )
 
 
-def use_bottleneck_mask(model: PreTrainedModel) -> PreTrainedModel:
+def use_bottleneck_mask(model: PreTrainedModel, kernels: str = "triton") -> PreTrainedModel:
     """
     Make `model(input_ids=, attention_mask=<2-D>, segment_ids=, document_ids=None)` apply the bottleneck mask.
 
@@ -153,6 +153,9 @@ def use_bottleneck_mask(model: PreTrainedModel) -> PreTrainedModel:
     puts it where the model would put its own; calls without `segment_ids` (generation) are unchanged. Without
     `position_ids`, positions restart with each document. The model is changed in place and returned; a second call
     does nothing.
+
+    Args:
+        kernels (`str`): whose kernels run flex attention: `triton`, torch's own, or `flash`, flash-attn-4's.
 
     Raises:
         Refused: sliding-window or recurrent layers, or an attention implementation other than sdpa, eager and flex.
@@ -163,6 +166,7 @@ def use_bottleneck_mask(model: PreTrainedModel) -> PreTrainedModel:
     backbone = causal_lm.base_model
     if getattr(backbone, "_bottleneck_mask", None) is None:
         backbone._bottleneck_mask = backbone.register_forward_pre_hook(_install_mask, with_kwargs=True)
+        backbone._flex_options = {"kernel_options": {"BACKEND": "FLASH"}} if kernels == "flash" else {}
     return model
 
 
@@ -180,7 +184,7 @@ def _install_mask(backbone: PreTrainedModel, args: tuple, kwargs: dict) -> tuple
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
         kwargs["position_ids"] = index - torch.where(starts, index, 0).cummax(dim=1).values
     if implementation == "flex_attention":
-        mask = block_mask(segments, documents)
+        mask, kwargs = block_mask(segments, documents), kwargs | backbone._flex_options
     elif implementation == "eager":
         mask = additive_mask(segments, documents, _hidden_dtype(backbone))
     else:

@@ -14,6 +14,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from abscot_trl.attention import block_mask, dense_mask, use_bottleneck_mask
 from abscot_trl.examples import Collator, Encoder, Segment, pack
@@ -163,6 +164,21 @@ def test_implementations_agree(family):
     real = batch["segment_ids"] != Segment.PAD
     for implementation in ("eager", "flex_attention"):
         assert (found["sdpa"] - found[implementation])[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernels", ["triton", "flash"])
+def test_each_layer_asks_for_the_kernels(family, kernels, monkeypatch):
+    """As torch's flex_attention would be called: nothing by default, which lets torch choose among its own."""
+    asked, attend = [], ALL_ATTENTION_FUNCTIONS["flex_attention"]
+
+    def record(*args, **kwargs):
+        asked.append(kwargs.pop("kernel_options", None))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", record)
+    logits(use_bottleneck_mask(tiny_model(family, attn_implementation="flex_attention"), kernels), [row()], 128)
+    assert len(asked) > 1 and asked == [{"BACKEND": "FLASH"} if kernels == "flash" else None] * len(asked)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

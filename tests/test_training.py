@@ -137,6 +137,22 @@ def test_compiled_layers_and_zero3_are_refused(checkpoint, tmp_path, monkeypatch
         check_settings(args, ModelConfig(model_name_or_path=str(checkpoint)))
 
 
+def test_flash_kernels_are_refused_where_they_cannot_run(monkeypatch):
+    with pytest.raises(Refused, match="is for attn_implementation: flex_attention and packing: true"):
+        configs._check_flash("sdpa", packing=True)
+    with pytest.raises(Refused, match="is for attn_implementation: flex_attention and packing: true"):
+        configs._check_flash("flex_attention", packing=False)
+    monkeypatch.setattr(configs, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match="needs flash-attn-4; pip install"):
+        configs._check_flash("flex_attention", packing=True)
+    monkeypatch.setattr(configs, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(Refused, match="needs a Hopper card"):
+        configs._check_flash("flex_attention", packing=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    configs._check_flash("flex_attention", packing=True)
+
+
 def test_lora_trains_its_matrices_and_the_token_rows_only(checkpoint, tmp_path):
     trainer = run(checkpoint, tmp_path, peft_config=lora(checkpoint), max_steps=3)
     base = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())

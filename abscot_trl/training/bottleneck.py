@@ -160,7 +160,7 @@ class BottleneckSFTTrainer(SFTTrainer):
         mend_output_head(self.model)
         if args.bf16 or args.fp16:
             keep_inputs_narrow(self.model)
-        use_bottleneck_mask(self.model)
+        use_bottleneck_mask(self.model, args.flex_kernels)
         if args.compile_layers:
             compile_layers(self.model, dynamic=not packed)
         self._sums: Tensor | None = None

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -60,8 +61,7 @@ class Case:
     Args:
         rows (`str`): `long`, rows of `tokens` tokens; `short`, rows of some 190.
         way (`str`): `trainer`; `causal`, the same with the model's own causal sdpa in the mask's place; `bare`, the
-            same model in a loop without Trainer; `seed`, the earlier way; `flash`, the trainer with flex's other back
-            end (flash-attn-4).
+            same model in a loop without Trainer; `seed`, the earlier way.
     """
 
     shape: dict = field(default_factory=lambda: QWEN3_4B)
@@ -77,6 +77,7 @@ class Case:
 
 
 NONE, ALL = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+FLASH = {"flex_kernels": "flash"}
 EAGER = {"use_liger_kernel": True, "compile_layers": False}
 SMOL = {"shape": SMOLLM2_135M, "lora": None, "dtype": "float32", "rows": "short", "steps": 24, "fields": NONE}
 CASES = {
@@ -86,14 +87,14 @@ CASES = {
     "lora-4b-every-2": Case(fields=ALL | {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}),
     "lora-4b-liger": Case(fields=ALL | EAGER),
     "lora-4b-bare": Case(fields=NONE, way="bare"),
-    "full-4b-bf16": Case(lora=None, accumulation=8, steps=5, fields=NONE),
+    "full-4b-bf16": Case(lora=None, accumulation=8, steps=8, fields=NONE),
     "full-4b-float32": Case(lora=None, dtype="float32", accumulation=8, steps=5, fields=ALL),
     **{f"causal-{n}": Case(tokens=n, way="causal", fields=ALL) for n in (2048, 8192, 32768)},
     **{f"masked-{n}": Case(tokens=n, fields=ALL) for n in (2048, 8192, 32768)},
-    "flash-lora-4b": Case(fields=NONE, way="flash"),
-    "flash-lora-4b-checkpointing": Case(fields=ALL, way="flash"),
-    "flash-full-4b-bf16": Case(lora=None, accumulation=8, steps=5, fields=NONE, way="flash"),
-    "flash-masked-32768": Case(tokens=32768, fields=ALL, way="flash"),
+    "flash-lora-4b": Case(fields=NONE | FLASH),
+    "flash-lora-4b-checkpointing": Case(fields=ALL | FLASH),
+    "flash-full-4b-bf16": Case(lora=None, accumulation=8, steps=8, fields=NONE | FLASH),
+    **{f"flash-masked-{n}": Case(tokens=n, fields=ALL | FLASH) for n in (2048, 8192, 32768)},
     # Of bench_plan.py.
     "plan-1.7b-lora": Case(shape=QWEN3_17B, lora=16, tokens=16384, fields=NONE),
     "plan-4b-lora": Case(tokens=24576, fields=ALL),
@@ -199,11 +200,6 @@ def plain_causal(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs | {"attention_mask": None}
 
 
-def by_flash(backbone, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Flex attention by flash-attn-4's kernels."""
-    return args, kwargs | {"kernel_options": {"BACKEND": "FLASH"}}
-
-
 def run(case: Case, tiny: bool, device: str) -> dict:
     if case.way == "seed":
         return seed(case, device)
@@ -224,8 +220,6 @@ def run(case: Case, tiny: bool, device: str) -> dict:
         if case.way == "causal":
             backbone._bottleneck_mask.remove()
             backbone.register_forward_pre_hook(plain_causal, with_kwargs=True)
-        if case.way == "flash":
-            backbone.register_forward_pre_hook(by_flash, with_kwargs=True)
         if case.way == "bare":
             return bare(case, trainer, device)
         trainer.train()
@@ -260,17 +254,21 @@ def figures(found: dict[str, dict]) -> list[dict]:
         add(f"{case}-step", case, lambda r: r["step_s"], "s")
         add(f"{case}-memory", case, lambda r: r["peak_gib"], "GiB")
         add(f"{case}-tokens", case, lambda r: r["tokens_per_s"], "tokens/s")
-    for suffix in ("", "-checkpointing", "-every-2"):
-        case, seed = f"lora-4b{suffix}", "lora-4b-seed"
+    for prefix, suffix in product(("", "flash-"), ("", "-checkpointing", "-every-2")):
+        case, seed = f"{prefix}lora-4b{suffix}", "lora-4b-seed"
+        suffix += "-flash" * bool(prefix)
         add(f"lora-4b-8192-speedup{suffix}", case, faster, "x", seed)
         add(f"lora-4b-8192-memory-ratio{suffix}", case, lambda r, s: r["peak_gib"] / s["peak_gib"], "x", seed)
         add(f"lora-4b-8192-tflops{suffix}", case, lambda r: r["tflop_per_s"], "model TFLOP/s (6N)")
         add(f"lora-4b-8192-tflops-4n{suffix}", case, lambda r: r["tflop_per_s_4n"], "model TFLOP/s (4N)")
     add("full-4b-8192-tflops", "full-4b-bf16", lambda r: r["tflop_per_s"], "model TFLOP/s (6N), bf16 weights")
+    flash = "model TFLOP/s (6N), bf16 weights, flash-attn-4"
+    add("full-4b-8192-tflops-flash", "flash-full-4b-bf16", lambda r: r["tflop_per_s"], flash)
     add("full-4b-8192-tflops-float32", "full-4b-float32", lambda r: r["tflop_per_s"], "model TFLOP/s (6N), float32")
     for n in (2048, 8192, 32768):
         ratio = lambda m, c: m["step_s"] / c["step_s"]  # noqa: E731
         add(f"masked-over-causal-{n}", f"masked-{n}", ratio, "x", f"causal-{n}")
+        add(f"masked-over-causal-{n}-flash", f"flash-masked-{n}", ratio, "x", f"causal-{n}")
     add("packing-speedup", "smol-packed", faster, "x", "smol-single")
     add("smollm2-135m-tokens-per-second", "smol-packed", lambda r: r["tokens_per_s"], "tokens/s")
     add("smollm2-135m-speedup", "smol-packed", faster, "x", "smol-eager")
