@@ -113,7 +113,7 @@ bench-sampling: $(READY) ## vLLM against transformers, the second call (12 minut
 bench-vllm: $(READY) ## what the constraint and the seeds cost, traces a second, what resumes alike (one H100, minutes)
 	$(BIN)/python tests/benchmarks/bench_vllm.py $(or $(ARGS),cost speed resume)
 
-bench-plan: $(READY) ## abscot plan's memory against what a GPU takes (one H200, minutes)
+bench-plan: $(READY) ## abscot plan against steps on a GPU (one card, 3 minutes)
 	$(BIN)/python tests/benchmarks/bench_plan.py $(ARGS)
 
 bench-data: $(READY) ## abscot data on 200,000 rows: rows a second, memory, after a kill (20 minutes on 2 cores)

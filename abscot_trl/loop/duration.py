@@ -1,8 +1,8 @@
 """
 How long training and sampling take: what a GPU multiplies, attends to and moves, and what it was measured to reach.
 
-The four constants are fitted to steps of Qwen3-4B's and SmolLM2-135M's shapes on an H100 (`recipes/SPEED.md`), six of
-which they give within 6 %; `make bench-plan` holds them against steps that they were not fitted to.
+The constants are fitted to steps of Qwen3-4B's and SmolLM2-135M's shapes on an H100 (`recipes/SPEED.md`), six of which
+they give within 6 %; `make bench-plan` holds them against steps that they were not fitted to.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ MATMUL = 0.69  # of the peak, in products with weights
 ATTENTION = 0.43  # of the peak, in flex attention
 MOVED = 4.6  # times what a layer keeps for backward is read or written in each pass
 LAUNCH = 0.0017  # seconds: the host starts a layer's kernels in one pass
+LAUNCH_ZERO3 = 0.0105  # the same under ZeRO-3, which gathers and frees weights by hooks (FSDP: not measured)
 READING = 0.47  # of the peak, vLLM reading prefixes: 58,000 tokens/s of Qwen3-4B's shape on an H100
 
 
@@ -51,7 +52,7 @@ def card_of(gpu: str | None) -> Card:
     return GPUS[gpu]
 
 
-def batch_seconds(shape: Shape, recipe: dict, tokens: float, length: float, card: Card) -> float:
+def batch_seconds(shape: Shape, recipe: dict, tokens: float, length: float, card: Card, zero: int = 0) -> float:
     """
     Seconds of forward and backward over `tokens` that stand in documents of mean `length`, by one GPU of a known peak.
 
@@ -67,7 +68,7 @@ def batch_seconds(shape: Shape, recipe: dict, tokens: float, length: float, card
     kept = shape.layers * layer_activations(shape, int(tokens)) * (3 + again)
     weights = body * (2 if lora or recipe.get("dtype") in ("bfloat16", "float16") else 12) * (2 + again)
     seconds = (products / MATMUL + attention / ATTENTION) / card.peak + (MOVED * kept + weights) / card.bandwidth
-    return max(seconds, LAUNCH * shape.layers * (2 + again))
+    return max(seconds, (LAUNCH_ZERO3 if zero == 3 else LAUNCH) * shape.layers * (2 + again))
 
 
 def reading_seconds(shape: Shape, tokens: float, card: Card) -> float:

@@ -147,7 +147,7 @@ def plan(args: PlanArguments) -> dict:
         "wait for each other, evaluations and loading are not counted"
         if card.peak
         else f"hours are not reckoned: of {card.name} no peak is known; `gpu` takes another's ({', '.join(GPUS)})",
-        "~ steps of packed rows depend on the traces' lengths; memory with ZeRO or FSDP is calculated, not measured",
+        "~ steps of packed rows depend on the traces' lengths; FSDP is taken for ZeRO-3, it was not measured",
     ]
     return {"stages": table, "assumptions": assumptions, "warnings": list(dict.fromkeys(warnings))}
 
@@ -200,7 +200,7 @@ def _training(stage: Stage, setting: Setting) -> dict:
         length = float((documents.astype(float) ** 2).sum() / documents.sum())  # of the document a token stands in
         batches = rows * epochs / at_batch
         batch = tokens / setting.gpus / batches
-        line["hours"] = batches * batch_seconds(shape, recipe, batch, length, setting.card) / 3600
+        line["hours"] = batches * batch_seconds(shape, recipe, batch, length, setting.card, setting.zero) / 3600
     return line
 
 

@@ -37,7 +37,8 @@ def predict(case: Case, zero: int = 0, gpus: int = 1, gpu: str | None = None) ->
         shape = shape_of(folder)
     recipe, at_once = recipe | case.fields, case.batch * case.tokens
     trained = trained_parameters(shape, recipe, AbstractVocabulary().size)
-    seconds = batch_seconds(shape, recipe, at_once, SHORT if case.rows == "short" else case.tokens, card_of(gpu))
+    length = SHORT if case.rows == "short" else case.tokens
+    seconds = batch_seconds(shape, recipe, at_once, length, card_of(gpu), zero)
     return training_memory(shape, recipe, trained, at_once, zero, gpus) / GIB, case.accumulation * seconds
 
 

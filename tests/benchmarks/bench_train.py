@@ -254,21 +254,20 @@ def figures(found: dict[str, dict]) -> list[dict]:
         add(f"{case}-step", case, lambda r: r["step_s"], "s")
         add(f"{case}-memory", case, lambda r: r["peak_gib"], "GiB")
         add(f"{case}-tokens", case, lambda r: r["tokens_per_s"], "tokens/s")
-    for prefix, suffix in product(("", "flash-"), ("", "-checkpointing", "-every-2")):
-        case, seed = f"{prefix}lora-4b{suffix}", "lora-4b-seed"
-        suffix += "-flash" * bool(prefix)
+    for kernels, suffix in product(("", "-triton"), ("", "-checkpointing", "-every-2")):
+        case, seed = f"{'' if kernels else 'flash-'}lora-4b{suffix}", "lora-4b-seed"
+        suffix += kernels
         add(f"lora-4b-8192-speedup{suffix}", case, faster, "x", seed)
         add(f"lora-4b-8192-memory-ratio{suffix}", case, lambda r, s: r["peak_gib"] / s["peak_gib"], "x", seed)
         add(f"lora-4b-8192-tflops{suffix}", case, lambda r: r["tflop_per_s"], "model TFLOP/s (6N)")
         add(f"lora-4b-8192-tflops-4n{suffix}", case, lambda r: r["tflop_per_s_4n"], "model TFLOP/s (4N)")
-    add("full-4b-8192-tflops", "full-4b-bf16", lambda r: r["tflop_per_s"], "model TFLOP/s (6N), bf16 weights")
-    flash = "model TFLOP/s (6N), bf16 weights, flash-attn-4"
-    add("full-4b-8192-tflops-flash", "flash-full-4b-bf16", lambda r: r["tflop_per_s"], flash)
+    for name, case in (("", "flash-full-4b-bf16"), ("-triton", "full-4b-bf16")):
+        add(f"full-4b-8192-tflops{name}", case, lambda r: r["tflop_per_s"], "model TFLOP/s (6N), bf16 weights")
     add("full-4b-8192-tflops-float32", "full-4b-float32", lambda r: r["tflop_per_s"], "model TFLOP/s (6N), float32")
     for n in (2048, 8192, 32768):
         ratio = lambda m, c: m["step_s"] / c["step_s"]  # noqa: E731
-        add(f"masked-over-causal-{n}", f"masked-{n}", ratio, "x", f"causal-{n}")
-        add(f"masked-over-causal-{n}-flash", f"flash-masked-{n}", ratio, "x", f"causal-{n}")
+        add(f"masked-over-causal-{n}", f"flash-masked-{n}", ratio, "x", f"causal-{n}")
+        add(f"masked-over-causal-{n}-triton", f"masked-{n}", ratio, "x", f"causal-{n}")
     add("packing-speedup", "smol-packed", faster, "x", "smol-single")
     add("smollm2-135m-tokens-per-second", "smol-packed", lambda r: r["tokens_per_s"], "tokens/s")
     add("smollm2-135m-speedup", "smol-packed", faster, "x", "smol-eager")

@@ -326,7 +326,8 @@ def main() -> None:
                 sampler = sampler or build(args)
             apart = {"resume": resume, "parallel": parallel}
             rows = apart[section](args) if section in apart else {"cost": cost, "speed": speed}[section](sampler, args)
-            record(args.output, rows, " ".join(["python", *sys.argv]))
+            asked = [word for word in sys.argv if word not in ("--output", str(args.output))]
+            record(args.output, rows, " ".join(["python", *asked]))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,13 @@ PAGE = Path(__file__).resolve().parents[2] / "recipes" / "SPEED.md"
 STEPS = {  # case of bench_train.py: in words
     "lora-4b-seed": "LoRA, the earlier way",
     "lora-4b-checkpointing": "LoRA, layers computed again",
+    "flash-lora-4b-checkpointing": "the same, flash-attn-4",
+    "lora-4b-every-2": "LoRA, every second layer computed again",
     "lora-4b-liger": "LoRA, layers computed again, Liger's kernels in place of compiled layers",
     "lora-4b": "LoRA",
+    "flash-lora-4b": "LoRA, flash-attn-4",
     "full-4b-bf16": "full, bf16 weights, 8 rows a step",
+    "flash-full-4b-bf16": "the same, flash-attn-4",
     "full-4b-float32": "full, float32 weights, layers computed again, 8 rows a step",
     "smol-packed": "SmolLM2-135M, full, float32 weights, packed, 4 rows a step",
     "smol-bare": "the same in a bare loop",
@@ -41,19 +45,39 @@ def steps(found: dict[str, dict]) -> str:
     for case, words in STEPS.items():
         if f"{case}-step" in found:
             step, memory, tokens = (found[f"{case}-{what}"]["value"] for what in ("step", "memory", "tokens"))
-            flops = {"lora-4b": "lora-4b-8192-tflops", "lora-4b-checkpointing": "lora-4b-8192-tflops-checkpointing"}
-            flops |= {"full-4b-bf16": "full-4b-8192-tflops", "full-4b-float32": "full-4b-8192-tflops-float32"}
-            tflops = f"{found[flops[case]]['value']:.0f}" if flops.get(case) in found else ""
+            flops = [r["value"] for r in found.values() if r.get("case") == case and "TFLOP/s (6N)" in r["unit"]]
+            tflops = f"{flops[0]:.0f}" if flops else ""
             rows.append([words, f"{step:.3f}", f"{tokens:,.0f}", f"{memory:.1f}", tflops])
     return table(["a step at 8192 tokens a row", "s", "tokens/s", "peak GiB", "model TFLOP/s"], rows)
 
 
 def ratios(found: dict[str, dict]) -> str:
-    names = [name for name, row in found.items() if row["baseline"] and "agree" not in name and "kill" not in name]
+    apart = ("agree", "kill", "vllm", "plan")
+    names = [name for name, row in found.items() if row["baseline"] and not name.startswith(apart)]
     rows = [
         [f"`{name}`", f"{found[name]['value']:.3g}", found[name]["unit"], found[name]["baseline"]] for name in names
     ]
     return table(["figure", "value", "unit", "against"], rows)
+
+
+def sampling(found: dict[str, dict]) -> str:
+    rows = []
+    for name, row in found.items():
+        if name.startswith("vllm-"):
+            cards = row["card"].replace("NVIDIA ", "").replace(" 80GB HBM3", "")
+            spread = f" ({row['low']:.1f} .. {row['high']:.1f})" if "low" in row else ""
+            rows.append([f"`{name}`", f"{row['value']:.4g}{spread}", row["unit"], row["baseline"], cards])
+    return table(["figure", "value", "unit", "beside", "card"], rows)
+
+
+def planned(found: dict[str, dict]) -> str:
+    rows = []
+    for name, row in found.items():
+        if name.startswith("plan: "):
+            gib, seconds = row["predicted"]
+            cells = [name.removeprefix("plan: "), f"{gib:.2f} GiB, {seconds:.3f} s", row["baseline"][10:]]
+            rows.append([*cells, f"{row['value']:.3f}", f"{row['seconds']:.2f}"])
+    return table(["step", "predicted", "measured", "memory, predicted/measured", "seconds"], rows)
 
 
 def attention(found: dict[str, dict]) -> str:
@@ -78,23 +102,26 @@ def picture(found: dict[str, dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for case in ("lora-4b-seed", "lora-4b-checkpointing", "lora-4b"):
-        memory, tokens = found[f"{case}-memory"]["value"], found[f"{case}-tokens"]["value"]
-        left.plot(memory, tokens, "o")
-        words = STEPS[case].removeprefix("LoRA, ").replace("LoRA", "nothing computed again")
-        left.annotate(
-            words,
-            (memory, tokens),
-            xytext=(-15 if memory < 20 else 0, 8),
-            textcoords="offset points",
-            ha="left" if memory < 20 else "center",
-        )
-    left.set(xlabel="peak GiB", ylabel="tokens/s", xlim=(0, 60), ylim=(0, 20000))
+    marks = {"lora-4b-seed": "s", "lora-4b-checkpointing": "o", "lora-4b-every-2": "^", "lora-4b": "D"}
+    for case, mark in marks.items():
+        for kernels, color in (("", "tab:blue"), ("flash-", "tab:orange")):
+            if f"{kernels}{case}-tokens" in found:
+                memory, tokens = (found[f"{kernels}{case}-{what}"]["value"] for what in ("memory", "tokens"))
+                words = STEPS[case].removeprefix("LoRA, ").replace("LoRA", "nothing computed again")
+                words = "the same, flash-attn-4" if kernels else words
+                left.plot(memory, tokens, mark, color="grey" if "seed" in case else color, label=words)
+    left.legend(fontsize=7, loc="upper left")
+    left.set(xlabel="peak GiB", ylabel="tokens/s", xlim=(0, 60), ylim=(0, 30000))
     left.set_title("LoRA of Qwen3-4B's shape, rows of 8192")
-    lengths = sorted(int(m[1]) for name in found if (m := re.fullmatch(r"masked-over-causal-(\d+)", name)))
-    right.plot(lengths, [found[f"masked-over-causal-{n}"]["value"] for n in lengths], "o-")
+    for ending, color, words in (("-triton", "tab:blue", "torch's kernels"), ("", "tab:orange", "flash-attn-4")):
+        case = "flash" if not ending else "masked"
+        pairs = {int(m[1]): row["value"] for name, row in found.items() if row.get("case", "").startswith(case)
+                 and (m := re.fullmatch(rf"masked-over-causal-(\d+){ending}", name))}  # fmt: skip
+        right.plot(sorted(pairs), [pairs[n] for n in sorted(pairs)], "o-", color=color, label=words)
+    right.legend(fontsize=7)
+    lengths = (2048, 8192, 32768)
     right.axhline(1, color="grey", linewidth=0.8)
-    right.set(xscale="log", xlabel="tokens a row", ylabel="masked step / causal step", ylim=(0.9, 1.3))
+    right.set(xscale="log", xlabel="tokens a row", ylabel="masked step / causal step", ylim=(0.6, 1.3))
     right.set_xticks(lengths, lengths)
     right.set_title("against cuDNN's causal attention")
     right.minorticks_off()
@@ -103,7 +130,7 @@ def picture(found: dict[str, dict], path: Path) -> None:
 
 def filled(page: str, found: dict[str, dict]) -> str:
     """The page with its tables made anew."""
-    for make in (steps, ratios, attention, launchers):
+    for make in (steps, ratios, attention, sampling, launchers, planned):
         block = f"<!-- {make.__name__} -->\n{make(found)}\n<!-- end -->"
         page, count = re.subn(rf"<!-- {make.__name__} -->\n.*?<!-- end -->", lambda _, b=block: b, page, flags=re.S)
         assert count == 1, make.__name__
