@@ -131,6 +131,8 @@ class InitArguments:
         codebook_size, m_min, m_max (`int`): the vocabulary and the length limits of a trace.
         initialisation (`str`): of the new embedding rows: `mean+noise`, `normal` (of the rows' mean norm) or `zeros`.
         seed (`int`): of that initialisation.
+        codes (`str`, *optional*): folder of `abscot traces --method content`. `base_model` is then the extended
+            checkpoint, and the row of each code becomes that of the token it stands for.
         dtype (`str`): as in `from_pretrained`; `auto` keeps the base model's.
     """
 
@@ -144,6 +146,9 @@ class InitArguments:
     )
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights; 'auto' keeps the base model's."})
+    codes: str | None = field(
+        default=None, metadata={"help": "Content traces; codes begin as the tokens that they stand for."}
+    )
 
 
 def initial_rows(rows: Tensor, n: int, initialisation: str, generator: torch.Generator) -> Tensor:
@@ -243,6 +248,8 @@ def init_checkpoint(args: InitArguments) -> Path:
             the output is there already.
     """
     check_folder(args.output_dir)
+    if args.codes:
+        return _start_codes(args)
     vocabulary = AbstractVocabulary(args.codebook_size, args.m_min, args.m_max)
     tokenizer = load_tokenizer(args.base_model)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
@@ -258,6 +265,28 @@ def init_checkpoint(args: InitArguments) -> Path:
     with written_whole(args.output_dir) as folder:
         save_checkpoint(model, tokenizer, vocabulary, folder)
         verify_checkpoint(folder, model.get_input_embeddings().weight[torch.tensor(ids)])
+    return Path(args.output_dir)
+
+
+def _start_codes(args: InitArguments) -> Path:
+    """The extended checkpoint `base_model` with the codes' rows those of the tokens that they stand for."""
+    from abscot_trl.traces.content import tokens_of_codes  # which loads models by this module
+
+    vocabulary, tokens = AbstractVocabulary.load(args.base_model), tokens_of_codes(args.codes)
+    tokenizer, model = load_tokenizer(args.base_model), load_model(args.base_model, args.dtype)
+    if len(tokens) != vocabulary.size:
+        raise Refused(
+            f"{args.codes} has {len(tokens)} codes, {args.base_model} {vocabulary.size}; make the traces anew"
+        )
+    pairs = [(code, token) for code, token in zip(vocabulary.ids(tokenizer), tokens, strict=True) if token >= 0]
+    codes, stands_for = torch.tensor(pairs).T
+    with torch.no_grad():
+        for matrix in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            matrix[codes] = matrix[stands_for]
+    with written_whole(args.output_dir) as folder:
+        save_checkpoint(model, tokenizer, vocabulary, folder)
+        rows = model.get_input_embeddings().weight[torch.tensor(vocabulary.all_ids(tokenizer))]
+        verify_checkpoint(folder, rows)
     return Path(args.output_dir)
 
 

@@ -117,7 +117,7 @@ def launch(stage: Stage, config: Path, options: DriverOptions) -> None:
     if options.nodes and stage.phase in TRAINING:
         _train_on_nodes(stage, config, options)
         return
-    if options.nodes and stage.phase == "traces" and stage.settings["method"] in ("clusters", "policy"):
+    if options.nodes and stage.phase == "traces" and stage.settings["method"] in ("clusters", "content", "policy"):
         _make_traces_on_nodes(stage, command, options)
         return
     if stage.phase in TRAINING and options.accelerate_config:

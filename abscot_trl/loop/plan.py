@@ -155,7 +155,7 @@ def plan(args: PlanArguments) -> dict:
 def _sampling(settings: dict, setting: Setting) -> dict:
     """Tokens read and hours of a trace stage; random traces read nothing."""
     seen = ["prompt", "trace"] + ["cot"] * (settings["given"] == "cot")
-    reads = settings["method"] in ("clusters", "policy")
+    reads = settings["method"] in ("clusters", "content", "policy")
     part = setting.parts[settings["part"]]
     tokens, rows = int(sum(setting.lengths[name][part].sum() for name in seen)) * reads, len(part)
     disk = 2 * rows * (4 * setting.vocabulary.m_max + 150)

@@ -38,7 +38,9 @@ class WarmupArguments(SamplerArguments, RunArguments):
 
     Args:
         name (`str`): the recipe's name in results: `informed`, `paper`.
-        initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`.
+        initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`, `content`. The
+            codes of `content` begin as the tokens that they stand for.
+        ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided).
     """
 
@@ -47,9 +49,10 @@ class WarmupArguments(SamplerArguments, RunArguments):
         default="clusters",
         metadata={
             "help": "Traces of the first round.",
-            "choices": ["uniform", "cycle", "power_law", "clusters"],
+            "choices": ["uniform", "cycle", "power_law", "clusters", "content"],
         },
     )
+    ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
     distill_from: str = field(
         default="cot",
         metadata={"help": "What phase B's traces are drawn from: prompt or cot.", "choices": ["prompt", "cot"]},
@@ -73,8 +76,8 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
         check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
     sampling = {"backend": args.backend, "engine": args.engine, "server": args.server}
-    initial = {}
-    if args.initial == "clusters" and "data_parallel_size" in (args.engine or {}):
+    initial = {"ratio": args.ratio} if args.initial == "content" else {}
+    if args.initial in ("clusters", "content") and "data_parallel_size" in (args.engine or {}):
         initial["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
     for t in range(1, args.rounds + 1):
         for phase in PARTS:
@@ -99,6 +102,10 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
                     "dtype": args.dtype,
                 },
             )
+            if first and args.initial == "content":
+                codes = str(run / "round1" / "codes")
+                yield Stage("round1/codes", "init", {"base_model": policy, "codes": str(traces), "output_dir": codes})
+                policy = codes
             model = run / f"round{t}" / phase
             settings = recipes[phase] | {
                 "model_name_or_path": policy,

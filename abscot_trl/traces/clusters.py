@@ -85,7 +85,11 @@ def nearest(states: torch.Tensor, centroids: np.ndarray) -> list[int]:
     return ((centroids**2).sum(axis=1) - 2 * states @ centroids.T).argmin(axis=1).tolist()
 
 
-def _load(path: Path, name: str) -> torch.Tensor:
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """
+    Raises:
+        Refused: the file is damaged.
+    """
     try:
         return load_file(path)[name]
     except (SafetensorError, KeyError) as error:
@@ -157,7 +161,7 @@ def cluster_parts(
     with parts.joining():
         look_again(parts.path(0))
         if not parts.done(0) and all(states.done(n) for n in range(len(drawn))):
-            found = torch.cat([_load(states.path(n), "states") for n in range(len(drawn))])
+            found = torch.cat([read_tensor(states.path(n), "states") for n in range(len(drawn))])
             centroids = fit_clusters(found.float().numpy(), vocabulary.size, args.seed)
             write_whole(clusters, save({"centroids": torch.tensor(centroids)}))
             traces = zip(sample, found.split(groups), strict=True)
@@ -165,7 +169,7 @@ def cluster_parts(
     todo = [n for n in range(share, len(others) + 1, shares) if not parts.done(n)]
     if not parts.done(0) or (mine and shares > 1):
         return parts, len(others) + 1, len(mine)
-    centroids = _load(clusters, "centroids").numpy()
+    centroids = read_tensor(clusters, "centroids").numpy()
     for n in todo:
         traces = {i: nearest(at_ends, centroids) for i, at_ends in work("traces", others[n - 1])}
         parts.write(n, [record(row, traces[i]) for i, row in enumerate(others[n - 1])])

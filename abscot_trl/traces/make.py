@@ -21,9 +21,12 @@ from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, engine_arguments, load_sampler
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.clusters import CLUSTER_FILE, cluster_parts
+from abscot_trl.traces.content import CONTENT_FILE, content_parts
 from abscot_trl.traces.files import summarise_traces, write_traces
 from abscot_trl.traces.parallel import parse_shard, run_jobs, visible_gpus
 from abscot_trl.vocabulary import AbstractVocabulary
+
+READING = {"clusters": CLUSTER_FILE, "content": CONTENT_FILE}  # methods that read the CoT with the base model: its fit
 
 
 @dataclass
@@ -36,11 +39,12 @@ class TracesArguments(SamplerArguments):
         data (`str`): prepared data (`abscot data`).
         output_dir (`str`): where `traces.jsonl` and `summary.json` go. While a model is at work its finished parts
             are kept in `<output_dir>.parts`; the same command goes on from them.
-        method (`str`): `uniform`, `cycle`, `power_law`, `clusters`, or `policy` (constrained decoding). Clusters take
-            backend `hf` and a process for each visible GPU; `engine: {data_parallel_size: n}` shares the GPUs among
-            n processes instead.
+        method (`str`): `uniform`, `cycle`, `power_law`, `clusters`, `content`, or `policy` (constrained decoding).
+            Clusters and content take backend `hf` and a process for each visible GPU; `engine: {data_parallel_size:
+            n}` shares the GPUs among n processes instead.
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
+        ratio (`float`): of `content`: tokens of the CoT for each of its trace.
         part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
         shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them. Shards of
             clusters are run twice: first they make what the clusters are fitted on.
@@ -51,7 +55,7 @@ class TracesArguments(SamplerArguments):
     output_dir: str = field(metadata={"help": "Where traces.jsonl and summary.json go."})
     method: str = field(
         default="policy",
-        metadata={"help": "How traces are made.", "choices": [*initial.RANDOM_METHODS, "clusters", "policy"]},
+        metadata={"help": "How traces are made.", "choices": [*initial.RANDOM_METHODS, *READING, "policy"]},
     )
     given: str = field(
         default="prompt",
@@ -61,17 +65,20 @@ class TracesArguments(SamplerArguments):
     part: str | None = field(default=None, metadata={"help": "Part of the splits, e.g. 1.bottleneck."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the policy; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of draws and clusters."})
+    ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
     part_tokens: int = field(default=4_000_000, metadata={"help": "Tokens between two savings of the work done."})
     shard: str | None = field(default=None, metadata={"help": "Make only this share of the rows, e.g. 2/8."})
 
     def __post_init__(self):
         engine = engine_arguments(self.engine)
-        if self.method == "clusters" and self.backend == "hf" and set(engine) <= {"data_parallel_size"}:
+        if self.method in READING and self.backend == "hf" and set(engine) <= {"data_parallel_size"}:
             self.engine = None
         super().__post_init__()
         self.engine = engine or None
         if (self.splits is None) != (self.part is None):
             raise Refused(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
+        if self.ratio < 1:
+            raise Refused(f"ratio must be at least 1, got {self.ratio}")
         if self.part_tokens < 1:
             raise Refused(f"part_tokens must be at least 1, got {self.part_tokens}")
         parse_shard(self.shard)
@@ -104,7 +111,7 @@ def make_traces(args: TracesArguments) -> dict:
     rows = part_rows(args.splits, args.part, len(data))
     if args.method not in initial.RANDOM_METHODS:
         with at_work(args.output_dir, beside=args.shard is not None):
-            make_parts = cluster_parts if args.method == "clusters" else _policy_parts
+            make_parts = {"clusters": cluster_parts, "content": content_parts}.get(args.method, _policy_parts)
             parts, count, made = make_parts(
                 args, vocabulary, tokenizer, data.select(rows), rows, *parse_shard(args.shard)
             )
@@ -221,8 +228,8 @@ def _join(
             if left:
                 return {"shard": args.shard, "parts_made": made, "parts_left_to_others": left}
             with written_whole(args.output_dir) as folder:
-                if args.method == "clusters":
-                    shutil.copyfile(parts.folder / CLUSTER_FILE, folder / CLUSTER_FILE)
+                if args.method in READING:
+                    shutil.copyfile(parts.folder / READING[args.method], folder / READING[args.method])
                 records = sorted(parts.records(range(count), kinds=kinds), key=lambda record: at[record["row"]])
                 summary = _write(args, folder, vocabulary, records, len(rows))
     except (OSError, Refused):
@@ -234,8 +241,8 @@ def _join(
 
 
 def _processes(args: TracesArguments) -> int:
-    """How many share the work of this call: as many as asked for; clusters have one a GPU."""
-    default = len(visible_gpus()) if args.method == "clusters" else 1
+    """How many share the work of this call: as many as asked for; clusters and content have one a GPU."""
+    default = len(visible_gpus()) if args.method in READING else 1
     return (args.engine or {}).get("data_parallel_size", default) or 1
 
 

@@ -1,0 +1,215 @@
+"""
+First traces from what later text reads: of a CoT the few tokens whose loss would cost later steps and the answer most,
+each as a code.
+
+*Influence* of a token: by how many nats the steps after its own, and the answer, get less likely when the model's
+likeliest other token stands in its place. It is measured for some tokens of some rows, a forward pass each; a ridge
+regression on the model's last hidden states tells it for all others, a row a forward pass. The `ratio`-th part of a
+CoT's tokens that has the most influence is its trace, in their order. On word problems these turn out to be the digits
+of each step's result.
+
+*Codes*: the M token types that occur most often among them stand for themselves, every other type for the one of these
+whose embedding is nearest. `abscot init --codes` lets a code's embedding begin as that of its token.
+
+Steps are the CoT's lines; their last tokens, which hold the line break, are never taken.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from abscot_trl.checkpoint import load_model
+from abscot_trl.errors import Refused
+from abscot_trl.storage import Parts, look_again, phase_settings, write_whole
+from abscot_trl.traces.batching import batches, cut
+from abscot_trl.traces.clusters import read_tensor
+from abscot_trl.vocabulary import AbstractVocabulary
+
+CONTENT_FILE = "content.safetensors"
+FIT_ROWS, FIT_TOKENS = 1024, 8  # rows whose influence is measured, and of each so many tokens
+COLUMNS = ("prompt_ids", "cot_ids", "answer_ids", "step_ends")
+
+
+def steps_at(row: dict) -> tuple[list[int], np.ndarray]:
+    """Token ids of [x; c; y], and of each its step: -1 in x, 0.. in c, the number of steps in y."""
+    ids = [*row["prompt_ids"], *row["cot_ids"], *row["answer_ids"]]
+    within = np.searchsorted(row["step_ends"], np.arange(len(row["cot_ids"])))
+    steps = [np.full(len(row["prompt_ids"]), -1), within, np.full(len(row["answer_ids"]), len(row["step_ends"]))]
+    return ids, np.concatenate(steps)
+
+
+def candidates(row: dict) -> np.ndarray:
+    """Indices in [x; c; y] of the tokens that a trace may take: those of c without the line breaks."""
+    inner = np.setdiff1d(np.arange(len(row["cot_ids"])), row["step_ends"])
+    return len(row["prompt_ids"]) + inner
+
+
+def _states(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+    """Last hidden states (B, L, d) of rows padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+    mask = torch.arange(longest, device=model.device) < torch.tensor([[len(row)] for row in rows], device=model.device)
+    return model.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
+def _log_probs(model: PreTrainedModel, hidden: Tensor, row: list[int], first: int) -> Tensor:
+    """log p of the tokens of `row` from `first` on, given its last hidden states (L, d)."""
+    logits = model.get_output_embeddings()(hidden[first - 1 : len(row) - 1]).float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(row[first:], device=logits.device)[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def influences(model: PreTrainedModel, rows: list[dict], at: list[list[int]], batch_tokens: int) -> list[Tensor]:
+    """The influence, in nats, of the tokens at the indices `at[i]` of [x; c; y] of row i: shape (len(at[i]),)."""
+    given, before, changed = [steps_at(row) for row in rows], {}, []
+    for batch in batches([len(ids) for ids, _ in given], batch_tokens):
+        for i, hidden in zip(batch, _states(model, [given[i][0] for i in batch]), strict=True):
+            ids = given[i][0]
+            before[i] = _log_probs(model, hidden, ids, 1)
+            likeliest = model.get_output_embeddings()(hidden[[k - 1 for k in at[i]]]).topk(2).indices.tolist()
+            for k, (first, second) in zip(at[i], likeliest, strict=True):
+                changed.append((i, k, ids[:k] + [second if first == ids[k] else first] + ids[k + 1 :]))
+    lost = {}
+    with tqdm(total=len(changed), desc="influence", unit="token") as bar:
+        for batch in batches([len(ids) for *_, ids in changed], batch_tokens):
+            for (i, k, _), hidden in zip(
+                [changed[n] for n in batch], _states(model, [changed[n][2] for n in batch]), strict=True
+            ):
+                ids, steps = given[i]
+                later = int(np.searchsorted(steps, steps[k], side="right"))  # where the next step begins
+                lost[i, k] = (before[i][later - 1 :] - _log_probs(model, hidden, ids, later)).sum()
+            bar.update(len(batch))
+    return [torch.stack([lost[i, k] for k in some]).cpu() for i, some in enumerate(at)]
+
+
+def hidden_states(model: PreTrainedModel, rows: list[dict], batch_tokens: int) -> Iterator[tuple[int, Tensor]]:
+    """The last hidden states of each row's [x; c; y], longest first: (row, (L, d))."""
+    ids = [steps_at(row)[0] for row in rows]
+    with torch.inference_mode():
+        for batch in batches([len(row) for row in ids], batch_tokens):
+            for i, hidden in zip(batch, _states(model, [ids[i] for i in batch]), strict=True):
+                yield i, hidden[: len(ids[i])].float().cpu()
+
+
+def chosen(row: dict, hidden: Tensor, weights: Tensor, ratio: float, m_max: int) -> list[int]:
+    """
+    The tokens of a row's trace, as ids, in their order: of c's tokens the `ratio`-th part, one at least and `m_max` at
+    most, for which `weights` (d + 1, the last one the intercept) tell the most influence.
+    """
+    at = candidates(row)
+    count = min(max(round(len(row["cot_ids"]) / ratio), 1), m_max, len(at))
+    told = hidden[at] @ weights[:-1] + weights[-1]
+    best = sorted(told.topk(count).indices.tolist())
+    return [steps_at(row)[0][at[k]] for k in best]
+
+
+def fit_influence(states: np.ndarray, lost: np.ndarray) -> Tensor:
+    """Weights (d + 1) that tell log(1 + influence) from hidden states (N, d)."""
+    from sklearn.linear_model import RidgeCV  # seconds to import
+
+    mean, spread = states.mean(0), states.std(0) + 1e-6
+    ridge = RidgeCV(np.logspace(0, 5, 11)).fit((states - mean) / spread, np.log1p(np.maximum(lost, 0)))
+    weights = ridge.coef_ / spread
+    return torch.tensor([*weights, ridge.intercept_ - mean @ weights], dtype=torch.float32)
+
+
+def fit_codes(taken: list[list[int]], embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """
+    The token that each code stands for (M,), -1 where there were fewer kinds; and each token's code (V,).
+
+    Args:
+        taken (`list[list[int]]`): the traces' tokens.
+        embeddings (`Tensor`): the model's input embeddings (V, d).
+    """
+    common = [token for token, _ in sorted(Counter(t for row in taken for t in row).items(), key=lambda p: (-p[1], p))]
+    tokens = torch.tensor(common[:size])
+    rows = torch.nn.functional.normalize(embeddings.float().cpu(), dim=1)
+    codes = (rows @ rows[tokens].T).argmax(1)
+    codes[tokens] = torch.arange(len(tokens))
+    return torch.nn.functional.pad(tokens, (0, size - len(tokens)), value=-1), codes
+
+
+def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dataset) -> dict[str, Tensor]:
+    """What makes the traces: `weights` of influence, `tokens` of the codes and `codes` of the tokens."""
+    rng = np.random.default_rng(args.seed)
+    rows = [row for row in part.select(sorted(rng.permutation(len(part))[:FIT_ROWS])) if len(candidates(row))]
+    if not rows:
+        raise Refused(f"{args.data}: no CoT holds a token that a trace could take; use rows with longer steps")
+    at = [np.sort(rng.permutation(candidates(row))[:FIT_TOKENS]).tolist() for row in rows]
+    states = {i: hidden[at[i]] for i, hidden in hidden_states(model, rows, args.batch_tokens)}
+    lost = influences(model, rows, at, args.batch_tokens)
+    weights = fit_influence(torch.cat([states[i] for i in range(len(rows))]).numpy(), torch.cat(lost).numpy())
+    taken = [
+        chosen(rows[i], hidden, weights, args.ratio, vocabulary.m_max)
+        for i, hidden in hidden_states(model, rows, args.batch_tokens)
+    ]
+    tokens, codes = fit_codes(taken, model.get_input_embeddings().weight.detach(), vocabulary.size)
+    return {"weights": weights, "tokens": tokens, "codes": codes}
+
+
+def content_parts(
+    args,
+    vocabulary: AbstractVocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Dataset,
+    rows: list[int],
+    share: int,
+    shares: int,
+) -> tuple[Parts, int, int]:
+    """
+    Make this share of the parts. The first share that comes fits influence and codes; the others wait for it.
+
+    Args, returns: as in [`cluster_parts`].
+
+    Raises:
+        Refused: no CoT of more than line breaks; a damaged part.
+    """
+    part = part.select_columns(["id", *COLUMNS])
+    lengths = [len(steps_at(row)[0]) for row in part]
+    parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
+    spans, ids = cut(lengths, args.part_tokens), part["id"][:]
+    load = cache(lambda: load_model(args.model, args.dtype, device_map="auto").eval())
+    fitted = parts.folder / CONTENT_FILE
+    todo = [n for n in range(share - 1, len(spans), shares) if not parts.done(n)]
+    if not todo:
+        return parts, len(spans), 0
+    with parts.joining():
+        look_again(fitted)
+        if not fitted.is_file():
+            write_whole(fitted, save(_fit(load(), args, vocabulary, part)))
+    weights, codes = read_tensor(fitted, "weights"), read_tensor(fitted, "codes")
+    total = sum(len(spans[n]) for n in todo)
+    with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:
+        for n in todo:
+            these, traces = [part[i] for i in spans[n]], {}
+            for i, hidden in hidden_states(load(), these, args.batch_tokens):
+                if len(candidates(these[i])):
+                    traces[i] = codes[chosen(these[i], hidden, weights, args.ratio, vocabulary.m_max)].tolist()
+                bar.update()
+            records = [
+                {"row": rows[i], "id": ids[i], "trace": traces[k]} for k, i in enumerate(spans[n]) if k in traces
+            ]
+            parts.write(n, records)
+    return parts, len(spans), len(todo)
+
+
+def tokens_of_codes(traces: str | Path) -> list[int]:
+    """
+    The token id that each code of content traces stands for, -1 for none.
+
+    Raises:
+        Refused: `traces` are no content traces.
+    """
+    file = Path(traces) / CONTENT_FILE
+    if not file.is_file():
+        raise Refused(f"{traces} holds no {CONTENT_FILE}: it is no folder of `abscot traces --method content`")
+    return read_tensor(file, "tokens").tolist()

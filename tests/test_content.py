@@ -1,0 +1,204 @@
+"""`abscot traces --method content`: what it takes, against slow references; killed, in shards: the same file."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from warmups import Killed, recipes
+
+from abscot_trl import storage
+from abscot_trl.data.prepare import load_prepared
+from abscot_trl.data.toy import chain_arithmetic, write_problems
+from abscot_trl.errors import Refused
+from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
+from abscot_trl.phases import run_phase
+from abscot_trl.traces import content
+from abscot_trl.traces.content import candidates, fit_codes, influences, steps_at, tokens_of_codes
+from abscot_trl.traces.make import TracesArguments, make_traces
+from abscot_trl.vocabulary import AbstractVocabulary
+
+BASE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "base"
+ROWS = 48
+FILES = ("traces.jsonl", "summary.json", "content.safetensors")
+
+
+def phase(name: str, **fields) -> None:
+    run_phase(name, [part for key, value in fields.items() for part in (f"--{key}", str(value))])
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory) -> dict[str, str]:
+    """The demo's base model, which speaks its CoT, with a codebook; and its rows."""
+    folder = tmp_path_factory.mktemp("spoken")
+    found = {"model": str(folder / "init"), "data": str(folder / "data")}
+    rows = write_problems(folder / "rows.jsonl", chain_arithmetic(ROWS, 6, 5, seed=7))
+    phase("init", base_model=BASE, output_dir=found["model"], codebook_size=16, m_max=8)
+    phase("data", data=rows, data_format="problems", tokenizer=found["model"], output_dir=found["data"])
+    return found
+
+
+@pytest.fixture
+def arguments(spoken, tmp_path):
+    fields = spoken | {"output_dir": str(tmp_path / "traces"), "method": "content", "ratio": 6.0}
+    return TracesArguments(**fields, part_tokens=600, dtype="float32", seed=3)
+
+
+def files(args: TracesArguments) -> list[bytes]:
+    return [(Path(args.output_dir) / name).read_bytes() for name in FILES]
+
+
+@pytest.fixture(scope="module")
+def whole(spoken, tmp_path_factory) -> TracesArguments:
+    """A run that nobody disturbed."""
+    fields = spoken | {"output_dir": str(tmp_path_factory.mktemp("whole") / "traces"), "method": "content"}
+    args = TracesArguments(**fields, ratio=6.0, part_tokens=600, dtype="float32", seed=3)
+    make_traces(args)
+    return args
+
+
+def test_it_takes_the_result_of_each_step(whole, spoken):
+    """Which nothing told it to: `3-4=4;` has three digits, and only the last one is read by later steps."""
+    tokens, tokenizer = tokens_of_codes(whole.output_dir), AutoTokenizer.from_pretrained(spoken["model"])
+    cots = dict(zip(*(load_prepared(spoken["data"])[0][name] for name in ("id", "cot")), strict=True))
+    records = [json.loads(line) for line in (Path(whole.output_dir) / "traces.jsonl").read_text().splitlines()]
+    same = []
+    for record in records:
+        results = [line.rstrip(";")[-1] for line in cots[record["id"]].splitlines()]
+        same.append([tokenizer.decode(tokens[code]) for code in record["trace"]] == results)
+    assert len(same) == ROWS and sum(same) >= 0.95 * ROWS
+    assert {tokenizer.decode(token) for token in tokens if token >= 0} == set("01234")
+
+
+def test_influence_is_what_later_text_loses(spoken):
+    """By hand: one row, one token, one forward at a time; nothing of its own step or before it counts."""
+    model = AutoModelForCausalLM.from_pretrained(spoken["model"], dtype=torch.float32)
+    rows = [load_prepared(spoken["data"])[0][i] for i in range(3)]
+    at = [candidates(row)[i::7].tolist() for i, row in enumerate(rows)]
+    found = influences(model, rows, at, batch_tokens=300)
+    for row, some, values in zip(rows, at, found, strict=True):
+        prompt, cot = row["prompt_ids"], row["cot_ids"]
+        ids = prompt + cot + row["answer_ids"]
+
+        def later(ids, k, prompt=prompt, row=row):
+            step = next(n for n, end in enumerate(row["step_ends"]) if k - len(prompt) <= end)
+            first = len(prompt) + row["step_ends"][step] + 1
+            with torch.no_grad():
+                logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            return sum(logps[n - 1, ids[n]].item() for n in range(first, len(ids)))
+
+        for k, value in zip(some, values.tolist(), strict=True):
+            with torch.no_grad():
+                order = model(torch.tensor([ids])).logits[0, k - 1].argsort(descending=True).tolist()
+            other = next(token for token in order if token != ids[k])
+            assert value == pytest.approx(later(ids, k) - later([*ids[:k], other, *ids[k + 1 :]], k), abs=1e-3)
+
+
+def test_candidates_are_the_words_of_the_cot(spoken):
+    row = load_prepared(spoken["data"])[0][0]
+    ids, steps = steps_at(row)
+    tokenizer = AutoTokenizer.from_pretrained(spoken["model"])
+    assert "".join(tokenizer.decode(ids[k]) for k in candidates(row)) == row["cot"].replace("\n", "")
+    assert [tokenizer.decode([t for t, s in zip(ids, steps, strict=True) if s == n]) for n in range(6)] == [
+        line + "\n" for line in row["cot"].splitlines()
+    ]
+    assert (np.diff(steps) >= 0).all() and (steps == -1).sum() == len(row["prompt_ids"])
+
+
+def test_codes_are_the_commonest_tokens_and_their_neighbours():
+    embeddings = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 2.0], [-1, 0.2]])
+    tokens, codes = fit_codes([[1, 0, 1], [0, 1, 2]], embeddings, 2)
+    assert tokens.tolist() == [1, 0] and codes.tolist() == [1, 0, 1, 0, 0]
+    assert fit_codes([[4]], embeddings, 3)[0].tolist() == [4, -1, -1]
+
+
+def test_killed_at_every_write_it_ends_in_the_same_file(arguments, whole, monkeypatch):
+    write, kills = storage.write_whole, 0
+    left = [0]
+
+    def dying(path, text):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        write(path, text)
+
+    monkeypatch.setattr(storage, "write_whole", dying)
+    monkeypatch.setattr(content, "write_whole", dying)
+    for _ in range(20):
+        try:
+            left[0] = 1
+            make_traces(arguments)
+            break
+        except Killed:
+            kills += 1
+    assert kills > 3 and files(arguments) == files(whole)
+
+
+def test_shards_make_the_same_file(arguments, whole):
+    assert make_traces(replace(arguments, shard="2/2"))["parts_left_to_others"] > 0
+    make_traces(replace(arguments, shard="1/2"))
+    assert files(arguments) == files(whole)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_codes_begin_as_the_tokens_they_stand_for(whole, spoken, tmp_path, tied):
+    model = AutoModelForCausalLM.from_pretrained(spoken["model"], dtype=torch.float32)
+    base = spoken["model"]
+    if not tied:
+        base = str(tmp_path / "untied")
+        head = torch.nn.Parameter(model.lm_head.weight.detach() + 1.0)
+        model.config.tie_word_embeddings, model.lm_head.weight = False, head
+        model.save_pretrained(base)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "abstract_vocabulary.json"):
+            (tmp_path / "untied" / name).write_bytes((Path(spoken["model"]) / name).read_bytes())
+    phase("init", base_model=base, codes=whole.output_dir, output_dir=tmp_path / "codes")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (base, tmp_path / "codes")
+    )
+    vocabulary, tokenizer = AbstractVocabulary.load(base), AutoTokenizer.from_pretrained(base)
+    tokens, ids = tokens_of_codes(whole.output_dir), vocabulary.ids(tokenizer)
+    for matrix in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = (getattr(one, matrix)().weight for one in (before, after))
+        named = {code: token for code, token in zip(ids, tokens, strict=True) if token >= 0}
+        expected = [named.get(i, i) for i in range(len(old))]
+        assert len(named) == 5 and torch.equal(new, old[expected])
+    assert (after.config.tie_word_embeddings, after.lm_head.weight is after.model.embed_tokens.weight) == (tied, tied)
+
+
+def test_codes_of_another_codebook_are_refused(whole, spoken, checkpoint, tmp_path):
+    with pytest.raises(Refused, match="has 16 codes, .* 8; make the traces anew"):
+        phase("init", base_model=checkpoint, codes=whole.output_dir, output_dir=tmp_path / "codes")
+    with pytest.raises(
+        Refused, match="holds no content.safetensors: it is no folder of `abscot traces --method content`"
+    ):
+        phase("init", base_model=spoken["model"], codes=tmp_path, output_dir=tmp_path / "codes")
+    with pytest.raises(Refused, match="ratio must be at least 1, got 0.5"):
+        TracesArguments(model="m", data="d", output_dir="o", method="content", ratio=0.5)
+
+
+def test_steps_of_line_breaks_only_are_refused(arguments, monkeypatch):
+    monkeypatch.setattr(content, "candidates", lambda row: np.array([], int))
+    with pytest.raises(Refused, match="no CoT holds a token that a trace could take; use rows with longer steps"):
+        make_traces(arguments)
+
+
+@pytest.mark.slow
+def test_a_warm_up_begins_with_its_codes(toy, tmp_path):
+    """Phase A trains the checkpoint whose codes stand for tokens; a second round has no such stage."""
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"initial": "content", "ratio": 4.0}
+    args = WarmupArguments(**fields)
+    named = {stage.name: stage.settings for stage in stages(args)}
+    assert list(named)[:3] == ["round1/bottleneck-traces", "round1/codes", "round1/bottleneck"]
+    assert named["round1/bottleneck"]["model_name_or_path"] == named["round1/codes"]["output_dir"]
+    assert "round2/codes" not in named and named["round1/bottleneck-traces"]["ratio"] == 4.0
+    warmup(args)
+    run = Path(fields["run_dir"])
+    tokens = load_file(run / "round1" / "bottleneck-traces" / "content.safetensors")["tokens"]
+    weights = load_file(run / "round1" / "codes" / "model.safetensors")["model.embed_tokens.weight"]
+    vocabulary, tokenizer = AbstractVocabulary.load(toy["model"]), AutoTokenizer.from_pretrained(toy["model"])
+    first = vocabulary.ids(tokenizer)[0]
+    assert torch.equal(weights[first], weights[tokens[0]])
