@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from transformers import AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
-from abscot_trl.evaluation.answering import SAMPLE
+from abscot_trl.evaluation.answering import SAMPLE, Answerer
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.evaluation.grading import RIGHT, score, stated
 from abscot_trl.evaluation.statistics import mean_interval, wilson_interval
 from abscot_trl.evaluation.swaps import donors, swap_traces
+from abscot_trl.examples import Example
 from abscot_trl.storage import Parts
 from abscot_trl.traces.constraint import Continuation, Trace
 from abscot_trl.traces.hf import HFTraceSampler
@@ -49,6 +51,16 @@ def test_donors_are_those_of_the_swap():
 def test_a_stated_gold_is_right_for_it_alone(source, golds):
     for a in golds:
         assert [score(stated(a, source), b, source) >= RIGHT for b in golds] == [a == b for b in golds]
+
+
+def test_hotpotqa_s_answer_is_the_donor_s_by_f1():
+    """At least half of its words; a donor whose answer would do here as well is left out."""
+    golds = ["the river Seine", "Paris", "Seine river"]
+    problems = [Example([], "", "", gold, gold, "hotpotqa") for gold in golds]
+    answerer = SimpleNamespace(problems=problems, donors=lambda sample: [1, 2, 0], grade=score)
+    for response, follows in (("Answer: in Paris", True), ("Answer: perhaps somewhere in Paris", False)):
+        found = Answerer._following(answerer, (0, 0), response)
+        assert found == {"donor": "Paris", "follows": follows, "follows_chance": None}
 
 
 @pytest.fixture

@@ -272,6 +272,7 @@ def test_markdown_holds_every_figure(made):
     for name in images:
         image = Image.open(run / "report" / name)
         assert image.width > 600 and len(set(image.convert("L").tobytes())) > 20
+    assert "by chance: how many are a third problem's" in text
     assert "Published" not in text and "61.7" in text and "dtype float32" in text
 
 

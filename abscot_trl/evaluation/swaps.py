@@ -7,7 +7,7 @@ says otherwise:
     own       the model's own trace
     random    as many codebook tokens, drawn uniformly
     shuffled  its own tokens, permuted row by row
-    other     the trace of another problem
+    other     the trace of another problem (the results say how often the answer follows it: is that problem's)
     none      an empty trace
     cut:<k>   its own first k tokens
 
