@@ -409,7 +409,7 @@ def test_old_and_damaged_answers(tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps([row]))
     text = report(ReportArguments([str(tmp_path / "results.json")])).read_text()
     assert (
-        "evaluate with swaps random, other, none too" in text
+        "not tested: swaps random, other, none" in text
         and "NOT measured here" in text
         and "86.2" in text
         and "58.7" not in text

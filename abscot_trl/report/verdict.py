@@ -65,7 +65,7 @@ def _judge(own: dict, by_swap: dict[str, dict], chance: float) -> tuple[str, str
     unclear = [swap for swap in asked if costs[swap] is None]
     untested = [swap for swap in unclear if swap not in by_swap]
     if untested:
-        return "open", f"evaluate with {'swap' if len(untested) == 1 else 'swaps'} {', '.join(untested)} too"
+        return "open", f"not tested: swap{'s' * (len(untested) > 1)} {', '.join(untested)}"
     if unclear:
         return "open", f"n = {own['n']} is too few, the intervals could hide an effect of {MATTERS:.0f} points"
     if own["ci95"][1] - chance < MATTERS:
