@@ -219,7 +219,7 @@ def test_the_benchmarks():
         assert recipe["task"] == name and {"problems", "samples", "swaps", "max_new_tokens"} <= recipe.keys()
         sampling = (recipe["temperature"], recipe.get("top_p"), recipe.get("top_k"))
         assert sampling in ((0.0, None, None), (0.7, 0.8, 20)) and (recipe["samples"] == 1 or sampling[0] > 0)
-        assert "other" in recipe["swaps"] or name == "alpacaeval"  # without it no verdict can say "information"
+        assert "other" in recipe["swaps"] or name == "alpacaeval"  # without it no verdict can say "tokens"
     assert {"cut:64", "cut:48", "cut:32"} <= set(found["math500"]["swaps"])  # the paper's
 
 

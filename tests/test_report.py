@@ -18,14 +18,13 @@ from scipy.stats import binomtest
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.statistics import summarise
-from abscot_trl.evaluation.swaps import swap_traces
+from abscot_trl.evaluation.swaps import donors, swap_traces
 from abscot_trl.loop.record import COLUMNS
 from abscot_trl.phases import parse_phase
 from abscot_trl.report import make
 from abscot_trl.report.make import ReportArguments, report, write_own
 from abscot_trl.report.page import as_json, browser
 from abscot_trl.report.runs import TEXT_LIMIT, over_training, read_answers, read_losses, read_settings, read_wall_times
-from abscot_trl.report.verdict import difference, verdicts
 from abscot_trl.storage import write_whole
 from abscot_trl.traces.files import summarise_traces
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -55,6 +54,14 @@ def scored(model, mode, swap, records, own, **fields):
         pairs = list(zip(records, own, strict=True))
         row["changed"] = float(np.mean([a["answer"] != b["answer"] for a, b in pairs]))
         row["swapped"] = float(np.mean([a["trace"] != b["trace"] for a, b in pairs]))
+    if swap == "other":
+        follow = [record["follows"] for record in records if record["follows"] is not None]
+        row |= {
+            "follows": 100 * np.mean(follow),
+            "follows_n": len(follow),
+            "follows_ci95": wilson(sum(follow), len(follow)),
+        }
+        row |= {"follows_chance": 25.0, "follows_chance_ci95": [20.0, 30.0]}
     return row | {"decoding": DECODING, **fields}
 
 
@@ -84,6 +91,7 @@ def write_run(run, n=N, seed=0, models=("informed", "paper"), rounds=(1, 2), ext
         write_whole(folder / "answers.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     golds = [problem["gold"] for problem in problems]
+    given = [golds[donor] for donor in donors(n, seed)]
     spoken = answers("base", "verbal", "own", [[]] * n, golds, 39)
     write(run / "evaluate-base", spoken)
     results.append(scored("base", "verbal", "own", spoken, spoken))
@@ -100,6 +108,9 @@ def write_run(run, n=N, seed=0, models=("informed", "paper"), rounds=(1, 2), ext
                     first = records = answers(model, "abstract", swap, traces, says, 3)
                 else:
                     records = answers(model, "abstract", swap, traces, says, 3)
+                if swap == "other":
+                    for record, gold in zip(records, given, strict=True):
+                        record["follows"] = record["answer"] == gold if record["gold"] != gold else None
                 every += records
                 results.append(scored(model, "abstract", swap, records, first, round=t))
             write(folder / "evaluate", every + [*extra] * (t == 1 and model == "informed"))
@@ -241,9 +252,13 @@ def test_markdown_holds_every_figure(made):
             assert f"{row['difference']:+.1f}" in cells
     text = (run / "report" / "report.md").read_text()
     verdicts = [line for line in text.splitlines() if line.startswith("- **")]
-    assert [("carry information" in line, "no evidence" in line) for line in verdicts] == [(True, False)] * 2 + [
-        (False, True)
-    ] * 2
+    said = [("the tokens of its traces carry" in line, "hardly any accuracy to lose" in line) for line in verdicts]
+    assert said == [(True, False)] * 2 + [(False, True)] * 2  # the second model guesses one of five
+    for line, row in zip(verdicts, [row for row in results if row["swap"] == "other"], strict=True):
+        low, high = row["follows_ci95"]
+        often = f"{row['follows']:.0f} % \\[{low:.0f}, {high:.0f}\\] of {row['follows_n']} cases (by chance 25 %)"
+        assert f"the answer is that problem's in {often}.**" in line
+        assert f"{row['follows']:.1f} ({low:.1f}-{high:.1f}), 25.0 by chance" in cells
     assert all("n = 300" in line and "seed 3" in line and "temperature" in line for line in verdicts)
     images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert cells.count("informed round2/distill") == len(SWAPPED) and cells.count("round1/bottleneck") == 2
@@ -257,6 +272,7 @@ def test_markdown_holds_every_figure(made):
     for name in images:
         image = Image.open(run / "report" / name)
         assert image.width > 600 and len(set(image.convert("L").tobytes())) > 20
+    assert "by chance: how many are a third problem's" in text
     assert "Published" not in text and "61.7" in text and "dtype float32" in text
 
 
@@ -264,8 +280,7 @@ def test_page_holds_every_figure(made):
     run, results = made
     page = opened(run / "report" / "report.html")
     assert (
-        page.title == "A made-up run"
-        and len(page.all("article", "information")) == len(page.all("article", "none")) == 2
+        page.title == "A made-up run" and len(page.all("article", "tokens")) == len(page.all("article", "open")) == 2
     )
     for row in results:
         name = row["model"] + (f" r{row['round']}" if row.get("round", 1) > 1 else "")
@@ -294,6 +309,8 @@ def test_filters(made):
     wrong = [key[0] for key, record in informed["own"].items() if not record["score"]]
     page = opened(html, "#show=wrong&models=1")
     assert page.problems == wrong and len(wrong) == 5
+    followed = [row[0] for row in page.rows if row[-1].endswith("follows")]
+    assert followed == ["other"] * sum(informed["other"][id, 0]["follows"] for id in wrong) and followed
     assert page.all("div", "answer") and not page.all("div", "right") and f"5 of {N} problems" in page.text
     changed = [
         key[0]
@@ -391,7 +408,12 @@ def test_old_and_damaged_answers(tmp_path, capsys):
     row |= {"trace_tokens": 2.0, "answer_tokens": 1.0, "tokens": 3.0}
     (tmp_path / "results.json").write_text(json.dumps([row]))
     text = report(ReportArguments([str(tmp_path / "results.json")])).read_text()
-    assert "not tested" in text and "NOT measured here" in text and "86.2" in text and "58.7" not in text
+    assert (
+        "not tested: swaps random, other, none" in text
+        and "NOT measured here" in text
+        and "86.2" in text
+        and "58.7" not in text
+    )
     assert "2 of 2 or more" in text  # no checkpoint here: the codebook may be larger
     shutil.copytree(tmp_path, tmp_path / "b")
     text = report(ReportArguments([str(tmp_path), str(tmp_path / "b")], output_dir=str(tmp_path / "both"))).read_text()
@@ -603,40 +625,3 @@ def test_changed_is_the_tables_for_hotpotqa(tmp_path):
     shown = browser([(tmp_path, group.label, group) for group in read_answers(tmp_path)])
     changed = [entry[3]["random"].get("c", 0) for entry in shown["entries"]]
     assert changed == [0, 1, 0] and row["changed"] == pytest.approx(np.mean(changed))
-
-
-def rows_of(**accuracies):
-    """Own, random, other, none of 500 problems with these accuracies."""
-    row = {"model": "m", "task": "t", "mode": "abstract", "n": 500, "tokens": 9.0, "swapped": 1.0}
-    interval = {swap: wilson(round(5 * value), 500) for swap, value in accuracies.items()}
-    return [row | {"swap": swap, "accuracy": value, "ci95": interval[swap]} for swap, value in accuracies.items()]
-
-
-@pytest.mark.parametrize(
-    ("level", "accuracies"),
-    [
-        ("information", {"own": 90, "random": 20, "other": 20, "none": 20}),
-        ("form", {"own": 90, "random": 20, "other": 90, "none": 20}),
-        ("untested form", {"own": 90, "random": 20}),
-        ("presence", {"own": 90, "random": 90, "other": 89, "none": 20}),
-        ("untested presence", {"own": 90, "none": 20}),
-        ("none", {"own": 50, "random": 53, "other": 50, "none": 52}),
-        ("hurts", {"own": 50, "random": 70, "other": 50, "none": 52}),
-        ("untested", {"own": 50}),
-    ],
-)
-def test_verdict(level, accuracies):
-    assert [v["level"] for v in verdicts(rows_of(**accuracies))] == [level]
-
-
-def test_difference():
-    """The unpaired interval against Newcombe's published example (1998, method 10); a paired one is taken as it is."""
-    a, b = (
-        {"swap": s, "accuracy": 100 * x / n, "ci95": wilson(x, n)} for s, x, n in (("none", 56, 70), ("own", 48, 80))
-    )
-    points, (low, high), paired = difference(a, b)
-    assert (
-        points == pytest.approx(20) and low == pytest.approx(5.24, abs=0.01) and high == pytest.approx(33.39, abs=0.01)
-    )
-    assert not paired
-    assert difference(a | {"difference": 1.0, "difference_ci95": [0.5, 1.5]}, b) == (1.0, [0.5, 1.5], True)

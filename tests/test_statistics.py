@@ -132,6 +132,7 @@ def records(swap: str, given: list[tuple[str, float]], gold: str = "3") -> list[
         common
         | {"id": str(i // 2), "sample": i % 2, "answer": answer, "score": score}
         | {"trace_tokens": 4, "answer_tokens": 2 + i, "swapped": swap != "own"}
+        | ({"follows": i > 0, "follows_chance": None if i else False} if swap == "other" else {})
         for i, (answer, score) in enumerate(given)
     ]
 
@@ -152,20 +153,26 @@ def test_a_row_by_hand():
 
 def test_a_figure_without_its_circumstances_is_not_written(tmp_path):
     own = records("own", [("3", 1.0), ("3", 1.0), ("3", 1.0), ("4", 0.0)])
-    row = summarise(records("none", [("4", 0.0)] * 4), own, 2, "hotpotqa", DECODED)
+    row = summarise(records("other", [("4", 0.0)] * 4), own, 2, "hotpotqa", DECODED)
+    assert (row["follows"], row["follows_n"], row["follows_chance"]) == (75.0, 2, 0.0)
     path = tmp_path / "results.json"
     write_results(path, [row])
     assert read_results(path) == [row] and set(FIGURES) - set(row) == {"win_rate"}
     intervals = [interval for figure, interval in FIGURES.items() if figure in row]
-    for name in (*ROW, *intervals, "difference", "changed", *(f"decoding.{key}" for key in DECODING)):
+    for name in (*ROW, *intervals, "difference", "changed", "follows_n", *(f"decoding.{key}" for key in DECODING)):
         lacking = deepcopy(row)
         del (lacking["decoding"] if name.startswith("decoding.") else lacking)[name.removeprefix("decoding.")]
         with pytest.raises(ValueError, match=rf"row '.*' lacks .*{name.replace('.', '[.]')}"):
             write_results(path, [row, lacking])
-    with pytest.raises(ValueError, match="row 'm t abstract none': ci95 .* is no interval"):
+    with pytest.raises(ValueError, match="row 'm t abstract other': ci95 .* is no interval"):
         write_results(path, [row | {"ci95": [3.0, 1.0]}])
     with pytest.raises(ValueError, match="lacks decoding.backend, .*decoding.seed"):
         write_results(path, [{**row, "decoding": None}])
+    lacking = {key: value for key, value in row.items() if key not in ("follows_n", "follows_ci95")}
+    (tmp_path / "old.json").write_text(json.dumps([lacking]))
+    with pytest.raises(ValueError, match="row 1: follows_ci95, follows_n missing"):
+        read_results(tmp_path / "old.json")
+    (tmp_path / "old.json").unlink()
     assert json.loads(path.read_text()) == [row] and list(tmp_path.iterdir()) == [path]
 
 

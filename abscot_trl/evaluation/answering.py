@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from abscot_trl.data.problems import ALPACAEVAL, kind_of, with_instruction
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.arguments import EvaluateArguments
-from abscot_trl.evaluation.grading import extract_answer, score
-from abscot_trl.evaluation.swaps import answer_start, swap_steps, swap_traces, verbal_prefix
+from abscot_trl.evaluation.grading import RIGHT, extract_answer, score, stated
+from abscot_trl.evaluation.swaps import answer_start, donors, swap_steps, swap_traces, verbal_prefix
 from abscot_trl.examples import Example, prompt_ids
 from abscot_trl.traces.batching import cut
 from abscot_trl.traces.constraint import Continuation
@@ -78,6 +78,7 @@ class Answerer:
         self.vocabulary, self.own = vocabulary, functools.cache(own)
         self.codebook = vocabulary.ids(tokenizer) if vocabulary is not None else []
         self.grade, self.swapped = functools.cache(score), functools.lru_cache(maxsize=1)(self._swapped)
+        self.donors = functools.cache(lambda sample: donors(len(problems), self._seed(sample)))
         self.prompts, self.most = {}, {"direct": 0, "verbal": 0}
         if "abstract" in args.modes:
             self.most["abstract"] = (args.pause_tokens or vocabulary.m_max) + 2
@@ -175,12 +176,31 @@ class Answerer:
         problem, sample = row
         return self.own(mode)[problem * self.args.samples_of(mode) + sample]
 
+    def _seed(self, sample: int) -> int | list[int]:
+        """Of the draws of the swaps."""
+        return [self.args.seed, sample] if sample else self.args.seed
+
+    def _following(self, row: Row, response: str) -> dict:
+        """
+        Whether the answer is that of the donor, the problem whose trace it came after (`follows`), and whether it is
+        that of the donor's own donor, whose trace it has not seen (`follows_chance`). `None` where the answer of that
+        other problem is right here too.
+        """
+        problem, drawn = self.problems[row[0]], self.donors(row[1])
+
+        def given(other: Example) -> bool | None:
+            if self.grade(stated(other.gold, problem.source), problem.gold, problem.source) >= RIGHT:
+                return None
+            return self.grade(response, other.gold, problem.source) >= RIGHT
+
+        donor, unseen = self.problems[drawn[row[0]]], self.problems[drawn[drawn[row[0]]]]
+        return {"donor": donor.id, "follows": given(donor), "follows_chance": given(unseen)}
+
     def _swapped(self, mode: str, swap: str) -> dict[Row, list[int]]:
         """What each row answers after: a trace, or a chain of thought's token ids. Samples are swapped one by one."""
         swapped, samples = {}, self.args.samples_of(mode)
         for sample in range(samples):
-            own = self.own(mode)[sample::samples]
-            seed = [self.args.seed, sample] if sample else self.args.seed
+            own, seed = self.own(mode)[sample::samples], self._seed(sample)
             if mode == "abstract":
                 replacements = swap_traces([record["trace"] for record in own], swap, self.vocabulary.size, seed)
             else:
@@ -238,4 +258,5 @@ class Answerer:
             "answer_tokens": answer_tokens,
             "truncated": output.truncated,
             "swapped": swapped,
+            **(self._following(row, response) if swap == "other" else {}),
         }

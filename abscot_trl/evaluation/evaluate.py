@@ -30,6 +30,7 @@ ANSWER_FILE, OUTPUT_FILE, UNGRADED_FILE = "answers.jsonl", "outputs.json", "ungr
 KINDS = dict.fromkeys(("model", "task", "mode", "swap", "problem", "response"), str)  # of an answer in a part
 KINDS |= dict.fromkeys(("trace_tokens", "answer_tokens", "truncated", "swapped"), int | float)
 KINDS |= {"trace": list, "answer": str | None, "score": int | float | None}
+FOLLOWING = {"donor": str, "follows": bool | None, "follows_chance": bool | None}  # of one after the swap `other`
 
 
 def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
@@ -96,7 +97,8 @@ class Evaluation:
     def records(self, mode: str, swap: str) -> list[dict]:
         """The answers of one mode and swap, problem by problem."""
         numbers = [number for number, unit in enumerate(self.units) if unit[:2] == (mode, swap)]
-        return list(self.parts.records(numbers, self.sizes, KINDS))
+        kinds = KINDS | (FOLLOWING if swap == "other" else {})
+        return list(self.parts.records(numbers, self.sizes, kinds))
 
     def make(self, load: Callable) -> None:
         """Make the parts that are missing; `load` gives the sampler, and is called only if one is."""

@@ -9,6 +9,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.equality import equal
 
 LENGTH = 500  # characters of an answer; longer ones are wrong unread (the longest gold in MATH has 81)
+RIGHT = 0.5  # the least score of an answer that is called right, where scores are not 1 or 0 (HotpotQA's F1)
 TAIL = 200  # characters at the end of a response without a box in which its answer is looked for
 
 _STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
@@ -49,6 +50,11 @@ def score(response: str, gold: str, source: str = "") -> float:
     if kind_of(source) == GPQA:
         return float(extract_answer(response, source) == gold)
     return float(is_correct(response, gold))
+
+
+def stated(gold: str, source: str = "") -> str:
+    """A response that gives `gold` as a problem of that `source` asks for it."""
+    return f"Answer: {gold}" if kind_of(source) == HOTPOTQA else f"\\boxed{{{gold}}}"
 
 
 def extract_answer(response: str, source: str = "") -> str | None:

@@ -21,13 +21,16 @@ ROW = (
     "tokens",
 )
 DECODING = ("backend", "trace_temperature", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
-FIGURES = {"accuracy": "ci95"} | {name: f"{name}_ci95" for name in ("em", "maj", "pass", "difference", "win_rate")}
-
+FIGURES = {  # each with the name of its interval
+    name: f"{name}_ci95" for name in ("em", "maj", "pass", "difference", "win_rate", "follows", "follows_chance")
+} | {"accuracy": "ci95"}
 
 TEXTS = ("model", "task", "mode", "swap", "metric", "stage", "run", "sweep")
 LIMITS = {  # lowest and highest value of each number
-    **dict.fromkeys(("accuracy", "em", "maj", "pass", "win_rate"), (0, 100)),
-    **dict.fromkeys(("n", "samples", "round", "truncated", "trace_tokens", "answer_tokens", "tokens"), (0, 1e9)),
+    **dict.fromkeys(("accuracy", "em", "maj", "pass", "win_rate", "follows", "follows_chance"), (0, 100)),
+    **dict.fromkeys(
+        ("n", "follows_n", "samples", "round", "truncated", "trace_tokens", "answer_tokens", "tokens"), (0, 1e9)
+    ),
     **{"difference": (-100, 100), "swapped": (0, 1), "changed": (0, 1)},
 }
 
@@ -47,6 +50,7 @@ def check_row(row: dict) -> None:
     name = " ".join(str(row.get(key)) for key in ("model", "task", "mode", "swap"))
     needed = [*ROW, *(interval for figure, interval in FIGURES.items() if figure in row)]
     needed += ["difference", "changed"] if row.get("swap") != "own" and row.get("metric") != "lc_win_rate" else []
+    needed += ["follows_n"] if "follows" in row else []
     missing = [key for key in needed if row.get(key) is None]
     missing += [f"decoding.{key}" for key in DECODING if (row.get("decoding") or {}).get(key) is None]
     if missing:
@@ -96,6 +100,7 @@ def _unreadable(row: dict) -> list[str]:
         return [f"an object in place of a {type(row).__name__}"]
     needed = {"model", "mode", "swap", "accuracy", "ci95", "n", "trace_tokens", "answer_tokens", "tokens"}
     needed |= {figure for figure, interval in FIGURES.items() if interval in row}
+    needed |= {"follows_n", "follows_ci95"} if "follows" in row else set()
     wrong = needed - row.keys()
     wrong |= {name for name in TEXTS if not isinstance(row.get(name, ""), str)}
     wrong |= {"mode"} if row.get("mode") not in MODES else set()

@@ -144,8 +144,11 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
 
     Returns:
         `dict`: with k samples a problem `accuracy` is avg@k; `maj` and `pass` (of F1: the best answer's) from k = 2.
-        `changed`, `difference` and its interval compare a swap with `own`. A figure's interval is `<figure>_ci95`,
-        `accuracy`'s is `ci95`.
+        `changed`, `difference` and its interval compare a swap with `own`. Of swap `other`, `follows`: the share of
+        answers that are those of the donor, the problem whose trace they came after, over the `follows_n` problems
+        of which the donor has another answer; and `follows_chance`: the share that are those of a problem drawn
+        likewise, whose trace they have not seen (what a model that does not read its trace comes to in `follows`).
+        A figure's interval is `<figure>_ci95`, `accuracy`'s is `ci95`.
     """
     figures = {"accuracy": scores_by_problem(records, samples)}
     hotpot = kind_of(source) == HOTPOTQA
@@ -157,10 +160,17 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
         scores = by_problem([record["score"] for record in records], samples)
         figures["maj"] = list(map(majority_score, by_problem(forms, samples), scores))
         figures["pass"] = list(map(max, scores))
+    for name in ("follows", "follows_chance") if records[0]["swap"] == "other" else ():
+        groups = by_problem([record[name] for record in records], samples)
+        counted = [each for group in groups if (each := [value for value in group if value is not None])]
+        if counted:
+            figures[name] = list(map(fmean, counted))
     row = describe_answers(records, samples, decoding) | {"metric": "f1" if hotpot else "accuracy"}
     for name, values in figures.items():
         row[name] = 100 * fmean(values)
         row["ci95" if name == "accuracy" else f"{name}_ci95"] = list(mean_interval(values))
+    if "follows" in figures:
+        row["follows_n"] = len(figures["follows"])
     if own is not records:
         given = [normal_form(record["answer"], source) for record in own]
         row["changed"] = fmean(a != b for a, b in zip(forms, given, strict=True))

@@ -7,7 +7,7 @@ says otherwise:
     own       the model's own trace
     random    as many codebook tokens, drawn uniformly
     shuffled  its own tokens, permuted row by row
-    other     the trace of another problem
+    other     the trace of another problem (the results say how often the answer follows it: is that problem's)
     none      an empty trace
     cut:<k>   its own first k tokens
 
@@ -46,7 +46,23 @@ def applies(swap: str, mode: str) -> bool:
     return re.sub(r"^cut:[0-9]+$", "cut:<k>", swap) in SWAPS[mode] and swap != "cut:<k>"
 
 
-def swap_traces(traces: list[list[int]], swap: str, vocabulary_size: int, seed: int = 0) -> list[list[int]]:
+def donors(n: int, seed: int | list[int] = 0) -> list[int]:
+    """
+    Whose trace the swap `other` gives each of `n` problems: never its own, and each trace once.
+
+    Raises:
+        Refused: a single problem.
+    """
+    if n < 2:
+        raise Refused("swap 'other' needs at least two problems")
+    order = np.random.default_rng(seed).permutation(n).tolist()
+    following = dict(zip(order, [*order[1:], order[0]], strict=True))
+    return [following[problem] for problem in range(n)]
+
+
+def swap_traces(
+    traces: list[list[int]], swap: str, vocabulary_size: int, seed: int | list[int] = 0
+) -> list[list[int]]:
     """
     The traces to answer after.
 
@@ -64,10 +80,7 @@ def swap_traces(traces: list[list[int]], swap: str, vocabulary_size: int, seed: 
     if swap == "shuffled":
         return [rng.permutation(trace).tolist() for trace in traces]
     if swap == "other":
-        if len(traces) < 2:
-            raise Refused("swap 'other' needs at least two problems")
-        order = rng.permutation(len(traces))
-        return [list(traces[order[(position + 1) % len(order)]]) for position in np.argsort(order)]
+        return [list(traces[donor]) for donor in donors(len(traces), seed)]
     return [list(trace[: int(swap[4:])]) for trace in traces]
 
 

@@ -65,7 +65,7 @@ def _markdown(title: str, command: str, judged: list[dict], parts: list[dict]) -
         about = f"{own['accuracy']:.1f} [{low:.1f}, {high:.1f}] in {own['tokens']:.1f} tokens a problem"
         about = "; ".join(filter(None, [about, v["cost"], v["numbers"] and f"after {v['numbers']}", v["remark"]]))
         name = v["model"] + (f", {v['task']}" if v["task"] else "")
-        lines.append(f"- **{escaped(name)}: {v['words']}.** {escaped(about)}; {escaped(measured([own]))}.")
+        lines.append(f"- **{escaped(name)}: {escaped(v['words'])}.** {escaped(about)}; {escaped(measured([own]))}.")
     for section in parts:
         lines += ["", f"## {section['title']}", "", *([escaped(section["words"]), ""] if section["words"] else [])]
         for table in section["tables"]:
@@ -84,7 +84,7 @@ class ReportArguments:
     Args:
         runs (`list[str]`): folders that hold a `results.json`, or such files.
         output_dir (`str`, *optional*): where it all goes; `report` in the first run's folder.
-        chance (`float`, *optional*): accuracy of guessing in points, drawn as a line.
+        chance (`float`, *optional*): accuracy of guessing in points, drawn as a line; near it no verdict is passed.
     """
 
     runs: list[str] = field(metadata={"help": "Folders with a results.json, or such files."})
@@ -143,7 +143,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         sections.published_section(main),
         sections.settings_section(runs),
     ]
-    parts, judged = [part for part in parts if part], verdicts(main)
+    parts, judged = [part for part in parts if part], verdicts(main, args.chance)
     command = command or f"abscot report --runs {' '.join(args.runs)}"
     figures = {f"{name}.png": _png(figure) for part in parts for name, (figure, _) in part["figures"].items()}
     text = _markdown(args.title, command, judged, parts)

@@ -40,6 +40,7 @@ def _answer(record: dict, own: dict) -> dict:
     short |= {"a": record["answer"]} if "answer" in record else {}
     short |= {"l": record["response_length"]} if "response_length" in record else {}
     short |= {"x": 1} if record.get("truncated") else {}
+    short |= {"f": 1} if record.get("follows") else {}
     return short | ({"c": 1} if _said(record) != _said(own) else {})
 
 
@@ -85,7 +86,8 @@ def browser(groups: list[tuple[Path, str, Group]], limit: int = ANSWERS_LIMIT) -
         )
         + f"; of a text at most its first {TEXT_LIMIT:,} characters. One column a model; a colour stands for the same "
         "codebook token everywhere. Right: a score of at least 0.5. Below each answer what the model said after a "
-        "swapped trace. Columns that do not match the filter are pale."
+        "swapped trace (follows: the answer of the problem whose trace it was). Columns that do not match the filter "
+        "are pale."
     )
     return {
         "groups": [{"label": name, "mode": group.mode, "task": group.task} for _, name, group in groups],

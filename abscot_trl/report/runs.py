@@ -19,7 +19,7 @@ AGAIN = "`abscot warmup` writes it again, remove it until then"
 TRACE_LIMIT, CODEBOOK_LIMIT = 2048, 4096  # tokens of a trace, and of a codebook: what the analysis can take
 ANSWER_TEXTS = ("model", "task", "mode", "swap", "response")
 ANSWER_FIELDS = {*ANSWER_TEXTS, "id", "trace", "gold", "score"}
-ANSWER_OPTIONS = ("sample", "problem", "source", "answer", "trace_tokens", "answer_tokens", "truncated")
+ANSWER_OPTIONS = ("sample", "problem", "source", "answer", "trace_tokens", "answer_tokens", "truncated", "follows")
 
 
 @dataclass

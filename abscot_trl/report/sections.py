@@ -15,6 +15,11 @@ INTERVALS = (
     "not right or wrong); tokens are means a problem, the two delimiters of a trace not counted."
 )
 
+FOLLOWS = (
+    " follows: how many of the answers after another problem's trace are that problem's, of those where the two "
+    "problems have different answers; by chance: how many are a third problem's."
+)
+
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> dict:
     return {"title": title, "header": header, "rows": rows}
@@ -27,7 +32,7 @@ def _section(title: str, words: str = "", figures: dict | None = None, tables: l
 
 def results_section(results: list[dict], chance: float | None) -> dict:
     words, header = f"{INTERVALS} {measured(results)}.", header_of(results)
-    figures = {}
+    words, figures = words + (FOLLOWS if "follows" in header else ""), {}
     if any(row["swap"] == "own" for row in results):
         figure = plots.over_tokens(results, chance)
         figures["accuracy_over_tokens"] = (figure, f"Accuracy over tokens. {measured(results)}.")

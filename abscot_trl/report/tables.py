@@ -2,7 +2,7 @@
 
 import re
 
-FIGURES = {"em": "EM", "maj": "maj", "pass": "pass", "win_rate": "win rate"}  # each with its interval
+FIGURES = {"em": "EM", "maj": "maj", "pass": "pass", "win_rate": "win rate", "follows": "follows"}  # with intervals
 OPTIONAL = FIGURES | {"truncated": "truncated", "swapped": "swapped"}
 METRICS = {"f1": " F1", "lc_win_rate": " LC"}
 
@@ -18,12 +18,14 @@ def header_of(results: list[dict]) -> list[str]:
     header = ["model", "mode", "trace", "accuracy", "95 % interval", "trace tokens", "answer tokens", "tokens", "n"]
     if len({row.get("task") for row in results}) > 1:
         header.insert(1, "task")
-    return header + [name for key, name in OPTIONAL.items() if any(row.get(key) for row in results)]
+    shown = {key for row in results for key in OPTIONAL if row.get(key) or (key in FIGURES and key in row)}
+    return header + [name for key, name in OPTIONAL.items() if key in shown]
 
 
 def _with_interval(row: dict, key: str) -> str:
-    interval = " [{:.1f}, {:.1f}]".format(*row[f"{key}_ci95"]) if f"{key}_ci95" in row else ""
-    return f"{row[key]:.1f}{interval}" if key in row else ""
+    interval = " ({:.1f}-{:.1f})".format(*row[f"{key}_ci95"]) if f"{key}_ci95" in row else ""
+    chance = f", {row[f'{key}_chance']:.1f} by chance" if f"{key}_chance" in row else ""
+    return f"{row[key]:.1f}{interval}{chance}" if key in row else ""
 
 
 def cells(row: dict, header: list[str]) -> list[str]:

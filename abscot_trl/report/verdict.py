@@ -5,16 +5,13 @@ from math import hypot
 from abscot_trl.report.tables import label
 
 WORDS = {
-    "information": "its traces carry information about their problem",
-    "form": "random tokens cost accuracy, another problem's trace does not: the trace's form matters, not its content",
-    "untested form": "random tokens cost accuracy; whether another problem's trace does was not tested",
-    "presence": "the answer needs a trace, but not its own",
-    "untested presence": "the answer needs a trace; whether it needs its own was not tested",
-    "hurts": "its own trace does worse than a swapped one",
-    "none": "no evidence that the answer uses its trace",
-    "untested": "not tested: evaluate with swaps other, random and none",
+    "tokens": "the tokens of its traces carry: random ones cost accuracy, and so does another problem's trace",
+    "positions": "only the positions of its traces carry, as pause tokens do: it needs a trace, but not its own",
+    "nothing": "nothing in its traces carries: it does as well without one",
+    "open": "nothing can be told about its traces",
 }
 SWAPS = {"random": "random tokens", "other": "another problem's", "none": "no trace"}
+MATTERS = 10.0  # points: a verdict may not rest on an interval that could hide so large an effect
 
 
 def difference(row: dict, base: dict) -> tuple[float, list[float], bool]:
@@ -48,19 +45,60 @@ def comparisons(results: list[dict]) -> list[dict]:
     return compared
 
 
-def _level(by_swap: dict[str, dict]) -> str:
-    lower = {swap for swap, c in by_swap.items() if c["interval"][1] < 0}
-    if not by_swap:
-        return "untested"
-    if "other" in lower:
-        return "information"
-    if any(c["interval"][0] > 0 for c in by_swap.values()):
-        return "hurts"
-    if "random" in lower:
-        return "form" if "other" in by_swap else "untested form"
-    if "none" in lower:
-        return "presence" if by_swap.keys() & {"random", "other"} else "untested presence"
-    return "none"
+def _costs(comparison: dict | None) -> bool | None:
+    """Whether a swap costs accuracy by its interval; `None` where that cannot be told, or was not tested."""
+    low, high = comparison["interval"] if comparison else (-100.0, 100.0)
+    return True if high < 0 else False if low > -MATTERS else None
+
+
+def _judge(own: dict, by_swap: dict[str, dict], chance: float) -> tuple[str, str]:
+    """
+    The level, a key of `WORDS`, and why nothing can be told where it is `open`.
+
+    The tokens carry if random ones and another problem's both cost accuracy. If they do not, the positions carry if
+    having no trace costs accuracy, and else nothing does.
+    """
+    costs = {swap: _costs(by_swap.get(swap)) for swap in SWAPS}
+    if costs["random"] and costs["other"]:
+        return "tokens", ""
+    asked = ["none"] if False in (costs["random"], costs["other"]) else SWAPS
+    unclear = [swap for swap in asked if costs[swap] is None]
+    untested = [swap for swap in unclear if swap not in by_swap]
+    if untested:
+        return "open", f"not tested: swap{'s' * (len(untested) > 1)} {', '.join(untested)}"
+    if unclear:
+        return "open", f"n = {own['n']} is too few, the intervals could hide an effect of {MATTERS:.0f} points"
+    if own["ci95"][1] - chance < MATTERS:
+        return "open", f"at {own['accuracy']:.1f} (guessing: {chance:.0f}) there is hardly any accuracy to lose"
+    return "positions" if costs["none"] else "nothing", ""
+
+
+def _remarks(level: str, by_swap: dict[str, dict]) -> str:
+    """What a reader should know beside the level."""
+    words, costs = [], {swap: _costs(c) for swap, c in by_swap.items()}
+    better = [SWAPS[swap] for swap, c in by_swap.items() if c["interval"][0] > 0]
+    if better:
+        words.append(f"its own trace does worse than {' and '.join(better)}")
+    if level == "tokens" and costs.get("none") is False:
+        words.append("it does as well without a trace")
+    if level in ("positions", "nothing") and costs.get("other"):
+        words.append("another problem's trace misleads it: the tokens are read, but do not help")
+    if level in ("positions", "nothing") and costs.get("random"):
+        words.append("random tokens cost accuracy, another problem's trace does not: form matters, not content")
+    share = by_swap.get("other", {}).get("row", {}).get("swapped", 1.0)
+    if level != "tokens" and share < 0.5:
+        words.append(f"the traces are much alike: another problem's differs in {100 * share:.0f} % of cases")
+    return "; ".join(words)
+
+
+def following(row: dict) -> str:
+    """How often the answer follows another problem's trace, in words; nothing where `row` does not say."""
+    if "follows" not in row:
+        return ""
+    low, high = row["follows_ci95"]
+    often = f"{row['follows']:.0f} % [{low:.0f}, {high:.0f}] of {row['follows_n']} cases"
+    chance = f" (by chance {row['follows_chance']:.0f} %)" if "follows_chance" in row else ""
+    return f"after another problem's trace the answer is that problem's in {often}{chance}"
 
 
 def _beside(own: dict, results: list[dict]) -> list[tuple[dict, str]]:
@@ -80,34 +118,34 @@ def _beside(own: dict, results: list[dict]) -> list[tuple[dict, str]]:
     return best
 
 
-def verdicts(results: list[dict]) -> list[dict]:
+def verdicts(results: list[dict], chance: float | None = None) -> list[dict]:
     """
     One for each row in abstract mode after its own trace.
+
+    Args:
+        chance (`float`, *optional*): accuracy of guessing in points; 0 when left out.
 
     Returns:
         `model` (label), `task`, `level` (a key of `WORDS`), `words`, `remark`, `numbers` (each swap with its
         difference), `cost` (accuracy and tokens beside verbal and direct answers), `own` (the row), `reference` (the
-        row it was first set beside, or `None`), `comparisons`. Content is what `other` tests: traces as the model
-        writes them, but of another problem.
+        row it was first set beside, or `None`), `comparisons`. Where an interval could hide an effect of `MATTERS`
+        points the level is `open`, not `nothing`.
     """
     judged = []
     for own in (row for row in results if row["mode"] == "abstract" and row["swap"] == "own"):
         mine = [c for c in comparisons(results) if _key(c["row"]) == _key(own) and c["swap"] in SWAPS]
         by_swap = {c["swap"]: c for c in mine}
-        level = _level(by_swap)
-        share = by_swap.get("other", {}).get("row", {}).get("swapped", 1.0)
-        alike = level in ("form", "none", "presence") and share < 0.5
-        remark = (
-            f"the traces are much alike: another problem's differs in {100 * share:.0f} % of cases" if alike else ""
-        )
+        level, why = _judge(own, by_swap, chance or 0.0)
+        words = WORDS[level] + (f": {why}" if why else "")
+        follows = following(by_swap["other"]["row"]) if "other" in by_swap else ""
         beside = _beside(own, results)
         judged.append(
             {
                 "model": label(own),
                 "task": own.get("task", ""),
                 "level": level,
-                "words": WORDS[level],
-                "remark": remark,
+                "words": "; ".join(filter(None, [words, follows])),
+                "remark": _remarks(level, by_swap),
                 "numbers": ", ".join(
                     f"{SWAPS[swap]} {c['row']['accuracy']:.1f} ({c['difference']:+.1f} "
                     f"[{c['interval'][0]:+.1f}, {c['interval'][1]:+.1f}])"
