@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch._dynamo.testing import CompileCounter
 from trainers import LAST, lora, rows, run, settings, token_ids, weights
 from transformers import AutoModelForCausalLM
 from warmups import recipes
@@ -319,3 +321,16 @@ def test_the_report_shows_the_gauges(tmp_path):
     assert {(0.41, 0.2), (1.05, 0.01), (1.35,)} <= drawn
     (run_dir / "losses.csv").write_text("stage,step,loss\nround1/distill,1,2.0\n")  # of an older run
     assert gauges_section({"informed": run_dir}) is None
+
+
+@pytest.mark.slow
+def test_compiled_layers_read_the_same_and_compile_little(checkpoint, tmp_path, data, monkeypatch):
+    """A graph more for each of the two kinds of rows, however often they are read."""
+    fields = HELD | {"max_steps": 3, "gauge_steps": 1, "learning_rate": 0.0, "packing": True, "max_length": 300}
+    plain = run(checkpoint, tmp_path / "plain", data=data, **fields)
+    torch._dynamo.reset()
+    counter, compiler = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compiler, backend=counter))
+    trainer = run(checkpoint, tmp_path / "compiled", data=data, compile_layers=True, **fields)
+    assert counter.frame_count <= 4  # training takes two
+    assert reading(trainer) == pytest.approx({**reading(plain), "grad_norm": reading(trainer)["grad_norm"]}, abs=1e-4)
