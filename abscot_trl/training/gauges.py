@@ -97,7 +97,6 @@ def trace_losses(model, batch: dict[str, Tensor], head: torch.nn.Module, allowed
 class Gauges(TrainerCallback):
     """
     What a phase's model says of `rows`, examples with a `trace` that are held out of it; no random state is touched.
-
     Processes share the work, each by as many batches, of one shape a kind of row, so that kernels are compiled once.
     """
 
@@ -124,20 +123,19 @@ class Gauges(TrainerCallback):
                 ]
                 losses = self._over(documents, lambda batch: answer_losses(model, batch)).view(len(SWAPS[suffix]), -1)
                 figures |= usefulness(dict(zip(SWAPS[suffix], losses, strict=True)), suffix)
-                if not suffix:
-                    own = documents[: len(traces)]
-                    found = self._over(own, lambda batch: trace_losses(model, batch, head, allowed))
+                if not suffix:  # the first documents are those of the own traces
+                    found = self._over(documents[: len(traces)], lambda b: trace_losses(model, b, head, allowed))
                     figures |= {"predictable": found.mean().item(), "predictable_uniform": math.log(size + 1)}
         model.train()
         return figures
 
     def _over(self, documents: list[dict], losses: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         """`losses` of each document, shape (documents,)."""
-        args, accelerator = self.trainer.args, self.trainer.accelerator
-        sizes, multiple = [len(document["input_ids"]) for document in documents], args.pad_to_multiple_of
+        args, accelerator, collator = self.trainer.args, self.trainer.accelerator, self.trainer.data_collator
+        sizes = [len(document["input_ids"]) for document in documents]
         bins = best_fit(sizes, max(args.max_length, *sizes)) if self.packed else [[i] for i in range(len(sizes))]
-        longest = max(sum(sizes[i] for i in members) for members in bins)
-        collate = Collator(self.trainer.data_collator.pad_token_id, -(-longest // multiple) * multiple)
+        longest, multiple = max(sum(sizes[i] for i in members) for members in bins), collator.pad_to_multiple_of
+        collate = Collator(collator.pad_token_id, -(-longest // multiple) * multiple)
         many, processes = 1 if self.packed else args.per_device_train_batch_size, accelerator.num_processes
         batches, found = -(-len(bins) // (many * processes)), torch.zeros(2, len(sizes), device=args.device)
         for number in range(accelerator.process_index, batches * processes, processes):
