@@ -248,6 +248,7 @@ def small(toy, tmp_path, monkeypatch):
     return toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), training, limit=4) | {"rounds": 1}
 
 
+@pytest.mark.slow
 def test_a_warmup_says_what_its_gauges_say_and_stops_if_asked_to(small, capsys):
     run_dir = Path(small["run_dir"])
     with pytest.raises(Refused, match="stopped after round1/distill, as stop_when_empty asks: the answer .* goes on"):
