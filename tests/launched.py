@@ -48,12 +48,14 @@ def trained(folder: Path) -> dict:
 
 
 def train(checkpoint: str, folder: str, fields: dict, with_lora: bool = False) -> None:
-    """A bottleneck phase, or the baseline that `fields` names."""
+    """A bottleneck phase, of as many `rows` as `fields` may name, or the baseline that it names."""
     if "baseline" in fields:
         trainer = build(checkpoint, folder, **fields)
         trainer.train()
     else:
-        trainer = run(checkpoint, folder, peft_config=lora(checkpoint) if with_lora else None, **fields)
+        fields = dict(fields)
+        data = rows(checkpoint, fields.pop("rows", 16))
+        trainer = run(checkpoint, folder, data=data, peft_config=lora(checkpoint) if with_lora else None, **fields)
     trainer.save_model(folder + "/model")
     if trainer.is_world_process_zero():
         found = {

@@ -32,6 +32,8 @@ FIELDS = {
     "max_grad_norm": 0.5,
 }
 
+GAUGED = {"rows": 200, "gauge_rows": 4, "gauge_steps": 1, "max_steps": 2, "per_device_train_batch_size": 1}
+GAUGED |= {"global_batch_size": 4}
 
 ICOT = {"max_steps": 8, "removal_stages": 3, "adam_epsilon": 1e-4, "baseline": "icot"}
 ICOT |= {"per_device_train_batch_size": 2, "global_batch_size": 4}
@@ -43,8 +45,10 @@ def ddp(checkpoint, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     before = foreign(folder / "foreign")
     jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "lora", FIELDS, True)]
+    jobs.append(("train", checkpoint, folder / "gauged", GAUGED))
     launch(accelerate("ddp"), *jobs, ("together", checkpoint, folder, inputs))
-    return SimpleNamespace(full=trained(folder / "full"), lora=trained(folder / "lora"), folder=folder, before=before)
+    found = {name: trained(folder / name) for name in ("full", "lora", "gauged")}
+    return SimpleNamespace(**found, folder=folder, before=before)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +63,13 @@ def zero2(checkpoint, tmp_path_factory):
 def zero3(checkpoint, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero3")
     jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "icot", ICOT)]
+    jobs.append(("train", checkpoint, folder / "gauged", GAUGED | {"packing": True, "max_length": 300}))
     launch(accelerate("zero3"), *jobs, ("refused", folder, with_lora(checkpoint, inputs, folder / "out")))
-    full, icot = trained(folder / "full"), trained(folder / "icot")
+    full, icot, gauged = (trained(folder / name) for name in ("full", "icot", "gauged"))
     said = {(folder / f"said{rank}.txt").read_text() for rank in range(2)}
-    return SimpleNamespace(full=full, icot=icot, said=said, models=list((folder / "out").glob("*model*")))
+    return SimpleNamespace(
+        full=full, icot=icot, gauged=gauged, said=said, models=list((folder / "out").glob("*model*"))
+    )
 
 
 def with_lora(checkpoint, inputs: dict, output: Path) -> list[str]:
@@ -136,6 +143,17 @@ def test_two_processes_of_zero3_internalise_as_one(checkpoint, tmp_path, zero3):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["num_tokens"] == b["num_tokens"]
     weights = dict(one.model.named_parameters())
     assert max((weights[name] - weight).abs().max() for name, weight in two["weights"].items()) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_two_processes_read_the_gauges_as_one(checkpoint, tmp_path, name, request):
+    two, packed = request.getfixturevalue(name).gauged, {"packing": True, "max_length": 300}
+    train(str(checkpoint), str(tmp_path), GAUGED | (packed if name == "zero3" else {}))
+    one = trained(tmp_path)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for a, b in zip(two["log"], one["log"], strict=True):  # both steps
+        assert "useful_own" in b and a == pytest.approx(b, abs=1e-4)
 
 
 @pytest.mark.slow

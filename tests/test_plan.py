@@ -357,7 +357,7 @@ def test_the_production_run_fits_two_cards_with_full_fine_tuning(tmp_path, monke
     (args,) = parse((PlanArguments,), [*arguments, "--model_config", config_of("4b", tmp_path) + "/config.json"])
     found = plan(args)
     trained = [line for line in found["stages"] if line["phase"] in ("bottleneck", "distill")]
-    assert len(trained) == 6 and {line["steps"] for line in trained} == {157}
+    assert len(trained) == 6 and {line["steps"] for line in trained} == {155}  # of 5000 rows less 64
     states = 16 * trained[0]["trained"] / 2  # weights, gradients and moments in 32 bits
     assert all(states < line["memory"] < 79 * GIB for line in trained)
     assert not [warning for warning in found["warnings"] if "GiB a GPU" in warning or "learning_rate" in warning]

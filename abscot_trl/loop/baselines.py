@@ -22,7 +22,7 @@ from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.storage import check_folder, read_json
 from abscot_trl.training.configs import BASELINES
 from abscot_trl.training.resume import LOG_FILE
-from abscot_trl.training.steps import steps_of
+from abscot_trl.training.steps import probes, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
 
 NAMES = ("base", *BASELINES)
@@ -91,7 +91,8 @@ def warmup_steps(args: BaselinesArguments) -> int:
                 f"{getattr(args, phase)} packs rows, so its steps are known from a run alone; set warmup to the "
                 "folder of a finished one, or steps"
             )
-        rows = args.rows_per_phase * (2 if phase == "distill" and args.rehearsal else 1)
+        rows = args.rows_per_phase - len(probes(args.rows_per_phase, recipe))
+        rows *= 2 if phase == "distill" and args.rehearsal else 1
         total += steps_of(rows, recipe, processes)
     return total
 

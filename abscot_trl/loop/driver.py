@@ -227,6 +227,7 @@ def drive(
     n_rows: int,
     collect: Callable[[], list[dict]],
     warn: Callable[[], list[str]] = list,
+    judge: Callable[[Stage], None] = lambda stage: None,
 ) -> list[dict]:
     """
     Run the stages of a warm-up or its baselines that are chosen and not done, in `args.run_dir`.
@@ -238,6 +239,7 @@ def drive(
         n_rows (`int`): rows of the prepared data, which they were drawn from.
         collect (`Callable`): the results of what is done.
         warn (`Callable`): sentences to print after an evaluation.
+        judge (`Callable`): called with each stage that is done; what it raises ends the run there.
 
     Returns:
         The rows of `results.json`.
@@ -260,6 +262,7 @@ def drive(
             for sentence in warn():
                 print(f"WARNING: {sentence}", flush=True)  # noqa: T201
         write_record(run, todo[:number])
+        judge(todo[number - 1])
         return collect()
 
     run.mkdir(parents=True, exist_ok=True)

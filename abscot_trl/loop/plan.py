@@ -32,7 +32,7 @@ from abscot_trl.loop.memory import (
 from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.phases import TRAINING
-from abscot_trl.training.steps import accumulation_of, steps_of
+from abscot_trl.training.steps import accumulation_of, probes, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
 
 PACKED = 0.97  # how full packed rows are, while nothing is known of their lengths
@@ -169,6 +169,7 @@ def _training(stage: Stage, setting: Setting) -> dict:
     """Rows, steps, tokens, memory, disk and hours of a training stage."""
     recipe, shape, (round_, phase) = stage.settings, setting.shape, stage.name.split("/")
     part = setting.parts[f"{round_.removeprefix('round')}.{phase}"]
+    part = np.delete(part, probes(len(part), recipe))
     lengths = {name: lengths[part] for name, lengths in setting.lengths.items()}
     longest = recipe.get("max_length") or 8192
     every = row_tokens(lengths, lengths["trace"], stage.phase, recipe)

@@ -17,6 +17,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "
 RECORDS = ("losses.csv", "losses.png", "record.md")
 COLUMNS = ["step", "learning_rate", "loss", "loss_trace", "loss_end", "loss_answer", "grad_norm", "num_tokens"]
 COLUMNS += ["padding", "sequences_per_step", "supervised_tokens_per_step"]
+COLUMNS += ["useful_own", "useful_random", "useful_other", "useful_none", "predictable", "predictable_uniform"]
+COLUMNS += ["useful_random_se", "useful_other_se", "useful_none_se", "useful_own_given_cot"]
+COLUMNS += ["useful_random_given_cot", "useful_random_given_cot_se"]
 
 
 def _output_of(*command: str) -> str | None:

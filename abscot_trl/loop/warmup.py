@@ -24,10 +24,13 @@ from abscot_trl.loop.arguments import RunArguments
 from abscot_trl.loop.driver import drive
 from abscot_trl.loop.launch import check_launch
 from abscot_trl.loop.lengths import check_lengths
+from abscot_trl.loop.record import read_log
 from abscot_trl.loop.stages import Stage, check_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
+from abscot_trl.report.gauges import WORDS, level, readings, says
 from abscot_trl.storage import check_folder
 from abscot_trl.traces.backends import SamplerArguments
+from abscot_trl.training.steps import GAUGE_ROWS, ROWS_A_PROBE, probes
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -42,6 +45,9 @@ class WarmupArguments(SamplerArguments, RunArguments):
             codes of `content` begin as the tokens that they stand for.
         ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided).
+        stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
+            loss after the own is not 2 standard errors, paired by row, below those after random tokens, another row's
+            trace and none. The same command without it goes on.
     """
 
     name: str = field(default="informed", metadata={"help": "The recipe's name in results.json."})
@@ -58,6 +64,9 @@ class WarmupArguments(SamplerArguments, RunArguments):
         metadata={"help": "What phase B's traces are drawn from: prompt or cot.", "choices": ["prompt", "cot"]},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
+    stop_when_empty: bool = field(
+        default=False, metadata={"help": "Stop after a phase B whose answers do not read their traces, by its gauges."}
+    )
 
     def __post_init__(self):
         SamplerArguments.__post_init__(self)
@@ -155,6 +164,36 @@ def lost_rounds(args: WarmupArguments) -> list[str]:
     return sentences
 
 
+def check_gauges(todo: list[Stage], rows: int) -> None:
+    """
+    Raises:
+        Refused: phases have no gauges, so that `stop_when_empty` could never stop.
+    """
+    for stage in (stage for stage in todo if stage.phase == "distill" and not probes(rows, stage.settings)):
+        wanted = stage.settings.get("gauge_rows", GAUGE_ROWS)
+        raise Refused(
+            f"stop_when_empty: {stage.name} has no gauges: gauge_rows {wanted} of rows_per_phase {rows}; set "
+            f"gauge_rows to at most {rows // ROWS_A_PROBE}, and not to 0, or leave stop_when_empty out"
+        )
+
+
+def judge(stage: Stage, stop_when_empty: bool) -> None:
+    """
+    Say what the gauges of a training stage were at its end.
+
+    Raises:
+        Refused: `stop_when_empty`, and after phase B the answer does not read its trace.
+    """
+    found = readings(read_log(stage.output)) if stage.phase in PARTS else []
+    if found:
+        print(f"{stage.name}: {says(found[-1])}", flush=True)  # noqa: T201
+        if stop_when_empty and stage.phase == "distill" and level(found[-1]) != "tokens":
+            raise Refused(
+                f"stopped after {stage.name}, as stop_when_empty asks: {WORDS[level(found[-1])]}. All that was made "
+                "stays; the same command without stop_when_empty goes on from there"
+            )
+
+
 def warmup(args: WarmupArguments) -> list[dict]:
     """
     `abscot warmup`: run all stages that are not done, and print results and wall times.
@@ -164,13 +203,24 @@ def warmup(args: WarmupArguments) -> list[dict]:
 
     Raises:
         Refused: recipes with unknown keys, too few rows, rows that a phase will refuse for their length, or a run
-            that was started with other settings.
+            that was started with other settings; or traces that carry nothing, with `stop_when_empty`.
     """
     todo = list(stages(args))
     check_launch(todo, args)
     check_stages(todo, args)
+    if args.stop_when_empty:
+        check_gauges(todo, args.rows_per_phase)
     data, _ = load_prepared(args.data)
     splits = run_splits(Path(args.run_dir) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     for sentence in check_lengths(todo, row_lengths(data), splits, AbstractVocabulary.load(args.model), args.model):
         print(f"WARNING: {sentence}", flush=True)  # noqa: T201
-    return drive(todo, args, args.name, splits, len(data), lambda: collect_results(args), lambda: lost_rounds(args))
+    return drive(
+        todo,
+        args,
+        args.name,
+        splits,
+        len(data),
+        collect=lambda: collect_results(args),
+        warn=lambda: lost_rounds(args),
+        judge=lambda stage: judge(stage, args.stop_when_empty),
+    )

@@ -139,6 +139,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         sections.swaps_section(main),
         sections.stages_section(results + sweeps),
         sections.codebook_section([entry for entry in groups if entry[2].mode == "abstract"], summaries),
+        sections.gauges_section(trained),
         sections.training_section(trained),
         sections.published_section(main),
         sections.settings_section(runs),

@@ -270,6 +270,30 @@ def losses(logs: dict[str, list[dict]]) -> Figure:
     return figure
 
 
+def gauges(read: dict[str, list[dict]]) -> Figure:
+    """The gauges by step, a column a phase: answer loss by trace above, loss of the trace below; dotted: uniform."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 2.8 * len(read)), 5.0), layout="constrained")
+        panels = figure.subplots(2, len(read), squeeze=False, sharex="col", sharey="row")
+        for (useful, predictable), (stage, log) in zip(panels.T, read.items(), strict=True):
+            steps = [entry["step"] for entry in log]
+            for swap in ("none", "other", "random", "own"):
+                loss = [entry[f"useful_{swap}"] for entry in log]
+                errors = [2 * entry.get(f"useful_{swap}_se", 0.0) for entry in log]
+                style = {"color": SWAP_COLOURS[swap], "marker": "o", "markersize": 4, "capsize": 2}
+                useful.errorbar(steps, loss, yerr=errors, **style)
+            predictable.plot(steps, [entry["predictable"] for entry in log], color="#444444", marker="o", markersize=4)
+            predictable.axhline(log[-1]["predictable_uniform"], color="grey", linestyle=":")
+            useful.set_title(_short(stage))
+            predictable.set(xlabel="step", ylim=(0, None))
+        panels[0, 0].set_ylabel("answer, nats a token")
+        panels[1, 0].set_ylabel("trace, nats a token")
+        swaps = ("own", "random", "other", "none")
+        handles = [matplotlib.patches.Patch(color=SWAP_COLOURS[swap]) for swap in swaps]
+        figure.legend(handles, swaps, title="answer after", fontsize=8, loc="outside right upper")
+    return figure
+
+
 def plot_losses(logs: dict[str, list[dict]], path: str | Path) -> None:
     """`losses`, to a PNG file."""
     save(losses(logs), path)

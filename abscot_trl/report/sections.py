@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from abscot_trl.report import codebook, plots
+from abscot_trl.report.gauges import readings, says
 from abscot_trl.report.runs import Group, read_losses, read_settings, read_wall_times
 from abscot_trl.report.tables import cells, header_of
 from abscot_trl.report.verdict import comparisons, measured
@@ -146,6 +147,33 @@ def training_section(trained: dict[str, Path]) -> dict | None:
             figures["losses_" + re.sub(r"\W+", "_", name)] = plots.losses(logs), caption
         tables.append(_table(f"Wall time, {name}", *read_wall_times(folder)))
     return _section("Training", "", figures, tables) if trained else None
+
+
+def gauges_section(trained: dict[str, Path]) -> dict | None:
+    """What the gauges of each phase said, step by step."""
+    words, figures, tables = [], {}, []
+    for name, folder in trained.items():
+        read = {stage: found for stage, log in read_losses(folder).items() if (found := readings(log))}
+        if not read:
+            continue
+        words += [f"{name}, {stage}, at its end: {says(found[-1])}." for stage, found in read.items()]
+        caption = f"Gauges of {name} by step; bars: 2 standard errors of the difference to the own trace."
+        figures["gauges_" + re.sub(r"\W+", "_", name)] = plots.gauges(read), caption
+        keys = [f"useful_{swap}" for swap in ("own", "random", "other", "none", "own_given_cot", "random_given_cot")]
+        rows = [
+            [stage, f"{r['step']:.0f}", *(f"{r[key]:.3f}" if key in r else "" for key in keys)]
+            + [f"{r['predictable']:.3f} of {r['predictable_uniform']:.2f}"]
+            for stage, found in read.items()
+            for r in found
+        ]
+        header = ["phase", "step", "own", "random", "other", "none", "own, given CoT", "random, given CoT", "trace"]
+        tables.append(_table(name, header, rows))
+    about = (
+        "Read on rows held out of training: the answer's loss after the row's own trace, random tokens, another row's "
+        "trace and none; given CoT: on the masked row, where states of the trace saw it; trace: the loss of the trace "
+        "itself given the prompt, over the codebook and its end. "
+    )
+    return _section("Gauges", about + " ".join(words), figures, tables) if tables else None
 
 
 def published_section(results: list[dict]) -> dict | None:

@@ -102,6 +102,7 @@ class BaselineTrainer(BottleneckSFTTrainer):
     """
 
     _name = "Baseline"
+    gauged = ()
 
     def __init__(self, model, args: BaselineConfig, train_dataset: Dataset, *arguments, **kwargs):
         super().__init__(model, args, train_dataset, *arguments, **kwargs)

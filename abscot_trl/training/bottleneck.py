@@ -25,7 +25,9 @@ from abscot_trl.errors import Refused
 from abscot_trl.examples import Collator, Encoder, Segment, best_fit, join
 from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.configs import BottleneckConfig
+from abscot_trl.training.gauges import Gauges
 from abscot_trl.training.resume import SealCheckpoints, sealed_checkpoints
+from abscot_trl.training.steps import probes
 from abscot_trl.vocabulary import AbstractVocabulary
 
 COLUMNS = ["input_ids", "labels", "segment_ids", "document_ids", "position_ids", "loss_weights"]
@@ -111,6 +113,8 @@ class BottleneckSFTTrainer(SFTTrainer):
     nats a token, with `loss_trace_uniform` = ln M, the value at which nothing was learnt about the trace; rows trained
     as rehearsal appear with the suffix `_given_cot`. `padding` is the share of positions that are padding;
     `sequences_per_step` and `supervised_tokens_per_step` count documents and labelled tokens over all processes.
+    Every now and then it reads the gauges on the rows `probes`, which are not trained: `useful_own`, `useful_random`,
+    `useful_other` and `useful_none`, `predictable` and `predictable_uniform` = ln(M + 1) (`training/gauges.py`).
 
     Raises:
         Refused: rows that do not fit `max_length` or lack a trace; a model or attention implementation that cannot
@@ -119,6 +123,7 @@ class BottleneckSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "abstract-cot"]
     _name = "Bottleneck SFT"
+    gauged: tuple[str, ...] = ("", "_given_cot")  # rows on which the gauges are read: blind, and masked
 
     def __init__(
         self,
@@ -167,6 +172,9 @@ class BottleneckSFTTrainer(SFTTrainer):
         self._logged_step = 0
         self._finite = True
         self.add_callback(SealCheckpoints(self, keep))
+        self.gauges = Gauges(self, [train_dataset[i] for i in self.probes], packed) if self.probes else None
+        if self.gauges:
+            self.add_callback(self.gauges)
 
     def encode(self, row: dict) -> list[dict[str, list]]:
         """The training rows of one example; here the one of eq. 3."""
@@ -199,6 +207,12 @@ class BottleneckSFTTrainer(SFTTrainer):
                 f"{max(sizes)} tokens); raise it, prepare the data with max_total_tokens, or set overlong: drop"
             )
         self.row_counts = {"rows": len(sizes), "overlong_dropped": overlong}
+        whole = [i for i, row in enumerate(lengths) if max(row) <= args.max_length] if self.gauged else []
+        self.probes = [whole[i] for i in probes(len(whole), vars(args))]
+        if self.probes:
+            held_out = {*self.probes}
+            fitting = [n for n in fitting if documents[n][0] not in held_out]
+            self.row_counts |= {"rows": len(fitting) + overlong, "held_out": len(sizes) - overlong - len(fitting)}
         bins = [[n] for n in range(len(fitting))]
         if args.packing:
             bins = best_fit([sizes[n] for n in fitting], args.max_length)
@@ -297,5 +311,7 @@ class BottleneckSFTTrainer(SFTTrainer):
             self._diverged(f"the loss of {steps} is {logs['loss']}")
         if self._sums is not None:
             logs |= self._figures()
+        if self.gauges and self.gauges.due and "loss" in logs:
+            logs |= self.gauges.read()
         self._sums, self._logged_step = None, self.state.global_step
         super().log(logs, start_time)

@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig
 
 from abscot_trl.attention import IMPLEMENTATIONS
 from abscot_trl.errors import Refused
-from abscot_trl.training.steps import accumulation_of, check_batch
+from abscot_trl.training.steps import GAUGE_ROWS, accumulation_of, check_batch
 
 # The baselines by the mode in which each answers.
 BASELINES = {
@@ -52,6 +52,11 @@ class BottleneckConfig(SFTConfig):
         flex_kernels (`str`, *optional*, defaults to `"triton"`):
             Kernels of flex attention, for packed rows: `"flash"` are flash-attn-4's (`pip install -e '.[flash]'`), for
             Hopper cards and newer: a step at 8192 tokens takes 0.88 of the time (recipes/SPEED.md).
+        gauge_rows (`int`, *optional*, defaults to `64`):
+            Rows held out of training, on which the gauges are read (`training/gauges.py`): do traces carry, and can
+            they be written? None are, and no gauge is, of fewer than 50 times as many rows; `0` turns gauges off.
+        gauge_steps (`int`, *optional*, defaults to `200`):
+            Gauges are read after so many steps, whenever these have doubled, and at the end.
     """
 
     max_length: int | None = field(
@@ -89,6 +94,12 @@ class BottleneckConfig(SFTConfig):
         default="triton",
         metadata={"help": "Kernels of flex attention; flash: flash-attn-4's.", "choices": ["triton", "flash"]},
     )
+    gauge_rows: int = field(
+        default=GAUGE_ROWS, metadata={"help": "Held-out rows that gauges are read on, of 50 times as many; 0: none."}
+    )
+    gauge_steps: int = field(
+        default=200, metadata={"help": "First step that gauges are read after; then at each doubling, and at the end."}
+    )
 
     def __post_init__(self):
         check_batch(vars(self))
@@ -104,6 +115,11 @@ class BottleneckConfig(SFTConfig):
             raise Refused("max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)")
         if self.loss_type != "nll" or self.label_smoothing_factor or self.eval_strategy != "no":
             raise Refused("loss_type, label_smoothing_factor and eval_strategy have no effect here; leave them out")
+        if self.gauge_rows < 0 or self.gauge_rows == 1 or self.gauge_steps < 1:
+            raise Refused(
+                f"gauge_rows {self.gauge_rows} and gauge_steps {self.gauge_steps}: at least 2 rows, or 0 for no "
+                "gauges, and 1 step are needed"
+            )
 
 
 @dataclass

@@ -20,6 +20,7 @@ class SelfDistillationTrainer(BottleneckSFTTrainer):
     """
 
     _name = "Self-distillation"
+    gauged = ("",)
 
     def encode(self, row: dict) -> list[dict[str, list]]:
         """The row of eq. 4 and, with rehearsal, the one of eq. 3."""

@@ -4,6 +4,9 @@ import math
 
 from abscot_trl.errors import Refused
 
+GAUGE_ROWS = 64
+ROWS_A_PROBE = 50  # and reading the gauges once takes 2 % of an epoch at most
+
 
 def check_batch(recipe: dict) -> None:
     """
@@ -33,6 +36,12 @@ def accumulation_of(recipe: dict, processes: int) -> int:
             f"= {rows * processes}"
         )
     return whole // (rows * processes)
+
+
+def probes(rows: int, recipe: dict) -> list[int]:
+    """Which of a phase's `rows` are held out for its gauges: `gauge_rows`, spread evenly, or none of too few."""
+    wanted = recipe.get("gauge_rows", GAUGE_ROWS)
+    return [i * rows // wanted for i in range(wanted)] if rows >= ROWS_A_PROBE * wanted else []
 
 
 def steps_of(rows: int, recipe: dict, processes: int) -> int:

@@ -7,7 +7,7 @@ Several GPUs of one machine: every launcher trains alike, a killed phase ends in
 `prompt`, `cot` and `answer` (GSM8K). Phases run by `accelerate launch` on pairs of GPUs, two at a time where there are
 four.
 
-agree  phase A by each accelerate configuration: losses and learning rates a step beside one GPU's
+agree  phase A by each accelerate configuration: losses, learning rates and first gauges beside one GPU's
 kill   DDP (LoRA) and ZeRO-3 (full): killed after the first checkpoint and given again, against a run left alone
 scale  tokens/s by 1, 2 and 4 GPUs: SmolLM2-135M under DDP, Qwen3-1.7B's shape under ZeRO-3; Qwen3-4B's on two
 """
@@ -46,6 +46,7 @@ RECIPE = {
     "bf16": True,
     "logging_steps": 1,
     "gradient_checkpointing": True,
+    "gauge_steps": 1,
     "disable_tqdm": True,
 }
 FULL = RECIPE | {"dtype": "float32", "save_strategy": "no"}
@@ -147,10 +148,14 @@ def agree(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
             difference = [abs(a["loss"] - b["loss"]) for a, b in zip(logs[name], one, strict=True)]
             rates = max(abs(a["learning_rate"] - b["learning_rate"]) for a, b in zip(logs[name], one, strict=True))
             losses = [round(entry["loss"], 4) for entry in logs[name]]
-            print(f"{name}: losses {losses}, first differs {difference[0]:.1e}, rates {rates:.1e}", flush=True)
+            read = [key for key in one[0] if key.startswith(("useful", "predictable"))]  # none of under 3200 rows
+            gauges = max((abs(logs[name][0][key] - one[0][key]) for key in read), default=None)
+            found = f"first differs {difference[0]:.1e}, rates {rates:.1e}, gauges {gauges}"
+            print(f"{name}: losses {losses}, {found}", flush=True)
             if "single" not in name:
                 row = {"name": f"agree: {name}", "value": difference[0], "unit": "nats, first loss", "losses": losses}
-                yield row | {"largest": max(difference), "rates_differ": rates, "baseline": "one GPU"}
+                row |= {"largest": max(difference), "rates_differ": rates, "gauges_differ": gauges}
+                yield row | {"baseline": "one GPU"}
 
 
 def files(output: Path) -> dict[str, str]:
