@@ -118,13 +118,15 @@ def test_a_word_problems_cot_ends_in_its_answer():
 
 
 def test_tests_are_disjoint_from_training(splits, family):
+    """Also those of another size: a test drawn today holds nothing of a training of tomorrow."""
     assert [*splits] == ["train", "test", FAMILIES[family]]
     assert [len(problems) for problems in splits.values()] == [ROWS, TEST, TEST]
-    prompts = [problem.prompt for problem in every(splits)]
-    assert len({*prompts}) == len(prompts)
-    test = {problem.prompt for problem in splits["test"]}
-    larger = tasks.split(family, 10 * ROWS, TEST, seed=0)
-    assert not test & {problem.prompt for problem in larger["train"]}
+    larger = tasks.split(family, 10 * ROWS, 2 * TEST, seed=0)
+    prompts = [problem.prompt for problem in every(larger)]
+    assert len({*prompts}) == len(prompts) == 10 * ROWS + 4 * TEST
+    for one, other in ((splits, larger), (larger, splits)):
+        trained = {problem.prompt for problem in one["train"]}
+        assert not trained & {problem.prompt for name in other if name != "train" for problem in other[name]}
 
 
 def test_the_same_seed_gives_the_same_rows(splits, family):
