@@ -11,7 +11,7 @@ from abscot_trl.phases import parse_phase, read_yaml
 from abscot_trl.training.configs import BASELINES
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = sorted({path.parent for path in (ROOT / "recipes").rglob("warmup.*.yaml") if path.parent.name != "demo"})
+FOLDERS = sorted({path.parent for path in (ROOT / "recipes").rglob("warmup.*.yaml") if "tuning" in read_yaml(path)})
 OTHER = {"lora": ("full", "zero3"), "full": ("lora", "single")}
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--attn_implementation", "sdpa"]
 GIVEN = ["--model_name_or_path", "m", "--data", "d", "--output_dir", "o"]
@@ -109,3 +109,5 @@ def test_the_two_recipes_that_lost_their_values():
 def test_a_recipe_without_tunings_or_launcher():
     assert printed("bottleneck", "RECIPE=demo") == ["bottleneck", "--config", "recipes/demo/bottleneck.yaml"]
     assert printed("warmup", "RECIPE=demo", "METHOD=paper") == ["warmup", "--config", "recipes/demo/warmup.paper.yaml"]
+    small = ["--config", "recipes/smollm2-135m/bottleneck.yaml"]
+    assert printed("bottleneck", "RECIPE=smollm2-135m") == ["bottleneck", *small, "--accelerate_config", "single"]
