@@ -270,7 +270,8 @@ def test_every_stage_of_a_warm_up_has_its_recipe(path, tuning, tmp_path):
     found = list(stages(args))
     a_phase = ["traces", "train", "merge"] if tuning == "lora" and path.parent != SMALL else ["traces", "train"]
     phases = ["train" if stage.phase in TRAINERS else stage.phase for stage in found]
-    assert phases == (1 if path.parent == SMALL else 3) * (2 * a_phase + ["evaluate"])
+    expected = (1 if path.parent == SMALL else 3) * (2 * a_phase + ["evaluate"])
+    assert phases == (["traces", "init"] + expected[1:] if args.initial == "content" else expected)
     for stage in found:  # each as its own process would read it
         check_fields(stage.settings, PHASES[stage.phase].classes, stage.name)
         if stage.phase not in TRAINERS:

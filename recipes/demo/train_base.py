@@ -51,7 +51,7 @@ def main() -> None:
     dataset = Dataset.from_dict(
         {
             "prompt_ids": [examples.prompt_ids(row.prompt, tokenizer) for row in rows],
-            "cot_ids": [examples.cot_ids(row.cot, tokenizer) for row in rows],
+            "cot_ids": [examples.cot_columns(row.cot, tokenizer)["cot_ids"] for row in rows],
             "answer_ids": [examples.answer_ids(row.answer, tokenizer) for row in rows],
         }
     )
