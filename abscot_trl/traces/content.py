@@ -5,8 +5,8 @@ each as a code.
 *Influence* of a token: by how many nats the steps after its own, and the answer, get less likely when the model's
 likeliest other token stands in its place. It is measured for some tokens of some rows, a forward pass each; a ridge
 regression on the model's last hidden states tells it for all others, a row a forward pass. The `ratio`-th part of a
-CoT's tokens that has the most influence is its trace, in their order. On word problems these turn out to be the digits
-of each step's result.
+CoT's tokens that has the most influence is its trace, in their order. In chain arithmetic these turn out to be the
+results of the steps (tests/test_content.py).
 
 *Codes*: the M token types that occur most often among them stand for themselves, every other type for the one of these
 whose embedding is nearest. `abscot init --codes` lets a code's embedding begin as that of its token.
@@ -174,7 +174,7 @@ def content_parts(
         Refused: no CoT of more than line breaks; a damaged part.
     """
     part = part.select_columns(["id", *COLUMNS])
-    lengths = [len(steps_at(row)[0]) for row in part]
+    lengths = [sum(len(row[name]) for name in ("prompt_ids", "cot_ids", "answer_ids")) for row in part]
     parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
     spans, ids = cut(lengths, args.part_tokens), part["id"][:]
     load = cache(lambda: load_model(args.model, args.dtype, device_map="auto").eval())
