@@ -40,7 +40,7 @@ from abscot_trl.storage import Parts
 arguments = EvaluateArguments(**json.loads(sys.argv[1]))
 log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 record, write = answering.Answerer._record, Parts.write
-finished = lambda: len(list(Path(arguments.output_dir + ".parts").glob("*.jsonl")))
+finished = lambda: Path(sys.argv[2]).read_text().count('["part"')  # noted: the file is there a moment before
 
 def note(*what):
     os.write(log, (json.dumps(what) + "\\n").encode())
