@@ -15,6 +15,7 @@ from abscot_trl.loop.stages import Stage
 from abscot_trl.phases import TRAINING, read_yaml, run_phase
 from abscot_trl.processes import run, run_elsewhere
 from abscot_trl.storage import look_again, write_whole
+from abscot_trl.traces.initial import RANDOM_METHODS
 from abscot_trl.training.steps import accumulation_of, check_batch
 
 
@@ -117,7 +118,7 @@ def launch(stage: Stage, config: Path, options: DriverOptions) -> None:
     if options.nodes and stage.phase in TRAINING:
         _train_on_nodes(stage, config, options)
         return
-    if options.nodes and stage.phase == "traces" and stage.settings["method"] in ("clusters", "content", "policy"):
+    if options.nodes and stage.phase == "traces" and stage.settings["method"] not in RANDOM_METHODS:
         _make_traces_on_nodes(stage, command, options)
         return
     if stage.phase in TRAINING and options.accelerate_config:

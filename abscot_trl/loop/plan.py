@@ -32,6 +32,7 @@ from abscot_trl.loop.memory import (
 from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.phases import TRAINING
+from abscot_trl.traces.initial import RANDOM_METHODS
 from abscot_trl.training.steps import accumulation_of, probes, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -155,7 +156,7 @@ def plan(args: PlanArguments) -> dict:
 def _sampling(settings: dict, setting: Setting) -> dict:
     """Tokens read and hours of a trace stage; random traces read nothing."""
     seen = ["prompt", "trace"] + ["cot"] * (settings["given"] == "cot")
-    reads = settings["method"] in ("clusters", "content", "policy")
+    reads = settings["method"] not in RANDOM_METHODS
     part = setting.parts[settings["part"]]
     tokens, rows = int(sum(setting.lengths[name][part].sum() for name in seen)) * reads, len(part)
     disk = 2 * rows * (4 * setting.vocabulary.m_max + 150)

@@ -46,6 +46,14 @@ def fit_sample(lengths: list[int], seed: int) -> list[int]:
     return sorted(chosen, key=lambda row: -lengths[row])
 
 
+def padded_states(model: PreTrainedModel, rows: list[list[int]], pad: int = 0) -> torch.Tensor:
+    """Last hidden states (B, L, d) of rows of token ids, padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
+    mask = torch.arange(longest, device=model.device) < torch.tensor([[len(row)] for row in rows], device=model.device)
+    return model.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
 def step_states(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: dict[str, list], m_max: int, batch_tokens: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -55,17 +63,11 @@ def step_states(
     Args:
         rows (`dict[str, list]`): columns `prompt_ids`, `cot_ids` and `step_ends`.
     """
-    backbone, pad = model.base_model, tokenizer.pad_token_id or 0
+    pad = tokenizer.pad_token_id or 0
     ids = [x + c for x, c in zip(rows["prompt_ids"], rows["cot_ids"], strict=True)]
     with torch.inference_mode():
         for batch in batches([len(row) for row in ids], batch_tokens):
-            longest = len(ids[batch[0]])
-            padded = torch.full((len(batch), longest), pad)
-            for k, i in enumerate(batch):
-                padded[k, : len(ids[i])] = torch.tensor(ids[i])
-            mask = torch.arange(longest)[None] < torch.tensor([len(ids[i]) for i in batch])[:, None]
-            output = backbone(input_ids=padded.to(model.device), attention_mask=mask.long().to(model.device))
-            for hidden, i in zip(output.last_hidden_state, batch, strict=True):
+            for hidden, i in zip(padded_states(model, [ids[i] for i in batch], pad), batch, strict=True):
                 ends = rows["step_ends"][i]
                 at = [len(rows["prompt_ids"][i]) + ends[step] for step in group_ends(len(ends), m_max)]
                 yield i, hidden[at].cpu()

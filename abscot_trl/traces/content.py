@@ -31,7 +31,7 @@ from abscot_trl.checkpoint import load_model
 from abscot_trl.errors import Refused
 from abscot_trl.storage import Parts, look_again, phase_settings, write_whole
 from abscot_trl.traces.batching import batches, cut
-from abscot_trl.traces.clusters import read_tensor
+from abscot_trl.traces.clusters import padded_states, read_tensor
 from abscot_trl.vocabulary import AbstractVocabulary
 
 CONTENT_FILE = "content.safetensors"
@@ -53,14 +53,6 @@ def candidates(row: dict) -> np.ndarray:
     return len(row["prompt_ids"]) + inner
 
 
-def _states(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    """Last hidden states (B, L, d) of rows padded on the right."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-    mask = torch.arange(longest, device=model.device) < torch.tensor([[len(row)] for row in rows], device=model.device)
-    return model.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-
-
 def _log_probs(model: PreTrainedModel, hidden: Tensor, row: list[int], first: int) -> Tensor:
     """log p of the tokens of `row` from `first` on, given its last hidden states (L, d)."""
     logits = model.get_output_embeddings()(hidden[first - 1 : len(row) - 1]).float()
@@ -72,7 +64,7 @@ def influences(model: PreTrainedModel, rows: list[dict], at: list[list[int]], ba
     """The influence, in nats, of the tokens at the indices `at[i]` of [x; c; y] of row i: shape (len(at[i]),)."""
     given, before, changed = [steps_at(row) for row in rows], {}, []
     for batch in batches([len(ids) for ids, _ in given], batch_tokens):
-        for i, hidden in zip(batch, _states(model, [given[i][0] for i in batch]), strict=True):
+        for i, hidden in zip(batch, padded_states(model, [given[i][0] for i in batch]), strict=True):
             ids = given[i][0]
             before[i] = _log_probs(model, hidden, ids, 1)
             likeliest = model.get_output_embeddings()(hidden[[k - 1 for k in at[i]]]).topk(2).indices.tolist()
@@ -82,7 +74,7 @@ def influences(model: PreTrainedModel, rows: list[dict], at: list[list[int]], ba
     with tqdm(total=len(changed), desc="influence", unit="token") as bar:
         for batch in batches([len(ids) for *_, ids in changed], batch_tokens):
             for (i, k, _), hidden in zip(
-                [changed[n] for n in batch], _states(model, [changed[n][2] for n in batch]), strict=True
+                [changed[n] for n in batch], padded_states(model, [changed[n][2] for n in batch]), strict=True
             ):
                 ids, steps = given[i]
                 later = int(np.searchsorted(steps, steps[k], side="right"))  # where the next step begins
@@ -96,7 +88,7 @@ def hidden_states(model: PreTrainedModel, rows: list[dict], batch_tokens: int) -
     ids = [steps_at(row)[0] for row in rows]
     with torch.inference_mode():
         for batch in batches([len(row) for row in ids], batch_tokens):
-            for i, hidden in zip(batch, _states(model, [ids[i] for i in batch]), strict=True):
+            for i, hidden in zip(batch, padded_states(model, [ids[i] for i in batch]), strict=True):
                 yield i, hidden[: len(ids[i])].float().cpu()
 
 
