@@ -166,7 +166,7 @@ def files(output: Path) -> dict[str, str]:
 
 def kill(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
     saving = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
-    for name in ("ddp, LoRA", "zero3, full"):
+    for name in (name for name in ("ddp, LoRA", "zero3, full") if not args.names or name in args.names):
         config, processes, recipe = AGREE[name]
         here, there = args.gpus[:2], args.gpus[2:4] or args.gpus[:2]
         whole, killed = (work / f"{name.replace(', ', '-')}-{which}" for which in ("whole", "killed"))
@@ -203,10 +203,10 @@ def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
     found = {}
     waves = [
         [("smol-packed", "ddp", 1), ("full-1.7b", "zero3", 1)],
-        [("smol-packed", "ddp", 2), ("full-4b-zero3", "zero3", 2)],
-        [("full-1.7b", "zero3", 2)],
+        [("smol-packed", "ddp", 2), ("full-1.7b", "zero3", 2)],
         [("smol-packed", "ddp", 4)],
         [("full-1.7b", "zero3", 4)],
+        [("full-4b-zero3", "zero3", 2)],
     ]
     for wave in waves:
         free, running = list(args.gpus), []
@@ -248,7 +248,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="kept for another call; without it nothing stays")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(range(torch.cuda.device_count())))
     parser.add_argument("--patience", type=float, default=120, help="seconds for one phase")
-    parser.add_argument("--names", nargs="+", choices=[*AGREE], help="of section agree; all when left out")
+    parser.add_argument("--names", nargs="+", choices=[*AGREE], help="of agree and kill; all when left out")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpus.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
