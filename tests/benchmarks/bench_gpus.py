@@ -159,9 +159,13 @@ def agree(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
 
 
 def files(output: Path) -> dict[str, str]:
-    """Digests of what a phase leaves; its log less the clock."""
+    """Digests of what a phase leaves. peft writes sets in the order of their hashes, another one in each process."""
     kept = [file for file in output.iterdir() if file.suffix in (".safetensors", ".json") and file.is_file()]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
+    made = {file.name: file.read_bytes() for file in kept}
+    if "adapter_config.json" in made:
+        config = json.loads(made["adapter_config.json"])
+        made["adapter_config.json"] = str(config | {"target_modules": sorted(config["target_modules"])}).encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
 
 
 def kill(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
@@ -208,7 +212,7 @@ def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
         [("full-1.7b", "zero3", 4)],
         [("full-4b-zero3", "zero3", 2)],
     ]
-    for wave in waves:
+    for wave in ([one for one in wave if one[2] in args.counts] for wave in waves):
         free, running = list(args.gpus), []
         for case, config, count in wave:
             if len(free) < count:
@@ -249,6 +253,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, nargs="+", default=list(range(torch.cuda.device_count())))
     parser.add_argument("--patience", type=float, default=120, help="seconds for one phase")
     parser.add_argument("--names", nargs="+", choices=[*AGREE], help="of agree and kill; all when left out")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="of section scale: GPUs of a run")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpus.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -40,6 +40,10 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def cards(row: dict) -> str:
+    return row["card"].replace("NVIDIA ", "").replace(" 80GB HBM3", "")
+
+
 def steps(found: dict[str, dict]) -> str:
     rows = []
     for case, words in STEPS.items():
@@ -55,18 +59,18 @@ def ratios(found: dict[str, dict]) -> str:
     apart = ("agree", "kill", "vllm", "plan")
     names = [name for name, row in found.items() if row["baseline"] and not name.startswith(apart)]
     rows = [
-        [f"`{name}`", f"{found[name]['value']:.3g}", found[name]["unit"], found[name]["baseline"]] for name in names
+        [f"`{name}`", f"{row['value']:.3g}", row["unit"], row["baseline"], cards(row)]
+        for name, row in ((name, found[name]) for name in names)
     ]
-    return table(["figure", "value", "unit", "against"], rows)
+    return table(["figure", "value", "unit", "against", "card"], rows)
 
 
 def sampling(found: dict[str, dict]) -> str:
     rows = []
     for name, row in found.items():
         if name.startswith("vllm-"):
-            cards = row["card"].replace("NVIDIA ", "").replace(" 80GB HBM3", "")
             spread = f" ({row['low']:.1f} .. {row['high']:.1f})" if "low" in row else ""
-            rows.append([f"`{name}`", f"{row['value']:.4g}{spread}", row["unit"], row["baseline"], cards])
+            rows.append([f"`{name}`", f"{row['value']:.4g}{spread}", row["unit"], row["baseline"], cards(row)])
     return table(["figure", "value", "unit", "beside", "card"], rows)
 
 
@@ -76,8 +80,8 @@ def planned(found: dict[str, dict]) -> str:
         if name.startswith("plan: "):
             gib, seconds = row["predicted"]
             cells = [name.removeprefix("plan: "), f"{gib:.2f} GiB, {seconds:.3f} s", row["baseline"][10:]]
-            rows.append([*cells, f"{row['value']:.3f}", f"{row['seconds']:.2f}"])
-    return table(["step", "predicted", "measured", "memory, predicted/measured", "seconds"], rows)
+            rows.append([*cells, f"{row['value']:.3f}", f"{row['seconds']:.2f}", cards(row)])
+    return table(["step", "predicted", "measured", "memory, predicted/measured", "seconds", "card"], rows)
 
 
 def attention(found: dict[str, dict]) -> str:
@@ -91,8 +95,17 @@ def launchers(found: dict[str, dict]) -> str:
     for name, row in found.items():
         if name.startswith("agree: "):
             cells = [name.removeprefix("agree: "), f"{row['value']:.1e}", f"{row['largest']:.1e}"]
-            rows.append([*cells, f"{row['rates_differ']:.0e}"])
-    return table(["2 GPUs", "first loss differs", "largest of 8 steps", "learning rates differ"], rows)
+            gauges = f"{row['gauges_differ']:.0e}" if row.get("gauges_differ") is not None else ""
+            rows.append([*cells, f"{row['rates_differ']:.0e}", gauges, cards(row)])
+    header = [
+        "2 GPUs",
+        "first loss differs",
+        "largest of 8 steps",
+        "learning rates differ",
+        "gauges differ",
+        "machine",
+    ]
+    return table(header, rows)
 
 
 def picture(found: dict[str, dict], path: Path) -> None:
