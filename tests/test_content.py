@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warmups import Killed, recipes
 
@@ -72,6 +72,18 @@ def test_it_takes_the_result_of_each_step(whole, spoken):
         same.append([tokenizer.decode(tokens[code]) for code in record["trace"]] == results)
     assert len(same) == ROWS and sum(same) >= 0.95 * ROWS
     assert {tokenizer.decode(token) for token in tokens if token >= 0} == set("01234")
+
+
+def test_who_finds_more_writes_more(spoken, tmp_path):
+    """One threshold for all rows: of three steps and of six, each has its results, at one ratio."""
+    rows = [*chain_arithmetic(ROWS, 3, 5, seed=1), *chain_arithmetic(ROWS, 6, 5, seed=2)]
+    fields = {"data": str(tmp_path / "data"), "output_dir": str(tmp_path / "traces")}
+    given = write_problems(tmp_path / "rows.jsonl", [replace(row, id=f"{n}") for n, row in enumerate(rows)])
+    phase("data", data=given, data_format="problems", tokenizer=spoken["model"], output_dir=fields["data"])
+    make_traces(TracesArguments(model=spoken["model"], method="content", ratio=6.0, dtype="float32", **fields))
+    records = [json.loads(line) for line in (tmp_path / "traces" / "traces.jsonl").read_text().splitlines()]
+    right = [len(record["trace"]) == (3 if int(record["id"]) < ROWS else 6) for record in records]
+    assert len(right) == 2 * ROWS and sum(right) >= 0.9 * len(right)
 
 
 def test_influence_is_what_later_text_loses(spoken):
@@ -184,6 +196,37 @@ def test_steps_of_line_breaks_only_are_refused(arguments, monkeypatch):
     monkeypatch.setattr(content, "candidates", lambda row: np.array([], int))
     with pytest.raises(Refused, match="no CoT holds a token that a trace could take; use rows with longer steps"):
         make_traces(arguments)
+
+
+@pytest.mark.slow
+def test_phase_b_by_the_codes_of_phase_a(toy, tmp_path):
+    """Each row of B has what the codes fitted on A's rows say of it; nothing is sampled in round 1."""
+    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"initial": "content", "ratio": 4.0}
+    args = WarmupArguments(**fields | {"rounds": 1}, distill_from="content")
+    warmup(args)
+    run, splits = Path(fields["run_dir"]) / "round1", json.loads((Path(fields["run_dir"]) / "splits.json").read_text())
+    one, other = (run / f"{phase}-traces" for phase in ("bottleneck", "distill"))
+    assert (one / "content.safetensors").read_bytes() == (other / "content.safetensors").read_bytes()
+    records = [json.loads(line) for line in (other / "traces.jsonl").read_text().splitlines()]
+    assert sorted(record["row"] for record in records) == sorted(splits["splits"]["1.distill"])
+    everything = {"model": toy["model"], "data": toy["data"], "output_dir": str(tmp_path / "all"), "codes": str(one)}
+    make_traces(TracesArguments(**everything, method="content"))
+    told = [json.loads(line)["trace"] for line in (tmp_path / "all" / "traces.jsonl").read_text().splitlines()]
+    assert all(record["trace"] == told[record["row"]] for record in records)
+
+
+def test_codes_of_other_traces_are_refused(toy, arguments, tmp_path):
+    with pytest.raises(Refused, match="distill_from: content goes with initial: content, not clusters"):
+        WarmupArguments(**toy, bottleneck="b", distill="d", distill_from="content", initial="clusters")
+    with pytest.raises(Refused, match="codes somewhere are for method: content, not policy"):
+        TracesArguments(model="m", data="d", output_dir="o", codes="somewhere")
+    with pytest.raises(Refused, match="traces holds no content.safetensors"):
+        make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=str(tmp_path / "traces")))
+    make_traces(arguments)
+    file = Path(arguments.output_dir) / "content.safetensors"
+    file.write_bytes(save({**load_file(file), "tokens": torch.arange(3)}))
+    with pytest.raises(Refused, match="has 3 codes, the model 16; make its traces anew"):
+        make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=arguments.output_dir))
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ class WarmupArguments(SamplerArguments, RunArguments):
         initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`, `content`. The
             codes of `content` begin as the tokens that they stand for.
         ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
-        distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided).
+        distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided); or `content`:
+            they are made as phase A's first ones, by the same codes, and nothing is sampled.
         stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
             loss after the own is not 2 standard errors, paired by row, below those after random tokens, another row's
             trace and none. The same command without it goes on.
@@ -61,7 +62,10 @@ class WarmupArguments(SamplerArguments, RunArguments):
     ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
     distill_from: str = field(
         default="cot",
-        metadata={"help": "What phase B's traces are drawn from: prompt or cot.", "choices": ["prompt", "cot"]},
+        metadata={
+            "help": "What phase B's traces are drawn from: prompt, cot, or made from: content.",
+            "choices": ["prompt", "cot", "content"],
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
     stop_when_empty: bool = field(
@@ -73,8 +77,21 @@ class WarmupArguments(SamplerArguments, RunArguments):
         RunArguments.__post_init__(self)
         if self.backend == "vllm" and self.launch == "inline":
             raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
+        if self.distill_from == "content" != self.initial:
+            raise Refused(f"distill_from: content goes with initial: content, not {self.initial}")
         if not 0 <= self.temperature < math.inf:
             raise Refused(f"temperature {self.temperature} must be finite and not negative")
+
+
+def trace_making(args: WarmupArguments, phase: str, first: bool) -> dict:
+    """How a phase's traces are made: the `first` of all as `initial` says, phase B's perhaps so again; or sampled."""
+    again = phase == "distill" and args.distill_from == "content"
+    if not (first or again):
+        return {"method": "policy", "backend": args.backend, "engine": args.engine, "server": args.server}
+    how = {"method": args.initial} | ({"ratio": args.ratio} if args.initial == "content" else {})
+    if args.initial in ("clusters", "content") and "data_parallel_size" in (args.engine or {}):
+        how["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
+    return how | ({"codes": f"{args.run_dir}/round1/bottleneck-traces"} if again else {})
 
 
 def stages(args: WarmupArguments) -> Iterator[Stage]:
@@ -84,33 +101,25 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
     for phase, recipe in recipes.items():
         check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
-    sampling = {"backend": args.backend, "engine": args.engine, "server": args.server}
-    initial = {"ratio": args.ratio} if args.initial == "content" else {}
-    if args.initial in ("clusters", "content") and "data_parallel_size" in (args.engine or {}):
-        initial["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
     for t in range(1, args.rounds + 1):
         for phase in PARTS:
             seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
             first = t == 1 and phase == "bottleneck"
-            traces = run / f"round{t}" / f"{phase}-traces"
-            yield Stage(
-                f"round{t}/{phase}-traces",
-                "traces",
-                {
-                    "model": policy,
-                    "data": args.data,
-                    "output_dir": str(traces),
-                    "splits": str(run / "splits.json"),
-                    "part": f"{t}.{phase}",
-                    "method": args.initial if first else "policy",
-                    "given": "cot" if phase == "bottleneck" else args.distill_from,
-                    "temperature": args.temperature,
-                    "seed": seed,
-                    **(initial if first else sampling),
-                    "batch_tokens": args.batch_tokens,
-                    "dtype": args.dtype,
-                },
-            )
+            traces, how = run / f"round{t}" / f"{phase}-traces", trace_making(args, phase, first)
+            settings = {
+                "model": policy if how["method"] == "policy" else args.model,
+                "data": args.data,
+                "output_dir": str(traces),
+                "splits": str(run / "splits.json"),
+                "part": f"{t}.{phase}",
+                "given": "cot" if phase == "bottleneck" or how["method"] == "content" else args.distill_from,
+                **how,
+                "temperature": args.temperature,
+                "seed": seed,
+                "batch_tokens": args.batch_tokens,
+                "dtype": args.dtype,
+            }
+            yield Stage(f"round{t}/{phase}-traces", "traces", settings)
             if first and args.initial == "content":
                 codes = str(run / "round1" / "codes")
                 yield Stage("round1/codes", "init", {"base_model": policy, "codes": str(traces), "output_dir": codes})

@@ -154,6 +154,13 @@ def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dat
     return {"weights": weights, "tokens": tokens, "codes": codes}
 
 
+def _codes_of(traces: str, vocabulary: AbstractVocabulary) -> bytes:
+    tokens = tokens_of_codes(traces)
+    if len(tokens) != vocabulary.size:
+        raise Refused(f"{traces} has {len(tokens)} codes, the model {vocabulary.size}; make its traces anew")
+    return (Path(traces) / CONTENT_FILE).read_bytes()
+
+
 def content_parts(
     args,
     vocabulary: AbstractVocabulary,
@@ -164,12 +171,13 @@ def content_parts(
     shares: int,
 ) -> tuple[Parts, int, int]:
     """
-    Make this share of the parts. The first share that comes fits influence and codes; the others wait for it.
+    Make this share of the parts. The first share that comes fits influence and codes, or takes those of `args.codes`;
+    the others wait for it.
 
     Args, returns: as in [`cluster_parts`].
 
     Raises:
-        Refused: no CoT of more than line breaks; a damaged part.
+        Refused: no CoT of more than line breaks; codes of another codebook; a damaged part.
     """
     part = part.select_columns(["id", *COLUMNS])
     lengths = [sum(len(row[name]) for name in ("prompt_ids", "cot_ids", "answer_ids")) for row in part]
@@ -183,7 +191,8 @@ def content_parts(
     with parts.joining():
         look_again(fitted)
         if not fitted.is_file():
-            write_whole(fitted, save(_fit(load(), args, vocabulary, part)))
+            taken = args.codes and _codes_of(args.codes, vocabulary)
+            write_whole(fitted, taken or save(_fit(load(), args, vocabulary, part)))
     weights, codes = read_tensor(fitted, "weights"), read_tensor(fitted, "codes")
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:

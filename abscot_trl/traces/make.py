@@ -45,6 +45,7 @@ class TracesArguments(SamplerArguments):
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
         ratio (`float`): of `content`: tokens of the CoT for each of its trace.
+        codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes and influence these are made.
         part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
         shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them. Shards of
             clusters are run twice: first they make what the clusters are fitted on.
@@ -66,6 +67,7 @@ class TracesArguments(SamplerArguments):
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the policy; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of draws and clusters."})
     ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
+    codes: str | None = field(default=None, metadata={"help": "content: traces whose codes these take."})
     part_tokens: int = field(default=4_000_000, metadata={"help": "Tokens between two savings of the work done."})
     shard: str | None = field(default=None, metadata={"help": "Make only this share of the rows, e.g. 2/8."})
 
@@ -79,6 +81,8 @@ class TracesArguments(SamplerArguments):
             raise Refused(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
         if self.ratio < 1:
             raise Refused(f"ratio must be at least 1, got {self.ratio}")
+        if self.codes and self.method != "content":
+            raise Refused(f"codes {self.codes} are for method: content, not {self.method}")
         if self.part_tokens < 1:
             raise Refused(f"part_tokens must be at least 1, got {self.part_tokens}")
         parse_shard(self.shard)
