@@ -179,6 +179,7 @@ def content_parts(
     Raises:
         Refused: no CoT of more than line breaks; codes of another codebook; a damaged part.
     """
+    taken = args.codes and _codes_of(args.codes, vocabulary)
     part = part.select_columns(["id", *COLUMNS])
     lengths = [sum(len(row[name]) for name in ("prompt_ids", "cot_ids", "answer_ids")) for row in part]
     parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
@@ -191,7 +192,6 @@ def content_parts(
     with parts.joining():
         look_again(fitted)
         if not fitted.is_file():
-            taken = args.codes and _codes_of(args.codes, vocabulary)
             write_whole(fitted, taken or save(_fit(load(), args, vocabulary, part)))
     weights, codes = read_tensor(fitted, "weights"), read_tensor(fitted, "codes")
     total = sum(len(spans[n]) for n in todo)
