@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.problems import load_problems
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.grading import is_correct
 from abscot_trl.phases import run_phase
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "smollm2-135m"
+BASE = FOLDER.parent / "demo" / "base"
 FAMILIES = {"gsm-symbolic": "templates", "facts": "longer", "states": "longer"}
 ROWS, TEST = 300, 60
 
@@ -198,6 +200,48 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         tasks.main()
     assert end.value.code == 1 and "is there already" in capsys.readouterr().err
     assert (tmp_path / "rows" / "train.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_grid(tmp_path, monkeypatch, capsys):
+    """Two of its runs on the demo's base, a few steps each; the same command again trains nothing."""
+    evidence, folder = script("evidence"), tmp_path / "states" / "grid"
+    (tmp_path / "states" / "rows").mkdir(parents=True)
+    rows = chain_arithmetic(140, 6, 5, seed=0)
+    write_problems(tmp_path / "states" / "rows" / "train.jsonl", rows[:128])
+    write_problems(tmp_path / "states" / "rows" / "test.jsonl", rows[128:])
+    training = {"use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "compile_layers": False}
+    training |= {"dataloader_num_workers": 0, "max_length": 512, "save_strategy": "no", "gauge_rows": 2}
+    training |= {"per_device_train_batch_size": 1, "global_batch_size": 1}
+    phases = ("bottleneck", "distill", "baseline.verbal")
+    warm = {"backend": "hf", "dtype": "float32", "launch": "inline", "accelerate_config": None, "rows_per_phase": 64}
+    over = dict.fromkeys(phases, training) | {"warmup": warm}
+    over |= {"evaluate": {"backend": "hf", "dtype": "float32", "max_new_tokens": 4}}
+    words = ["--task", "states", "--runs", "content", "sft", "--gpus", "cpu", "--base_model", str(BASE)]
+    words += ["--steps", json.dumps(dict.fromkeys(phases, 2)), "--over", json.dumps(over), "--folder", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
+    assert evidence.main() == 0, capsys.readouterr().out
+    found = json.loads((folder / "results.json").read_text())
+    assert {row["run"] for row in found} == {"content-0", "sft-0"}
+    assert {row["swap"] for row in found if row["run"] == "content-0"} == {
+        "own",
+        "random",
+        "shuffled",
+        "other",
+        "none",
+    }
+    logs = {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
+    steps = {str(name.parent): json.loads((folder / name).read_text())["steps"] for name in logs}
+    warm = {f"content-0/run/round1/{phase}": 2 for phase in ("bottleneck", "distill")}
+    assert steps == warm | {"base-64-0/verbal": 2, "sft-0/run/sft/train": 4}
+    assert (
+        "in 1 of 1 runs" in (folder / "results.md").read_text() or "in 0 of 1" in (folder / "results.md").read_text()
+    )
+    assert evidence.main() == 0
+    assert logs == {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
+    (tmp_path / "states" / "rows" / "test.jsonl").write_text("nothing\n")
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--seeds", "1", "--runs", "sft"])
+    assert evidence.main() == 1 and "sft, seed 1: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
