@@ -24,7 +24,7 @@ named    = $(if $(TUNING)$(ACCELERATE),$(addprefix --tuning ,$(tuning)) $(addpre
 by       = $(addprefix --accelerate_config ,$(launcher))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page bench-sampling bench-vllm bench-plan bench-data clean
+.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -106,6 +106,9 @@ bench-gpus: $(READY) ## every launcher against one GPU, kills, scaling: ARGS="ag
 
 speed-page: $(READY) ## recipes/SPEED.md's tables and picture from tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/speed_page.py
+
+evidence: $(READY) ## the grid of recipes/smollm2-135m: do traces carry on a real model? (hours on a GPU; ARGS='--gpus 0 1 --runs ..')
+	$(BIN)/python recipes/smollm2-135m/evidence.py $(ARGS)
 
 bench-sampling: $(READY) ## vLLM against transformers, the second call (12 minutes on 2 cores)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(ARGS)

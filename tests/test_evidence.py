@@ -207,14 +207,14 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     """Two of its runs on the demo's base, a few steps each; the same command again trains nothing."""
     evidence, folder = script("evidence"), tmp_path / "states" / "grid"
     (tmp_path / "states" / "rows").mkdir(parents=True)
-    rows = chain_arithmetic(140, 6, 5, seed=0)
-    write_problems(tmp_path / "states" / "rows" / "train.jsonl", rows[:128])
-    write_problems(tmp_path / "states" / "rows" / "test.jsonl", rows[128:])
+    rows = chain_arithmetic(220, 6, 5, seed=0)
+    write_problems(tmp_path / "states" / "rows" / "train.jsonl", rows[:208])
+    write_problems(tmp_path / "states" / "rows" / "test.jsonl", rows[208:])
     training = {"use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "compile_layers": False}
     training |= {"dataloader_num_workers": 0, "max_length": 512, "save_strategy": "no", "gauge_rows": 2}
     training |= {"per_device_train_batch_size": 1, "global_batch_size": 1}
     phases = ("bottleneck", "distill", "baseline.verbal")
-    warm = {"backend": "hf", "dtype": "float32", "launch": "inline", "accelerate_config": None, "rows_per_phase": 64}
+    warm = {"backend": "hf", "dtype": "float32", "launch": "inline", "accelerate_config": None, "rows_per_phase": 100}
     over = dict.fromkeys(phases, training) | {"warmup": warm}
     over |= {"evaluate": {"backend": "hf", "dtype": "float32", "max_new_tokens": 4}}
     words = ["--task", "states", "--runs", "content", "sft", "--gpus", "cpu", "--base_model", str(BASE)]

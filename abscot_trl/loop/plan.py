@@ -212,7 +212,7 @@ def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
     lora = bool(recipe.get("use_peft"))
     if lora and rate <= 2e-5:
         warnings.append(f"{phase}: learning_rate {rate} is one of full fine-tuning; LoRA wants about 1.0e-4")
-    if not lora and rate >= 5e-5:
+    if not lora and rate >= 5e-5 and setting.shape.parameters > 1e9:  # smaller ones take ten times as much
         warnings.append(f"{phase}: learning_rate {rate} is one of LoRA; full fine-tuning wants about 1.0e-5")
     if lora and setting.zero == 3:
         warnings.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")

@@ -32,16 +32,18 @@ from abscot_trl.storage import read_manifest
 HERE = Path(__file__).parent
 PHASES = ("bottleneck", "distill", "evaluate", "init", "baseline.verbal")
 STEPS = {"baseline.verbal": 1000, "bottleneck": 300, "distill": 1700}  # of 33,000 tokens
-SFT = {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0}
+THREE = {"rounds": 3, "rows_per_phase": 10_000}  # a third of the steps each
+# Stepwise internalisation packs no rows: about as many of them as a packed step has.
+UNPACKED = {"per_device_train_batch_size": 128, "global_batch_size": 128, "max_length": 512}
 # A run: fields over warmup.content.yaml; those of a phase over its own recipe. `baseline`: this one, and no warm-up.
 GRID = {
     "content": {},
-    "informed": SFT,
-    "paper": {"initial": "uniform", "distill_from": "prompt"},
-    "paper-3-rounds": {"initial": "uniform", "distill_from": "prompt", "rounds": 3, "rows_per_phase": 10_000},
-    "content-2-rounds": {"rounds": 2, "rows_per_phase": 15_000, "distill_from": "cot", "rehearsal": 1.0},
-    "content-sampled": {"distill_from": "cot"},
-    "content-sampled-rehearsed": {"distill_from": "cot", "rehearsal": 1.0},
+    "informed": {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7},
+    "paper": {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7},
+    "paper-3-rounds": {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7, **THREE},
+    "content-3-rounds": {"distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7, **THREE},
+    "content-sampled": {"distill_from": "cot", "temperature": 0.7},
+    "content-sampled-rehearsed": {"distill_from": "cot", "temperature": 0.7, "rehearsal": 1.0},
     "content-discrete": {"bottleneck": {"channel": "discrete"}},
     "content-ratio-4": {"ratio": 4.0},
     "content-ratio-12": {"ratio": 12.0},
@@ -50,7 +52,8 @@ GRID = {
     "content-256-codes": {"init": {"codebook_size": 256}},
     "content-5000-rows": {"rows_per_phase": 5_000},
     "content-100000-rows": {"rows_per_phase": 100_000},
-    **{name: {"baseline": name} for name in ("sft", "cot", "pause", "cut-cot")},
+    **{name: {"baseline": name} for name in ("base", "sft", "cot", "pause", "cut-cot")},
+    "icot": {"baseline": "icot", "bottleneck": UNPACKED},
 }
 
 
@@ -88,7 +91,7 @@ class Grid:
             fields = fields | {"problems": str(self.folder.parent / "rows" / "test.jsonl")}
         where.mkdir(parents=True, exist_ok=True)
         made = where / f"{phase}.yaml"
-        made.write_text(yaml.safe_dump(read_yaml(path) | fields | self.over.get(phase, {}), sort_keys=False))
+        made.write_text(yaml.safe_dump(read_yaml(path) | self.over.get(phase, {}) | fields, sort_keys=False))
         return made
 
     def base(self, fields: dict, seed: int, gpu: str | None) -> tuple[Path, Path]:
@@ -96,8 +99,7 @@ class Grid:
         size = fields.get("codebook_size", 64)
         where = self.folder / f"base-{size}-{seed}"
         init, data, verbal = where / "init", where / "data", where / "verbal"
-        recipe = {phase: self.recipe(where, phase, {}) for phase in ("bottleneck", "baseline.verbal")}
-        recipe["init"] = self.recipe(where, "init", fields)
+        recipe = {"init": self.recipe(where, "init", fields), "verbal": self.recipe(where, "baseline.verbal", {})}
         if not init.is_dir():
             named = ["--base_model", self.model] if self.model else []
             abscot(where / "log", gpu, "init", "--config", recipe["init"], *named, "--output_dir", init)
@@ -106,7 +108,7 @@ class Grid:
             abscot(where / "log", gpu, "data", "--config", HERE / "data.yaml", "--data", rows,
                    "--tokenizer", init, "--output_dir", data)  # fmt: skip
         if not (verbal / "training_log.json").is_file():
-            abscot(where / "log", gpu, "baseline", "--config", recipe["baseline.verbal"], "--data", data,
+            abscot(where / "log", gpu, "baseline", "--config", recipe["verbal"], "--data", data,
                    "--model_name_or_path", init, "--output_dir", verbal, "--seed", seed,
                    "--resume_from_checkpoint", "true", *self.launcher())  # fmt: skip
         return verbal, data
@@ -118,7 +120,9 @@ class Grid:
         """One run of the grid, to its end."""
         fields = dict(GRID[name])
         own = {phase: fields.pop(phase, {}) for phase in PHASES}
-        where = self.folder / f"{name}-{seed}"
+        where, rounds = self.folder / f"{name}-{seed}", fields.get("rounds", 1)
+        for phase in ("bottleneck", "distill"):
+            own[phase] = {"max_steps": self.over[phase]["max_steps"] // rounds} | own[phase]
         model, data = self.base(own["init"], seed, gpu)
         paths = {phase: str(self.recipe(where, phase, own[phase])) for phase in ("bottleneck", "distill", "evaluate")}
         shared = paths | {"run_dir": str(where / "run"), "model": str(model), "data": str(data), "seed": seed}
@@ -130,7 +134,7 @@ class Grid:
             recipe |= {"steps": sum(self.over[phase]["max_steps"] for phase in ("bottleneck", "distill"))}
             phase = "baselines"
         else:
-            recipe, phase = read_yaml(HERE / "warmup.content.yaml") | {"name": name} | fields | over, "warmup"
+            recipe, phase = read_yaml(HERE / "warmup.content.yaml") | {"name": name} | over | fields, "warmup"
         (where / f"{phase}.yaml").write_text(yaml.safe_dump(recipe | shared, sort_keys=False))
         abscot(where / "log", gpu, phase, "--config", where / f"{phase}.yaml")
 
