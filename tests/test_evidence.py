@@ -220,6 +220,11 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     words = ["--task", "states", "--runs", "content", "sft", "--gpus", "cpu", "--base_model", str(BASE)]
     words += ["--steps", json.dumps(dict.fromkeys(phases, 2)), "--over", json.dumps(over), "--folder", str(folder)]
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
+    with pytest.raises(Refused, match="log: abscot init: .*no folder"):
+        evidence.abscot(
+            tmp_path / "log", None, "init", "--base_model", tmp_path / "no", "--output_dir", tmp_path / "o"
+        )
+    monkeypatch.setattr(evidence, "abscot", lambda log, gpu, *words: run_phase(words[0], [*map(str, words[1:])]))
     assert evidence.main() == 0, capsys.readouterr().out
     found = json.loads((folder / "results.json").read_text())
     assert {row["run"] for row in found} == {"content-0", "sft-0"}
