@@ -225,8 +225,12 @@ def test_codes_of_other_traces_are_refused(toy, arguments, tmp_path):
     make_traces(arguments)
     file = Path(arguments.output_dir) / "content.safetensors"
     file.write_bytes(save({**load_file(file), "tokens": torch.arange(3)}))
-    with pytest.raises(Refused, match="has 3 codes, the model 16; make its traces anew"):
+    with pytest.raises(Refused, match="was made with 3 codes by a model of width 128 and .* has 16, 128 and"):
         make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=arguments.output_dir))
+    file.write_bytes(save({name: value for name, value in load_file(file).items() if name != "least"}))
+    with pytest.raises(Refused, match="content.safetensors is damaged .'least'.; remove it"):  # of an older version
+        make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=arguments.output_dir))
+    assert not (tmp_path / "b.parts").exists()
 
 
 @pytest.mark.slow

@@ -220,10 +220,8 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     words = ["--task", "states", "--runs", "content", "sft", "--gpus", "cpu", "--base_model", str(BASE)]
     words += ["--steps", json.dumps(dict.fromkeys(phases, 2)), "--over", json.dumps(over), "--folder", str(folder)]
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
-    with pytest.raises(Refused, match="log: abscot init: .*no folder"):
-        evidence.abscot(
-            tmp_path / "log", None, "init", "--base_model", tmp_path / "no", "--output_dir", tmp_path / "o"
-        )
+    with pytest.raises(Refused, match="log: ended with 1: abscot init: .*no folder"):
+        evidence.abscot(tmp_path / "log", "", "init", "--base_model", tmp_path / "no", "--output_dir", tmp_path / "o")
     monkeypatch.setattr(evidence, "abscot", lambda log, gpu, *words: run_phase(words[0], [*map(str, words[1:])]))
     assert evidence.main() == 0, capsys.readouterr().out
     found = json.loads((folder / "results.json").read_text())
@@ -244,6 +242,19 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     )
     assert evidence.main() == 0
     assert logs == {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", '{"baseline.verbal": 3}'])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert "baseline.verbal.yaml was begun with other fields" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--over", "{}", "--runs", "content-50000-rows"])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert "content-50000-rows needs 100000 rows, " in capsys.readouterr().err
+    for bad in ('{"distil": 5}', "[1]", "{bad"):
+        monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", bad])
+        with pytest.raises(SystemExit):
+            evidence.main()
+        assert "argument --steps: " in capsys.readouterr().err
     (tmp_path / "states" / "rows" / "test.jsonl").write_text("nothing\n")
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--seeds", "1", "--runs", "sft"])
     assert evidence.main() == 1 and "sft, seed 1: " in capsys.readouterr().out

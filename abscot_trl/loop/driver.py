@@ -50,7 +50,7 @@ def _differences(then: dict, now: dict) -> str:
     other = [
         f"other files at {key} {now['settings'][key]}"
         for key, digest in now["inputs"].items()
-        if key not in words and then["inputs"].get(key) != digest
+        if key not in words and then["inputs"].get(key, digest) != digest  # an older version noted fewer
     ]
     return ", ".join([*words.values(), *other])
 
@@ -164,7 +164,7 @@ def prune_models(todo: list[Stage], done: int, keep: str) -> None:
     """
     if keep == "all":
         return
-    models = [stage for stage in todo if stage.phase in (*TRAINING, "merge")]
+    models = [stage for stage in todo if stage.phase in (*TRAINING, "merge", "init")]
     last = {stage.name.split("/")[0] if keep == "rounds" else "": stage.output for stage in models}
     needed = {str(stage.settings.get(key)) for stage in todo[done:] for key in INPUTS}
     trained_on = {str(stage.output): str(stage.settings.get("model_name_or_path")) for stage in models}

@@ -197,6 +197,8 @@ def stage_disk(phase: str, settings: dict, launcher: dict | None = None) -> int:
         adapter = json.loads((Path(settings["adapter"]) / "adapter_config.json").read_text())
         weights = Path(adapter["base_model_name_or_path"]).glob("*.safetensors")
         return sum(file.stat().st_size for file in weights)
+    if phase == "init":
+        return sum(file.stat().st_size for file in Path(settings["base_model"]).glob("*.safetensors"))
     if phase == "traces" and settings.get("splits"):
         splits = json.loads(Path(settings["splits"]).read_text())["splits"]
         m_max = AbstractVocabulary.load(settings["model"]).m_max

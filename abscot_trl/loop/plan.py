@@ -134,7 +134,7 @@ def plan(args: PlanArguments) -> dict:
         elif stage.phase in TRAINING:
             line |= _training(stage, setting)
             warnings += _recipe_warnings(line, stage.settings, setting)
-        elif stage.phase == "merge":
+        elif stage.phase in ("merge", "init"):
             line["disk"] = 2 * shape.parameters
         table.append(line)
     if launcher.get("use_cpu"):

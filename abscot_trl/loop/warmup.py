@@ -45,7 +45,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
             codes of `content` begin as the tokens that they stand for.
         ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided); or `content`:
-            they are made as phase A's first ones, by the same codes, and nothing is sampled.
+            all traces are made as phase A's first ones, by the same codes, and nothing is sampled.
         stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
             loss after the own is not 2 standard errors, paired by row, below those after random tokens, another row's
             trace and none. The same command without it goes on.
@@ -83,12 +83,12 @@ class WarmupArguments(SamplerArguments, RunArguments):
             raise Refused(f"temperature {self.temperature} must be finite and not negative")
 
 
-def trace_making(args: WarmupArguments, phase: str, first: bool) -> dict:
-    """How a phase's traces are made: the `first` of all as `initial` says, phase B's perhaps so again; or sampled."""
-    again = phase == "distill" and args.distill_from == "content"
+def trace_making(args: WarmupArguments, first: bool) -> dict:
+    """How a phase's traces are made: the `first` of all as `initial` says; the others so again, or sampled."""
+    again = args.distill_from == "content" and not first
     if not (first or again):
         return {"method": "policy", "backend": args.backend, "engine": args.engine, "server": args.server}
-    how = {"method": args.initial} | ({"ratio": args.ratio} if args.initial == "content" else {})
+    how = {"method": args.initial} | ({"ratio": args.ratio} if args.initial == "content" and first else {})
     if args.initial in ("clusters", "content") and "data_parallel_size" in (args.engine or {}):
         how["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
     return how | ({"codes": f"{args.run_dir}/round1/bottleneck-traces"} if again else {})
@@ -105,7 +105,7 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
         for phase in PARTS:
             seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
             first = t == 1 and phase == "bottleneck"
-            traces, how = run / f"round{t}" / f"{phase}-traces", trace_making(args, phase, first)
+            traces, how = run / f"round{t}" / f"{phase}-traces", trace_making(args, first)
             settings = {
                 "model": policy if how["method"] == "policy" else args.model,
                 "data": args.data,

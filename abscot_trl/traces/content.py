@@ -25,7 +25,7 @@ from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import load_model
 from abscot_trl.errors import Refused
@@ -98,12 +98,12 @@ def tell(row: dict, hidden: Tensor, weights: Tensor) -> Tensor:
     return (hidden[candidates(row)].float() @ weights[:-1] + weights[-1]).cpu()
 
 
-def chosen(row: dict, told: Tensor, m_max: int) -> list[int]:
+def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
     """
-    The tokens of a row's trace, as ids, in their order: the candidates whose influence is `told` to be 0 or more, the
-    most influential one at least and `m_max` at most.
+    The tokens of a row's trace, as ids, in their order: the candidates whose influence is told to be `least` or more;
+    the most influential one at least, and `m_max` at most.
     """
-    count = min(max(int((told >= 0).sum()), 1), m_max)
+    count = min(max(int((told >= least).sum()), 1), m_max)
     best = sorted(told.topk(count).indices.tolist())
     return [steps_at(row)[0][k] for k in candidates(row)[best]]
 
@@ -135,7 +135,10 @@ def fit_codes(taken: list[list[int]], embeddings: Tensor, size: int) -> tuple[Te
 
 
 def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dataset) -> dict[str, Tensor]:
-    """What makes the traces: `weights` of influence, `tokens` of the codes and `codes` of the tokens."""
+    """
+    What makes the traces: `weights` of influence, the `least` that is taken, `tokens` of the codes and `codes` of the
+    tokens.
+    """
     rng = np.random.default_rng(args.seed)
     rows = [row for row in part.select(sorted(rng.permutation(len(part))[:FIT_ROWS])) if len(candidates(row))]
     if not rows:
@@ -148,17 +151,27 @@ def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dat
     best = torch.cat([*told.values()]).sort(descending=True).values
     count = round(sum(len(row["cot_ids"]) for row in rows) / args.ratio)
     least = best[min(max(count, 1), len(best)) - 1]
-    weights[-1] -= least
-    taken = [chosen(row, told[i] - least, vocabulary.m_max) for i, row in enumerate(rows)]
+    taken = [chosen(row, told[i], least, vocabulary.m_max) for i, row in enumerate(rows)]
     tokens, codes = fit_codes(taken, model.get_input_embeddings().weight.detach(), vocabulary.size)
-    return {"weights": weights, "tokens": tokens, "codes": codes}
+    return {"weights": weights, "least": least, "tokens": tokens, "codes": codes}
 
 
-def _codes_of(traces: str, vocabulary: AbstractVocabulary) -> bytes:
-    tokens = tokens_of_codes(traces)
-    if len(tokens) != vocabulary.size:
-        raise Refused(f"{traces} has {len(tokens)} codes, the model {vocabulary.size}; make its traces anew")
-    return (Path(traces) / CONTENT_FILE).read_bytes()
+def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
+    """
+    What made other content traces, for this model's.
+
+    Raises:
+        Refused: no content traces, or those of an earlier version; of another codebook, model or tokenizer.
+    """
+    file, config = Path(traces) / CONTENT_FILE, AutoConfig.from_pretrained(model).get_text_config()
+    there = [len(tokens_of_codes(traces)), len(read_tensor(file, "weights")) - 1, len(read_tensor(file, "codes"))]
+    read_tensor(file, "least")
+    if there != (here := [vocabulary.size, config.hidden_size, config.vocab_size]):
+        raise Refused(
+            f"{traces} was made with {there[0]} codes by a model of width {there[1]} and {there[2]} tokens, {model} "
+            f"has {here[0]}, {here[1]} and {here[2]}: make its traces anew, without codes"
+        )
+    return file.read_bytes()
 
 
 def content_parts(
@@ -177,9 +190,9 @@ def content_parts(
     Args, returns: as in [`cluster_parts`].
 
     Raises:
-        Refused: no CoT of more than line breaks; codes of another codebook; a damaged part.
+        Refused: no CoT of more than line breaks; codes of another codebook or model; a damaged part.
     """
-    taken = args.codes and _codes_of(args.codes, vocabulary)
+    taken = args.codes and _codes_of(args.codes, args.model, vocabulary)
     part = part.select_columns(["id", *COLUMNS])
     lengths = [sum(len(row[name]) for name in ("prompt_ids", "cot_ids", "answer_ids")) for row in part]
     parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
@@ -193,14 +206,15 @@ def content_parts(
         look_again(fitted)
         if not fitted.is_file():
             write_whole(fitted, taken or save(_fit(load(), args, vocabulary, part)))
-    weights, codes = read_tensor(fitted, "weights"), read_tensor(fitted, "codes")
+    weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least", "codes"))
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:
         for n in todo:
             these, traces = [part[i] for i in spans[n]], {}
             for i, hidden in hidden_states(load(), these, args.batch_tokens):
                 if len(candidates(these[i])):
-                    traces[i] = codes[chosen(these[i], tell(these[i], hidden, weights), vocabulary.m_max)].tolist()
+                    told = tell(these[i], hidden, weights)
+                    traces[i] = codes[chosen(these[i], told, least, vocabulary.m_max)].tolist()
                 bar.update()
             records = [
                 {"row": rows[i], "id": ids[i], "trace": traces[k]} for k, i in enumerate(spans[n]) if k in traces

@@ -45,7 +45,8 @@ class TracesArguments(SamplerArguments):
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
         ratio (`float`): of `content`: tokens of the CoT for each of its trace.
-        codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes and influence these are made.
+        codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes, influence and ratio these are
+            made.
         part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
         shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them. Shards of
             clusters are run twice: first they make what the clusters are fitted on.

@@ -5,14 +5,13 @@ The grid: do traces carry on a real model, and what does each choice buy? `make 
     python recipes/smollm2-135m/evidence.py --collect             # results.json, table and picture of what is done
 
 Every run is a warm-up (or a baseline) from recipes that are written beside it: this folder's, with fields of `GRID`
-over them. All take the same number of steps from the same verbal model. A GPU takes a run at a time; the same command
-goes on where a killed one was.
+over them. All take as many steps, from a verbal model of their codebook and seed. A GPU takes a run at a time; given
+again the command goes on.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
 from abscot_trl.loop.record import read_log
 from abscot_trl.phases import read_yaml
+from abscot_trl.processes import start
 from abscot_trl.report.gauges import level, readings
 from abscot_trl.report.tables import results_table
 from abscot_trl.report.verdict import verdicts
@@ -51,22 +51,26 @@ GRID = {
     "content-16-codes": {"init": {"codebook_size": 16}},
     "content-256-codes": {"init": {"codebook_size": 256}},
     "content-5000-rows": {"rows_per_phase": 5_000},
-    "content-100000-rows": {"rows_per_phase": 100_000},
+    "content-50000-rows": {"rows_per_phase": 50_000},
     **{name: {"baseline": name} for name in ("base", "sft", "cot", "pause", "cut-cot")},
     "icot": {"baseline": "icot", "bottleneck": UNPACKED},
 }
 
 
-def abscot(log: Path, gpu: str | None, *arguments) -> None:
+def abscot(log: Path, gpu: str, *arguments) -> None:
     """
+    One command on one GPU (an empty text: none); its output is added to `log`.
+
     Raises:
         Refused: the command failed; what it said last.
     """
-    env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     with open(log, "a") as out:
+        before = out.tell()
         command = [sys.executable, "-m", "abscot_trl.cli", *map(str, arguments)]
-        if subprocess.run(command, stdout=out, stderr=out, env=env).returncode:
-            raise Refused(f"{log}: {log.read_text(errors='replace').strip().splitlines()[-1][:300]}")
+        code = start(command, stdout=out, stderr=out, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}).wait()
+    if code:
+        said = log.read_bytes()[before:].decode(errors="replace").split("\n")
+        raise Refused(f"{log}: ended with {code}: {next(filter(str.strip, reversed(said)), 'no word')[:300]}")
 
 
 class Grid:
@@ -74,38 +78,66 @@ class Grid:
     The runs of one task below `folder`.
 
     Args:
+        model (`str`, *optional*): in place of init.yaml's.
         over (`dict`): fields by phase (`warmup`, `bottleneck`, ..) over every recipe, for another machine than ours.
+        steps (`dict`): optimiser steps by phase.
     """
 
     def __init__(self, task: str, folder: Path, model: str | None, over: dict, steps: dict[str, int]):
-        self.task, self.folder, self.model = task, folder, model
-        self.over = {phase: {"max_steps": n} for phase, n in steps.items()}
-        for phase, fields in over.items():
-            self.over[phase] = self.over.get(phase, {}) | fields
+        self.task, self.folder, self.over, self.steps = task, folder, over, steps
+        self.model = {"base_model": model} if model else {}
+        self.rows = folder.parent / "rows" / "train.jsonl"
+
+    def check(self, names: list[str]) -> None:
+        """
+        Raises:
+            Refused: there are no rows, or too few for one of these runs.
+        """
+        if not self.rows.is_file():
+            raise Refused(f"{self.rows} is not there; make it by tasks.py {self.task} --output_dir {self.rows.parent}")
+        with open(self.rows, "rb") as file:
+            there = sum(1 for _ in file)
+        for name in names:
+            fields = read_yaml(HERE / "warmup.content.yaml") | GRID[name] | self.over.get("warmup", {})
+            needed = 2 * fields["rounds"] * fields["rows_per_phase"]
+            if needed > there:
+                raise Refused(
+                    f"{name} needs {needed} rows, {self.rows} has {there}: tasks.py --rows {needed} makes them"
+                )
 
     def recipe(self, where: Path, phase: str, fields: dict) -> Path:
-        """This folder's recipe of `phase` with `fields` and what goes over every recipe, written to `where`."""
+        """
+        This folder's recipe of `phase` with `fields` and what goes over every recipe, written to `where`.
+
+        Raises:
+            Refused: another one is there.
+        """
         path = HERE / f"{phase}.yaml"
         if phase == "evaluate":
             path = path if self.task == "gsm-symbolic" else HERE / f"evaluate.{self.task}.yaml"
             fields = fields | {"problems": str(self.folder.parent / "rows" / "test.jsonl")}
-        where.mkdir(parents=True, exist_ok=True)
-        made = where / f"{phase}.yaml"
-        made.write_text(yaml.safe_dump(read_yaml(path) | self.over.get(phase, {}) | fields, sort_keys=False))
-        return made
+        return self.write(where / f"{phase}.yaml", read_yaml(path) | fields | self.over.get(phase, {}))
 
-    def base(self, fields: dict, seed: int, gpu: str | None) -> tuple[Path, Path]:
+    def write(self, path: Path, fields: dict) -> Path:
+        text = yaml.safe_dump(fields, sort_keys=False)
+        if path.is_file() and path.read_text() != text:
+            raise Refused(f"{path} was begun with other fields; give the same again, or another --folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def base(self, fields: dict, seed: int, gpu: str) -> tuple[Path, Path]:
         """The verbal model that runs with this codebook start from, and its data; made once."""
         size = fields.get("codebook_size", 64)
         where = self.folder / f"base-{size}-{seed}"
         init, data, verbal = where / "init", where / "data", where / "verbal"
-        recipe = {"init": self.recipe(where, "init", fields), "verbal": self.recipe(where, "baseline.verbal", {})}
+        steps = {"max_steps": self.steps["baseline.verbal"]}
+        recipe = {"init": self.recipe(where, "init", self.model | fields)}
+        recipe["verbal"] = self.recipe(where, "baseline.verbal", steps)
         if not init.is_dir():
-            named = ["--base_model", self.model] if self.model else []
-            abscot(where / "log", gpu, "init", "--config", recipe["init"], *named, "--output_dir", init)
+            abscot(where / "log", gpu, "init", "--config", recipe["init"], "--output_dir", init)
         if not data.is_dir():
-            rows = self.folder.parent / "rows" / "train.jsonl"
-            abscot(where / "log", gpu, "data", "--config", HERE / "data.yaml", "--data", rows,
+            abscot(where / "log", gpu, "data", "--config", HERE / "data.yaml", "--data", self.rows,
                    "--tokenizer", init, "--output_dir", data)  # fmt: skip
         if not (verbal / "training_log.json").is_file():
             abscot(where / "log", gpu, "baseline", "--config", recipe["verbal"], "--data", data,
@@ -116,13 +148,13 @@ class Grid:
     def launcher(self) -> list[str]:
         return [] if "accelerate_config" in self.over.get("warmup", {}) else ["--accelerate_config", "single"]
 
-    def run(self, name: str, seed: int, gpu: str | None) -> None:
+    def run(self, name: str, seed: int, gpu: str) -> None:
         """One run of the grid, to its end."""
         fields = dict(GRID[name])
         own = {phase: fields.pop(phase, {}) for phase in PHASES}
         where, rounds = self.folder / f"{name}-{seed}", fields.get("rounds", 1)
         for phase in ("bottleneck", "distill"):
-            own[phase] = {"max_steps": self.over[phase]["max_steps"] // rounds} | own[phase]
+            own[phase] = {"max_steps": self.steps[phase] // rounds} | own[phase]
         model, data = self.base(own["init"], seed, gpu)
         paths = {phase: str(self.recipe(where, phase, own[phase])) for phase in ("bottleneck", "distill", "evaluate")}
         shared = paths | {"run_dir": str(where / "run"), "model": str(model), "data": str(data), "seed": seed}
@@ -131,12 +163,11 @@ class Grid:
             warm = read_yaml(HERE / "warmup.content.yaml") | over
             kept = ("rows_per_phase", "accelerate_config", "launch")
             recipe = {key: warm[key] for key in kept if key in warm} | {"rounds": 1, "names": [fields["baseline"]]}
-            recipe |= {"steps": sum(self.over[phase]["max_steps"] for phase in ("bottleneck", "distill"))}
+            recipe |= {"steps": self.steps["bottleneck"] + self.steps["distill"]}
             phase = "baselines"
         else:
-            recipe, phase = read_yaml(HERE / "warmup.content.yaml") | {"name": name} | over | fields, "warmup"
-        (where / f"{phase}.yaml").write_text(yaml.safe_dump(recipe | shared, sort_keys=False))
-        abscot(where / "log", gpu, phase, "--config", where / f"{phase}.yaml")
+            recipe, phase = read_yaml(HERE / "warmup.content.yaml") | {"name": name} | fields | over, "warmup"
+        abscot(where / "log", gpu, phase, "--config", self.write(where / f"{phase}.yaml", recipe | shared))
 
     def collect(self) -> list[dict]:
         """The rows of all runs that are done, each with its `run` (and seed), hours, and the gauges of phase B."""
@@ -187,6 +218,18 @@ def picture(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def fields_by_phase(text: str) -> dict:
+    """An object of JSON whose keys are phases, for argparse."""
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no JSON ({error})") from None
+    phases = ("warmup", *PHASES)
+    if not isinstance(given, dict) or not {*given} <= {*phases}:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no object with keys among {', '.join(phases)}")
+    return given
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("gsm-symbolic", "facts", "states"), default="gsm-symbolic")
@@ -194,8 +237,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--gpus", nargs="+", default=["0"], help="their numbers; cpu: none")
     parser.add_argument("--base_model", help="a folder, where the hub is not there (README.md)")
-    parser.add_argument("--over", type=json.loads, default={}, help="JSON: fields by phase over every recipe")
-    parser.add_argument("--steps", type=json.loads, default={}, help="JSON: steps by phase")
+    parser.add_argument("--over", type=fields_by_phase, default={}, help="JSON: fields by phase over every recipe")
+    parser.add_argument(
+        "--steps", type=fields_by_phase, default={}, help=f"JSON: steps by phase over {json.dumps(STEPS)}"
+    )
     parser.add_argument("--folder", type=Path, help="runs/smollm2-135m/TASK/evidence")
     parser.add_argument("--output", type=Path, help="of results; the folder's own when left out")
     parser.add_argument("--collect", action="store_true", help="run nothing")
@@ -204,7 +249,7 @@ def main() -> int:
     grid = Grid(args.task, folder, args.base_model, args.over, STEPS | args.steps)
     failed, free = [], Queue()
     for gpu in args.gpus:
-        free.put(None if gpu == "cpu" else gpu)
+        free.put("" if gpu == "cpu" else gpu)
 
     def work(name: str, seed: int) -> None:
         gpu = free.get()
@@ -220,8 +265,9 @@ def main() -> int:
     if not args.collect:
         todo = [(name, seed) for seed in args.seeds for name in args.runs]
         try:
+            grid.check(args.runs)
             for size, seed in dict.fromkeys((GRID[n].get("init", {}).get("codebook_size", 64), s) for n, s in todo):
-                grid.base({"codebook_size": size}, seed, None if args.gpus[0] == "cpu" else args.gpus[0])
+                grid.base({"codebook_size": size}, seed, free.queue[0])
         except Refused as error:
             parser.exit(1, f"{error}\n")
         with ThreadPoolExecutor(len(args.gpus)) as pool:
