@@ -200,10 +200,16 @@ def test_steps_of_line_breaks_only_are_refused(arguments, monkeypatch):
 
 @pytest.mark.slow
 def test_phase_b_by_the_codes_of_phase_a(toy, tmp_path):
-    """Each row of B has what the codes fitted on A's rows say of it; nothing is sampled in round 1."""
+    """Each row of B has what the codes fitted on A's rows say of it; weights that nothing needs go."""
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"initial": "content", "ratio": 4.0}
-    args = WarmupArguments(**fields | {"rounds": 1}, distill_from="content")
+    args = WarmupArguments(**fields | {"rounds": 1}, distill_from="content", keep="last")
     warmup(args)
+    manifest = Path(fields["run_dir"]) / "round1" / "codes" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    assert {"base_model", "codes"} <= record["inputs"].keys()
+    manifest.write_text(json.dumps(record | {"inputs": {}}))  # as a version noted it that took neither for an input
+    warmup(args)  # all is done
+    assert [path.parent.name for path in Path(fields["run_dir"]).rglob("model.safetensors")] == ["distill"]
     run, splits = Path(fields["run_dir"]) / "round1", json.loads((Path(fields["run_dir"]) / "splits.json").read_text())
     one, other = (run / f"{phase}-traces" for phase in ("bottleneck", "distill"))
     assert (one / "content.safetensors").read_bytes() == (other / "content.safetensors").read_bytes()
@@ -241,6 +247,9 @@ def test_a_warm_up_begins_with_its_codes(toy, tmp_path):
     named = {stage.name: stage.settings for stage in stages(args)}
     assert list(named)[:3] == ["round1/bottleneck-traces", "round1/codes", "round1/bottleneck"]
     assert named["round1/bottleneck"]["model_name_or_path"] == named["round1/codes"]["output_dir"]
+    every = stages(replace(args, distill_from="content"))
+    methods = [stage.settings["method"] for stage in every if stage.phase == "traces"]
+    assert methods == ["content"] * 4  # of two rounds: nothing is sampled
     assert "round2/codes" not in named and named["round1/bottleneck-traces"]["ratio"] == 4.0
     warmup(args)
     run = Path(fields["run_dir"])
