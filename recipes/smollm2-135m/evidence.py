@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 PHASES = ("bottleneck", "distill", "evaluate", "init", "baseline.verbal")
 STEPS = {"baseline.verbal": 1000, "bottleneck": 300, "distill": 1700}  # of 33,000 tokens
 THREE = {"rounds": 3, "rows_per_phase": 10_000}  # a third of the steps each
+STABLE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 200}}
 # Stepwise internalisation packs no rows: about as many of them as a packed step has.
 UNPACKED = {"per_device_train_batch_size": 128, "global_batch_size": 128, "max_length": 512}
 # A run: fields over warmup.content.yaml; those of a phase over its own recipe. `baseline`: this one, and no warm-up.
@@ -44,6 +45,7 @@ GRID = {
     "content-3-rounds": {"distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7, **THREE},
     "content-sampled": {"distill_from": "cot", "temperature": 0.7},
     "content-sampled-rehearsed": {"distill_from": "cot", "temperature": 0.7, "rehearsal": 1.0},
+    "content-stable-rate": {"distill": STABLE},
     "content-discrete": {"bottleneck": {"channel": "discrete"}},
     "content-ratio-4": {"ratio": 4.0},
     "content-ratio-12": {"ratio": 12.0},
