@@ -214,7 +214,8 @@ def picture(rows: list[dict], path: Path) -> None:
         axes.annotate(row["run"], (reasoning, row["accuracy"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
     for row in (row for row in rows if row["swap"] == "random"):
         axes.plot(row["trace_tokens"], row["accuracy"], "x", color="tab:red")
-    axes.set(xlabel="reasoning tokens a problem", ylabel="accuracy, %", title="own trace (o), random tokens (x)")
+    axes.set(xlabel="reasoning tokens a problem", ylabel="accuracy, %", ylim=(0, 100))
+    axes.set_title("own trace (o), random tokens (x)")
     axes.set_xscale("symlog", linthresh=1)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
