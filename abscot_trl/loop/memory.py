@@ -190,15 +190,15 @@ def stage_disk(phase: str, settings: dict, launcher: dict | None = None) -> int:
     """
     Bytes that a stage of the warm-up will write at most, as far as its settings say.
 
-    Training: `training_disk` by the accelerate configuration `launcher`; a merge: the weights again; traces: their
-    lines, twice while parts are joined.
+    Training: `training_disk` by the accelerate configuration `launcher`; a merge, and codes that begin as their tokens:
+    the weights again; traces: their lines, twice while parts are joined.
     """
-    if phase == "merge":
-        adapter = json.loads((Path(settings["adapter"]) / "adapter_config.json").read_text())
-        weights = Path(adapter["base_model_name_or_path"]).glob("*.safetensors")
-        return sum(file.stat().st_size for file in weights)
-    if phase == "init":
-        return sum(file.stat().st_size for file in Path(settings["base_model"]).glob("*.safetensors"))
+    if phase in ("merge", "init"):
+        base = settings.get("base_model")
+        if phase == "merge":
+            adapter = json.loads((Path(settings["adapter"]) / "adapter_config.json").read_text())
+            base = adapter["base_model_name_or_path"]
+        return sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
     if phase == "traces" and settings.get("splits"):
         splits = json.loads(Path(settings["splits"]).read_text())["splits"]
         m_max = AbstractVocabulary.load(settings["model"]).m_max

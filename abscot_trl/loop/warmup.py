@@ -30,6 +30,7 @@ from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.report.gauges import WORDS, level, readings, says
 from abscot_trl.storage import check_folder
 from abscot_trl.traces.backends import SamplerArguments
+from abscot_trl.traces.initial import RANDOM_METHODS
 from abscot_trl.training.steps import GAUGE_ROWS, ROWS_A_PROBE, probes
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -83,15 +84,20 @@ class WarmupArguments(SamplerArguments, RunArguments):
             raise Refused(f"temperature {self.temperature} must be finite and not negative")
 
 
-def trace_making(args: WarmupArguments, first: bool) -> dict:
+def trace_making(args: WarmupArguments, phase: str, policy: str, first: bool) -> dict:
     """How a phase's traces are made: the `first` of all as `initial` says; the others so again, or sampled."""
-    again = args.distill_from == "content" and not first
-    if not (first or again):
-        return {"method": "policy", "backend": args.backend, "engine": args.engine, "server": args.server}
-    how = {"method": args.initial} | ({"ratio": args.ratio} if args.initial == "content" and first else {})
-    if args.initial in ("clusters", "content") and "data_parallel_size" in (args.engine or {}):
+    if not first and args.distill_from != "content":
+        given = "cot" if phase == "bottleneck" else args.distill_from
+        how = {"model": policy, "method": "policy", "given": given}
+        return how | {"backend": args.backend, "engine": args.engine, "server": args.server}
+    how = {"model": args.model, "method": args.initial, "given": "cot"}
+    if not first:
+        how["codes"] = f"{args.run_dir}/round1/bottleneck-traces"
+    elif args.initial == "content":
+        how["ratio"] = args.ratio
+    if args.initial not in RANDOM_METHODS and "data_parallel_size" in (args.engine or {}):
         how["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
-    return how | ({"codes": f"{args.run_dir}/round1/bottleneck-traces"} if again else {})
+    return how
 
 
 def stages(args: WarmupArguments) -> Iterator[Stage]:
@@ -105,15 +111,12 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
         for phase in PARTS:
             seed = args.seed + 1000 * t + (500 if phase == "distill" else 0)
             first = t == 1 and phase == "bottleneck"
-            traces, how = run / f"round{t}" / f"{phase}-traces", trace_making(args, first)
-            settings = {
-                "model": policy if how["method"] == "policy" else args.model,
+            traces = run / f"round{t}" / f"{phase}-traces"
+            settings = trace_making(args, phase, policy, first) | {
                 "data": args.data,
                 "output_dir": str(traces),
                 "splits": str(run / "splits.json"),
                 "part": f"{t}.{phase}",
-                "given": "cot" if phase == "bottleneck" or how["method"] == "content" else args.distill_from,
-                **how,
                 "temperature": args.temperature,
                 "seed": seed,
                 "batch_tokens": args.batch_tokens,

@@ -104,8 +104,8 @@ def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
     the most influential one at least, and `m_max` at most.
     """
     count = min(max(int((told >= least).sum()), 1), m_max)
-    best = sorted(told.topk(count).indices.tolist())
-    return [steps_at(row)[0][k] for k in candidates(row)[best]]
+    best, ids = sorted(told.topk(count).indices.tolist()), steps_at(row)[0]
+    return [ids[k] for k in candidates(row)[best]]
 
 
 def fit_influence(states: np.ndarray, lost: np.ndarray) -> Tensor:

@@ -87,7 +87,8 @@ class Grid:
 
     def __init__(self, task: str, folder: Path, model: str | None, over: dict, steps: dict[str, int]):
         self.task, self.folder, self.over, self.steps = task, folder, over, steps
-        self.model = {"base_model": model} if model else {}
+        self.init = read_yaml(HERE / "init.yaml") | ({"base_model": model} if model else {})
+        self.warmup = read_yaml(HERE / "warmup.content.yaml")
         self.rows = folder.parent / "rows" / "train.jsonl"
 
     def check(self, names: list[str]) -> None:
@@ -100,7 +101,7 @@ class Grid:
         with open(self.rows, "rb") as file:
             there = sum(1 for _ in file)
         for name in names:
-            fields = read_yaml(HERE / "warmup.content.yaml") | GRID[name] | self.over.get("warmup", {})
+            fields = self.warmup | GRID[name] | self.over.get("warmup", {})
             needed = 2 * fields["rounds"] * fields["rows_per_phase"]
             if needed > there:
                 raise Refused(
@@ -130,12 +131,11 @@ class Grid:
 
     def base(self, fields: dict, seed: int, gpu: str) -> tuple[Path, Path]:
         """The verbal model that runs with this codebook start from, and its data; made once."""
-        size = fields.get("codebook_size", 64)
-        where = self.folder / f"base-{size}-{seed}"
+        fields = self.init | fields
+        where = self.folder / f"base-{fields['codebook_size']}-{seed}"
         init, data, verbal = where / "init", where / "data", where / "verbal"
         steps = {"max_steps": self.steps["baseline.verbal"]}
-        recipe = {"init": self.recipe(where, "init", self.model | fields)}
-        recipe["verbal"] = self.recipe(where, "baseline.verbal", steps)
+        recipe = {"init": self.recipe(where, "init", fields), "verbal": self.recipe(where, "baseline.verbal", steps)}
         if not init.is_dir():
             abscot(where / "log", gpu, "init", "--config", recipe["init"], "--output_dir", init)
         if not data.is_dir():
@@ -148,7 +148,8 @@ class Grid:
         return verbal, data
 
     def launcher(self) -> list[str]:
-        return [] if "accelerate_config" in self.over.get("warmup", {}) else ["--accelerate_config", "single"]
+        config = (self.warmup | self.over.get("warmup", {}))["accelerate_config"]
+        return ["--accelerate_config", config] if config else []
 
     def run(self, name: str, seed: int, gpu: str) -> None:
         """One run of the grid, to its end."""
@@ -162,13 +163,13 @@ class Grid:
         shared = paths | {"run_dir": str(where / "run"), "model": str(model), "data": str(data), "seed": seed}
         over = self.over.get("warmup", {})
         if "baseline" in fields:
-            warm = read_yaml(HERE / "warmup.content.yaml") | over
+            warm = self.warmup | over
             kept = ("rows_per_phase", "accelerate_config", "launch")
             recipe = {key: warm[key] for key in kept if key in warm} | {"rounds": 1, "names": [fields["baseline"]]}
             recipe |= {"steps": self.steps["bottleneck"] + self.steps["distill"]}
             phase = "baselines"
         else:
-            recipe, phase = read_yaml(HERE / "warmup.content.yaml") | {"name": name} | fields | over, "warmup"
+            recipe, phase = self.warmup | {"name": name} | fields | over, "warmup"
         abscot(where / "log", gpu, phase, "--config", self.write(where / f"{phase}.yaml", recipe | shared))
 
     def collect(self) -> list[dict]:
@@ -269,8 +270,8 @@ def main() -> int:
         todo = [(name, seed) for seed in args.seeds for name in args.runs]
         try:
             grid.check(args.runs)
-            for size, seed in dict.fromkeys((GRID[n].get("init", {}).get("codebook_size", 64), s) for n, s in todo):
-                grid.base({"codebook_size": size}, seed, free.queue[0])
+            for name, seed in todo:  # one after the other: runs share them
+                grid.base(GRID[name].get("init", {}), seed, free.queue[0])
         except Refused as error:
             parser.exit(1, f"{error}\n")
         with ThreadPoolExecutor(len(args.gpus)) as pool:

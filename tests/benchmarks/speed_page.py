@@ -57,10 +57,10 @@ def steps(found: dict[str, dict]) -> str:
 
 def ratios(found: dict[str, dict]) -> str:
     apart = ("agree", "kill", "vllm", "plan")
-    names = [name for name, row in found.items() if row["baseline"] and not name.startswith(apart)]
     rows = [
         [f"`{name}`", f"{row['value']:.3g}", row["unit"], row["baseline"], cards(row)]
-        for name, row in ((name, found[name]) for name in names)
+        for name, row in found.items()
+        if row["baseline"] and not name.startswith(apart)
     ]
     return table(["figure", "value", "unit", "against", "card"], rows)
 
