@@ -190,8 +190,8 @@ def stage_disk(phase: str, settings: dict, launcher: dict | None = None) -> int:
     """
     Bytes that a stage of the warm-up will write at most, as far as its settings say.
 
-    Training: `training_disk` by the accelerate configuration `launcher`; a merge, and codes that begin as their tokens:
-    the weights again; traces: their lines, twice while parts are joined.
+    Training: `training_disk` by the accelerate configuration `launcher`; a merge, or a start of codes: the weights
+    again; traces: their lines, twice while parts are joined.
     """
     if phase in ("merge", "init"):
         base = settings.get("base_model")
