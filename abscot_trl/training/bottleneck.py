@@ -67,6 +67,7 @@ def compile_layers(model: nn.Module, dynamic: bool) -> None:
     Args:
         dynamic (`bool`): one graph for rows of any length, instead of one for each.
     """
+    torch._dynamo.reset()  # graphs of an earlier phase in this process count towards the limit of recompilations
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = torch.compile(layer.forward, dynamic=dynamic)  # hooks (ZeRO's, FSDP's) stay outside

@@ -13,9 +13,11 @@ import argparse
 import json
 import os
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 
 import yaml
 
@@ -30,8 +32,9 @@ from abscot_trl.report.verdict import verdicts
 from abscot_trl.storage import read_manifest
 
 HERE = Path(__file__).parent
-PHASES = ("bottleneck", "distill", "evaluate", "init", "baseline.verbal")
-STEPS = {"baseline.verbal": 1000, "bottleneck": 300, "distill": 1700}  # of 33,000 tokens
+VERBAL = "baseline.verbal"
+PHASES = ("bottleneck", "distill", "evaluate", "init", VERBAL)
+STEPS = {VERBAL: 1000, "bottleneck": 300, "distill": 1700}  # of 33,000 tokens
 THREE = {"rounds": 3, "rows_per_phase": 10_000}  # a third of the steps each
 STABLE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 200}}
 # Stepwise internalisation packs no rows: about as many of them as a packed step has.
@@ -46,6 +49,8 @@ GRID = {
     "content-sampled": {"distill_from": "cot", "temperature": 0.7},
     "content-sampled-rehearsed": {"distill_from": "cot", "temperature": 0.7, "rehearsal": 1.0},
     "content-stable-rate": {"distill": STABLE},
+    "content-small-batch": {"distill": {"per_device_train_batch_size": 2, "global_batch_size": 2, "max_steps": 3400}},
+    "content-twice-the-steps": {"distill": {"max_steps": 3400}},
     "content-discrete": {"bottleneck": {"channel": "discrete"}},
     "content-ratio-4": {"ratio": 4.0},
     "content-ratio-12": {"ratio": 12.0},
@@ -90,6 +95,7 @@ class Grid:
         self.init = read_yaml(HERE / "init.yaml") | ({"base_model": model} if model else {})
         self.warmup = read_yaml(HERE / "warmup.content.yaml")
         self.rows = folder.parent / "rows" / "train.jsonl"
+        self.making = defaultdict(Lock)  # a base or its data: runs share them
 
     def check(self, names: list[str]) -> None:
         """
@@ -130,21 +136,24 @@ class Grid:
         return path
 
     def base(self, fields: dict, seed: int, gpu: str) -> tuple[Path, Path]:
-        """The verbal model that runs with this codebook start from, and its data; made once."""
+        """The verbal model that runs with this codebook and seed start from, and its data; each made once."""
         fields = self.init | fields
-        where = self.folder / f"base-{fields['codebook_size']}-{seed}"
-        init, data, verbal = where / "init", where / "data", where / "verbal"
-        steps = {"max_steps": self.steps["baseline.verbal"]}
-        recipe = {"init": self.recipe(where, "init", fields), "verbal": self.recipe(where, "baseline.verbal", steps)}
-        if not init.is_dir():
-            abscot(where / "log", gpu, "init", "--config", recipe["init"], "--output_dir", init)
-        if not data.is_dir():
-            abscot(where / "log", gpu, "data", "--config", HERE / "data.yaml", "--data", self.rows,
-                   "--tokenizer", init, "--output_dir", data)  # fmt: skip
-        if not (verbal / "training_log.json").is_file():
-            abscot(where / "log", gpu, "baseline", "--config", recipe["verbal"], "--data", data,
-                   "--model_name_or_path", init, "--output_dir", verbal, "--seed", seed,
-                   "--resume_from_checkpoint", "true", *self.launcher())  # fmt: skip
+        size = fields["codebook_size"]
+        where, data = self.folder / f"base-{size}-{seed}", self.folder / f"data-{size}"
+        init, verbal = where / "init", where / "verbal"
+        with self.making[where]:
+            steps = {"max_steps": self.steps[VERBAL]}
+            recipe = {name: self.recipe(where, name, more) for name, more in (("init", fields), (VERBAL, steps))}
+            if not init.is_dir():
+                abscot(where / "log", gpu, "init", "--config", recipe["init"], "--output_dir", init)
+            with self.making[data]:
+                if not data.is_dir():
+                    abscot(where / "log", gpu, "data", "--config", HERE / "data.yaml", "--data", self.rows,
+                           "--tokenizer", init, "--output_dir", data)  # fmt: skip
+            if not (verbal / "training_log.json").is_file():
+                abscot(where / "log", gpu, "baseline", "--config", recipe[VERBAL], "--data", data,
+                       "--model_name_or_path", init, "--output_dir", verbal, "--seed", seed,
+                       "--resume_from_checkpoint", "true", *self.launcher())  # fmt: skip
         return verbal, data
 
     def launcher(self) -> list[str]:
@@ -267,11 +276,9 @@ def main() -> int:
             free.put(gpu)
 
     if not args.collect:
-        todo = [(name, seed) for seed in args.seeds for name in args.runs]
+        todo = [(name, seed) for name in args.runs for seed in args.seeds]
         try:
             grid.check(args.runs)
-            for name, seed in todo:  # one after the other: runs share them
-                grid.base(GRID[name].get("init", {}), seed, free.queue[0])
         except Refused as error:
             parser.exit(1, f"{error}\n")
         with ThreadPoolExecutor(len(args.gpus)) as pool:
