@@ -50,7 +50,7 @@ GRID = {
     "content-sampled-rehearsed": {"distill_from": "cot", "temperature": 0.7, "rehearsal": 1.0},
     "content-stable-rate": {"distill": STABLE},
     "content-small-batch": {"distill": {"per_device_train_batch_size": 2, "global_batch_size": 2, "max_steps": 3400}},
-    "content-twice-the-steps": {"distill": {"max_steps": 3400}},
+    "content-long": {"distill": {"max_steps": 5000}},
     "content-discrete": {"bottleneck": {"channel": "discrete"}},
     "content-ratio-4": {"ratio": 4.0},
     "content-ratio-12": {"ratio": 12.0},

@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import yaml
 from bench_plan import compare
-from figures import RESULTS, record
+from figures import RESULTS, card, record, versions
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +205,10 @@ def timed(case: str, config: str, gpus: list[int], work: Path, patience: float) 
 
 def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
     found = {}
+    if args.output.is_file():  # one GPU's figure of an earlier call: the same card and versions
+        there = [row for row in json.loads(args.output.read_text()) if row["name"].endswith(" 1") and "step_s" in row]
+        there = [row for row in there if (row["card"], row["versions"]) == (card(), versions())]
+        found = {(row["name"][7:].split(",")[0], 1): {"tokens_per_s": row["value"]} for row in there}
     waves = [
         [("smol-packed", "ddp", 1), ("full-1.7b", "zero3", 1)],
         [("smol-packed", "ddp", 2), ("full-1.7b", "zero3", 2)],
@@ -212,7 +216,8 @@ def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
         [("full-1.7b", "zero3", 4)],
         [("full-4b-zero3", "zero3", 2)],
     ]
-    for wave in ([one for one in wave if one[2] in args.counts] for wave in waves):
+    cases = args.cases or {case for wave in waves for case, *_ in wave}
+    for wave in ([one for one in wave if one[2] in args.counts and one[0] in cases] for wave in waves):
         free, running = list(args.gpus), []
         for case, config, count in wave:
             if len(free) < count:
@@ -254,6 +259,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=120, help="seconds for one phase")
     parser.add_argument("--names", nargs="+", choices=[*AGREE], help="of agree and kill; all when left out")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="of section scale: GPUs of a run")
+    parser.add_argument("--cases", nargs="+", help="of section scale; all when left out")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpus.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
