@@ -210,6 +210,7 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     rows = chain_arithmetic(220, 6, 5, seed=0)
     write_problems(tmp_path / "states" / "rows" / "train.jsonl", rows[:208])
     write_problems(tmp_path / "states" / "rows" / "test.jsonl", rows[208:])
+    write_problems(tmp_path / "states" / "rows" / "longer.jsonl", chain_arithmetic(6, 8, 5, seed=1))
     training = {"use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "compile_layers": False}
     training |= {"dataloader_num_workers": 0, "max_length": 512, "save_strategy": "no", "gauge_rows": 2}
     training |= {"per_device_train_batch_size": 1, "global_batch_size": 1}
@@ -217,7 +218,7 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     warm = {"backend": "hf", "dtype": "float32", "launch": "inline", "accelerate_config": None, "rows_per_phase": 100}
     over = dict.fromkeys(phases, training) | {"warmup": warm}
     over |= {"evaluate": {"backend": "hf", "dtype": "float32", "max_new_tokens": 4}}
-    words = ["--task", "states", "--runs", "content", "sft", "--gpus", "cpu", "--base_model", str(BASE)]
+    words = ["--task", "states", "--runs", "informed", "sft", "--gpus", "cpu", "--base_model", str(BASE)]
     words += ["--steps", json.dumps(dict.fromkeys(phases, 2)), "--over", json.dumps(over), "--folder", str(folder)]
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
     with pytest.raises(Refused, match="log: ended with 1: abscot init: .*no folder"):
@@ -225,17 +226,13 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evidence, "abscot", lambda log, gpu, *words: run_phase(words[0], [*map(str, words[1:])]))
     assert evidence.main() == 0, capsys.readouterr().out
     found = json.loads((folder / "results.json").read_text())
-    assert {row["run"] for row in found} == {"content-0", "sft-0"}
-    assert {row["swap"] for row in found if row["run"] == "content-0"} == {
-        "own",
-        "random",
-        "shuffled",
-        "other",
-        "none",
-    }
+    assert {row["run"] for row in found} == {"informed-0", "sft-0"}
+    asked = {(row["task"], row["swap"]) for row in found if row["run"] == "informed-0"}
+    assert asked == {(t, s) for t in ("states", "states-longer") for s in ("own", "random", "shuffled", "other", "none")}
+    assert {row["n"] for row in found if row["task"] == "states-longer"} == {6}
     logs = {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
     steps = {str(name.parent): json.loads((folder / name).read_text())["steps"] for name in logs}
-    warm = {f"content-0/run/round1/{phase}": 2 for phase in ("bottleneck", "distill")}
+    warm = {f"informed-0/run/round1/{phase}": 2 for phase in ("bottleneck", "distill")}
     assert steps == warm | {"base-64-0/verbal": 2, "sft-0/run/sft/train": 4}
     assert (
         "in 1 of 1 runs" in (folder / "results.md").read_text() or "in 0 of 1" in (folder / "results.md").read_text()
@@ -244,10 +241,10 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     assert logs == {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", '{"baseline.verbal": 3}'])
     assert evidence.main() == 1 and "baseline.verbal.yaml was begun with other fields" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--over", "{}", "--runs", "content-50000-rows"])
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--over", "{}", "--runs", "informed-300000-rows"])
     with pytest.raises(SystemExit):
         evidence.main()
-    assert "content-50000-rows needs 100000 rows, " in capsys.readouterr().err
+    assert "informed-300000-rows needs 600000 rows, " in capsys.readouterr().err
     for bad in ('{"distil": 5}', "[1]", "{bad"):
         monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", bad])
         with pytest.raises(SystemExit):

@@ -1,12 +1,12 @@
 """
 The grid: do traces carry on a real model, and what does each choice buy? `make evidence`.
 
-    python recipes/smollm2-135m/evidence.py --gpus 0 1 2 3        # hours on one GPU; --runs content sft: some of it
+    python recipes/smollm2-135m/evidence.py --gpus 0 1 2 3        # hours on one GPU; --runs informed sft: some of it
     python recipes/smollm2-135m/evidence.py --collect             # results.json, table and picture of what is done
 
 Every run is a warm-up (or a baseline) from recipes that are written beside it: this folder's, with fields of `GRID`
-over them. All take as many steps, from a verbal model of their codebook and seed. A GPU takes a run at a time; given
-again the command goes on.
+over them. All take as many steps, from a verbal model of their codebook and seed, and are evaluated on both of
+the task's tests. A GPU takes a run at a time; given again the command goes on.
 """
 
 import argparse
@@ -34,33 +34,40 @@ from abscot_trl.storage import read_manifest
 HERE = Path(__file__).parent
 VERBAL = "baseline.verbal"
 PHASES = ("bottleneck", "distill", "evaluate", "init", VERBAL)
-STEPS = {VERBAL: 1000, "bottleneck": 300, "distill": 1700}  # of 33,000 tokens
-THREE = {"rounds": 3, "rows_per_phase": 10_000}  # a third of the steps each
-STABLE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 200}}
+STEPS = {VERBAL: 1000, "bottleneck": 600, "distill": 3400}  # of 33,000 tokens, and 16,000
+HELD_OUT = {"gsm-symbolic": "templates", "facts": "longer", "states": "longer"}  # what the second test holds
+CLUSTERS = {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7}
+PAPER = {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7}
+SAMPLED = {"distill_from": "cot", "temperature": 0.7}
+THREE = {"rounds": 3, "rows_per_phase": 30_000}  # a third of the steps each
+STABLE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 400}}
+LARGE = {"per_device_train_batch_size": 4, "global_batch_size": 4}
 # Stepwise internalisation packs no rows: about as many of them as a packed step has.
-UNPACKED = {"per_device_train_batch_size": 128, "global_batch_size": 128, "max_length": 512}
-# A run: fields over warmup.content.yaml; those of a phase over its own recipe. `baseline`: this one, and no warm-up.
+UNPACKED = {"per_device_train_batch_size": 64, "global_batch_size": 64, "max_length": 512}
+# A run: fields over warmup.informed.yaml; those of a phase over its own recipe. `baseline`: this one, and no warm-up.
 GRID = {
-    "content": {},
-    "informed": {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7},
-    "paper": {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7},
-    "paper-3-rounds": {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7, **THREE},
-    "content-3-rounds": {"distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7, **THREE},
-    "content-sampled": {"distill_from": "cot", "temperature": 0.7},
-    "content-sampled-rehearsed": {"distill_from": "cot", "temperature": 0.7, "rehearsal": 1.0},
-    "content-stable-rate": {"distill": STABLE},
-    "content-small-batch": {"distill": {"per_device_train_batch_size": 2, "global_batch_size": 2, "max_steps": 3400}},
-    "content-long": {"distill": {"max_steps": 5000}},
-    "content-discrete": {"bottleneck": {"channel": "discrete"}},
-    "content-ratio-4": {"ratio": 4.0},
-    "content-ratio-12": {"ratio": 12.0},
-    "content-ratio-20": {"ratio": 20.0},
-    "content-16-codes": {"init": {"codebook_size": 16}},
-    "content-256-codes": {"init": {"codebook_size": 256}},
-    "content-5000-rows": {"rows_per_phase": 5_000},
-    "content-50000-rows": {"rows_per_phase": 50_000},
+    "informed": {},
+    "paper": PAPER,
+    "clusters": CLUSTERS,  # what informed was before
     **{name: {"baseline": name} for name in ("base", "sft", "cot", "pause", "cut-cot")},
     "icot": {"baseline": "icot", "bottleneck": UNPACKED},
+    "paper-3-rounds": PAPER | THREE,
+    "informed-3-rounds": THREE,
+    "informed-3-rounds-sampled": SAMPLED | {"rehearsal": 1.0} | THREE,
+    "informed-sampled": SAMPLED,
+    "informed-sampled-rehearsed": SAMPLED | {"rehearsal": 1.0},
+    "informed-stable-rate": {"distill": STABLE},
+    "informed-large-batch": {"bottleneck": LARGE | {"max_steps": 300}, "distill": LARGE | {"max_steps": 1700}},
+    "informed-discrete": {"bottleneck": {"channel": "discrete"}},
+    "informed-ratio-4": {"ratio": 4.0},
+    "informed-ratio-6": {"ratio": 6.0},
+    "informed-ratio-12": {"ratio": 12.0},
+    "informed-ratio-20": {"ratio": 20.0},
+    "informed-16-codes": {"init": {"codebook_size": 16}},
+    "informed-256-codes": {"init": {"codebook_size": 256}},
+    "informed-10000-rows": {"rows_per_phase": 10_000},
+    "informed-30000-rows": {"rows_per_phase": 30_000},
+    "informed-300000-rows": {"rows_per_phase": 300_000},
 }
 
 
@@ -93,7 +100,7 @@ class Grid:
     def __init__(self, task: str, folder: Path, model: str | None, over: dict, steps: dict[str, int]):
         self.task, self.folder, self.over, self.steps = task, folder, over, steps
         self.init = read_yaml(HERE / "init.yaml") | ({"base_model": model} if model else {})
-        self.warmup = read_yaml(HERE / "warmup.content.yaml")
+        self.warmup = read_yaml(HERE / "warmup.informed.yaml")
         self.rows = folder.parent / "rows" / "train.jsonl"
         self.making = defaultdict(Lock)  # a base or its data: runs share them
 
@@ -180,9 +187,18 @@ class Grid:
         else:
             recipe, phase = self.warmup | {"name": name} | fields | over, "warmup"
         abscot(where / "log", gpu, phase, "--config", self.write(where / f"{phase}.yaml", recipe | shared))
+        held_out = where / "held-out"
+        if not (held_out / "results.json").is_file():
+            last = max((where / "run").glob("**/evaluate.yaml"))  # the last round's
+            kind = HELD_OUT[self.task]
+            abscot(where / "log", gpu, "evaluate", "--config", last, "--task", f"{self.task}-{kind}",
+                   "--problems", self.rows.with_name(f"{kind}.jsonl"), "--output_dir", held_out)  # fmt: skip
 
     def collect(self) -> list[dict]:
-        """The rows of all runs that are done, each with its `run` (and seed), hours, and the gauges of phase B."""
+        """
+        The rows of all runs that are done, on both tests, each with its `run` (and seed), hours, and the gauges of
+        phase B. What `base` answers verbally is called `verbal`.
+        """
         rows = []
         for folder in sorted(self.folder.glob("*/run/results.json")):
             stages = [read_manifest(path.parent, "wall_s") for path in folder.parent.glob("**/manifest.json")]
@@ -193,22 +209,28 @@ class Grid:
                 last = found[-1]
                 more |= {"gauge_first": level(last[0]), "gauge_last": level(last[-1])}
                 more |= {"predictable": last[-1]["predictable"], "first_step": last[0]["step"]}
-            rows += [row | more for row in read_results(folder)]
+            held_out = folder.parents[1] / "held-out" / "results.json"
+            for row in [*read_results(folder), *(read_results(held_out) if held_out.is_file() else [])]:
+                rows.append(row | more | ({"model": "verbal"} if row["model"] == "base" else {}))
         return rows
 
 
-def write_page(rows: list[dict], output: Path) -> None:
-    """`results.json`, a table and a picture in `output`; how often the first gauges told the verdict."""
+def write_page(rows: list[dict], task: str, output: Path) -> None:
+    """
+    `results.json`, a table and a picture in `output`; how often the first gauges told the verdict on the task's first
+    test.
+    """
     output.mkdir(parents=True, exist_ok=True)
+    main = [row for row in rows if row["task"] == task]
     (output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    told = {verdict["own"]["run"]: verdict["level"] for verdict in verdicts(rows)}  # the last round's
-    first = {row["run"]: row["gauge_first"] for row in rows if "gauge_first" in row}
+    told = {verdict["own"]["run"]: verdict["level"] for verdict in verdicts(main)}  # the last round's
+    first = {row["run"]: row["gauge_first"] for row in main if "gauge_first" in row}
     right = [(first[run] == "tokens") == (told[run] == "tokens") for run in first]
     (output / "results.md").write_text(
         f"{results_table(rows)}\n\nThe gauges at their first reading in phase B told whether the tokens carry in "
         f"{sum(right)} of {len(right)} runs.\n"
     )
-    picture(rows, output / "frontier.png")
+    picture(main, output / "frontier.png")
 
 
 def picture(rows: list[dict], path: Path) -> None:
@@ -224,7 +246,7 @@ def picture(rows: list[dict], path: Path) -> None:
         axes.annotate(row["run"], (reasoning, row["accuracy"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
     for row in (row for row in rows if row["swap"] == "random"):
         axes.plot(row["trace_tokens"], row["accuracy"], "x", color="tab:red")
-    axes.set(xlabel="reasoning tokens a problem", ylabel="accuracy, %", ylim=(0, 100))
+    axes.set(xlabel="reasoning tokens a problem", ylabel="accuracy, %", ylim=(0, 100), xlim=(-0.2, 400))
     axes.set_title("own trace (o), random tokens (x)")
     axes.set_xscale("symlog", linthresh=1)
     axes.grid(alpha=0.3)
@@ -285,7 +307,7 @@ def main() -> int:
             list(pool.map(lambda one: work(*one), todo))
     rows = grid.collect()
     if rows:
-        write_page(rows, args.output or folder)
+        write_page(rows, grid.task, args.output or folder)
         print(results_table(rows))  # noqa: T201
     return 1 if failed else 0
 
