@@ -264,7 +264,7 @@ EVALUATION = {
 RUN = {"run_dir": "run", "model": f"{FIXED}/model", "data": f"{FIXED}/data", "launch": "inline", "rounds": 1}
 RUN |= {"rows_per_phase": 4, "seed": 0}
 RUN |= {phase: f"{FIXED}/{phase}.yaml" for phase in ("bottleneck", "distill", "evaluate")}
-WARMUP = RUN | {"initial": "uniform"}
+WARMUP = RUN | {"initial": "uniform", "distill_from": "cot", "rehearsal": 1.0}
 BASELINES = RUN | {"names": ["base", "sft"], "recipes": str(PACKAGE.parent / "recipes" / "baselines")}
 EVALUATE = {"config": f"{FIXED}/evaluate.yaml", "model": f"{FIXED}/model"}
 

@@ -379,6 +379,7 @@ def fields(toy, tmp_path, monkeypatch):
     found = (
         toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), training, limit=4) | {"rounds": 1, "rows_per_phase": 8}
     )
+    found = {name: value for name, value in found.items() if name not in ("initial", "distill_from")}
     return found | {"concise": str(tmp_path / "concise.yaml"), "run_dir": str(tmp_path / "baselines")}
 
 

@@ -202,7 +202,7 @@ def test_steps_of_line_breaks_only_are_refused(arguments, monkeypatch):
 def test_phase_b_by_the_codes_of_phase_a(toy, tmp_path):
     """Each row of B has what the codes fitted on A's rows say of it; weights that nothing needs go."""
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"initial": "content", "ratio": 4.0}
-    args = WarmupArguments(**fields | {"rounds": 1}, distill_from="content", keep="last")
+    args = WarmupArguments(**fields | {"rounds": 1, "distill_from": "content", "keep": "last"})
     warmup(args)
     manifest = Path(fields["run_dir"]) / "round1" / "codes" / "manifest.json"
     record = json.loads(manifest.read_text())
@@ -223,7 +223,7 @@ def test_phase_b_by_the_codes_of_phase_a(toy, tmp_path):
 
 def test_codes_of_other_traces_are_refused(toy, arguments, tmp_path):
     with pytest.raises(Refused, match="distill_from: content goes with initial: content, not clusters"):
-        WarmupArguments(**toy, bottleneck="b", distill="d", distill_from="content", initial="clusters")
+        WarmupArguments(**toy | {"distill_from": "content"}, bottleneck="b", distill="d")
     with pytest.raises(Refused, match="codes somewhere are for method: content, not policy"):
         TracesArguments(model="m", data="d", output_dir="o", codes="somewhere")
     with pytest.raises(Refused, match="traces holds no content.safetensors"):

@@ -228,7 +228,8 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     found = json.loads((folder / "results.json").read_text())
     assert {row["run"] for row in found} == {"informed-0", "sft-0"}
     asked = {(row["task"], row["swap"]) for row in found if row["run"] == "informed-0"}
-    assert asked == {(t, s) for t in ("states", "states-longer") for s in ("own", "random", "shuffled", "other", "none")}
+    swaps = ("own", "random", "shuffled", "other", "none")
+    assert asked == {(task, swap) for task in ("states", "states-longer") for swap in swaps}
     assert {row["n"] for row in found if row["task"] == "states-longer"} == {6}
     logs = {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
     steps = {str(name.parent): json.loads((folder / name).read_text())["steps"] for name in logs}

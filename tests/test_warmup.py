@@ -80,7 +80,7 @@ def test_recipes_differ_where_they_should(toy, tmp_path):
     informed = {s.name: s.settings for s in stages(WarmupArguments(**fields))}
     paper = {
         s.name: s.settings
-        for s in stages(WarmupArguments(**fields, initial="uniform", distill_from="prompt", rehearsal=0.0))
+        for s in stages(WarmupArguments(**fields | {"initial": "uniform", "distill_from": "prompt", "rehearsal": 0.0}))
     }
     different = {
         (name, key, informed[name][key], paper[name][key])

@@ -54,7 +54,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
 
     name: str = field(default="informed", metadata={"help": "The recipe's name in results.json."})
     initial: str = field(
-        default="clusters",
+        default="content",
         metadata={
             "help": "Traces of the first round.",
             "choices": ["uniform", "cycle", "power_law", "clusters", "content"],
@@ -62,7 +62,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
     )
     ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
     distill_from: str = field(
-        default="cot",
+        default="content",
         metadata={
             "help": "What phase B's traces are drawn from: prompt, cot, or made from: content.",
             "choices": ["prompt", "cot", "content"],
