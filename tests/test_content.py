@@ -18,7 +18,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
 from abscot_trl.phases import run_phase
 from abscot_trl.traces import content
-from abscot_trl.traces.content import candidates, fit_codes, influences, steps_at, tokens_of_codes
+from abscot_trl.traces.content import candidates, chosen, fit_codes, influences, steps_at, tokens_of_codes
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -84,6 +84,49 @@ def test_who_finds_more_writes_more(spoken, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "traces" / "traces.jsonl").read_text().splitlines()]
     right = [len(record["trace"]) == (3 if int(record["id"]) < ROWS else 6) for record in records]
     assert len(right) == 2 * ROWS and sum(right) >= 0.9 * len(right)
+
+
+def test_steps_stand_apart(spoken, tmp_path):
+    """Results as before, as many as there is room for, and between two of them what ended the first one's step."""
+    fields = {"model": spoken["model"], "data": spoken["data"], "method": "content", "ratio": 6.0, "dtype": "float32"}
+    found = {}
+    for name, apart in (("as_before", False), ("apart", True)):
+        make_traces(TracesArguments(**fields, output_dir=str(tmp_path / name), steps_apart=apart))
+        tokens = tokens_of_codes(tmp_path / name)
+        records = [json.loads(line) for line in (tmp_path / name / "traces.jsonl").read_text().splitlines()]
+        found[name] = [[tokens[code] for code in record["trace"]] for record in records]
+    (end,) = {row["cot_ids"][at] for row in load_prepared(spoken["data"])[0] for at in row["step_ends"][:-1]}
+    for before, apart in zip(found["as_before"], found["apart"], strict=True):
+        if len(before) == 6:  # of six steps; a trace has room for four and what stands between them
+            left = iter(before)
+            assert len(apart) == 7 and apart[1::2] == [end] * 3 and all(token in left for token in apart[::2])
+
+
+@pytest.mark.parametrize("m_max", [3, 6, 40])
+def test_steps_apart_by_hand(m_max):
+    """Against a slow reference: the most influential tokens, one fewer until they fit with what stands between."""
+    rng = np.random.default_rng(m_max)
+    for _ in range(100):
+        sizes = rng.integers(1, 6, size=rng.integers(1, 7))
+        ends = (np.cumsum(sizes) - 1).tolist()
+        row = {"prompt_ids": [0] * 3, "cot_ids": rng.integers(100, 900, size=sum(sizes)).tolist(), "step_ends": ends}
+        inner = [k for k in range(sum(sizes)) if k not in ends]
+        told = torch.tensor(rng.permutation(len(inner)), dtype=torch.float32)
+        if not inner:
+            continue
+        least = torch.tensor(float(rng.integers(len(inner) + 2)))
+        order = np.argsort(-told.numpy()).tolist()
+        for count in range(max(sum(told >= least).item(), 1), 0, -1):
+            taken, expected, start, between = {inner[i] for i in order[:count]}, [], 0, None
+            for end in ends:
+                step = [row["cot_ids"][k] for k in range(start, end) if k in taken]
+                if step:
+                    expected += ([between] if expected else []) + step
+                    between = row["cot_ids"][end]
+                start = end + 1
+            if len(expected) <= m_max:
+                break
+        assert chosen(row, told, least, m_max, apart=True) == expected
 
 
 def test_influence_is_what_later_text_loses(spoken):
@@ -224,6 +267,8 @@ def test_phase_b_by_the_codes_of_phase_a(toy, tmp_path):
 def test_codes_of_other_traces_are_refused(toy, arguments, tmp_path):
     with pytest.raises(Refused, match="distill_from: content goes with initial: content, not clusters"):
         WarmupArguments(**toy | {"distill_from": "content"}, bottleneck="b", distill="d")
+    with pytest.raises(Refused, match="steps_apart goes with initial: content, not clusters"):
+        WarmupArguments(**toy, bottleneck="b", distill="d", steps_apart=True)
     with pytest.raises(Refused, match="codes somewhere are for method: content, not policy"):
         TracesArguments(model="m", data="d", output_dir="o", codes="somewhere")
     with pytest.raises(Refused, match="traces holds no content.safetensors"):

@@ -45,6 +45,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
         initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`, `content`. The
             codes of `content` begin as the tokens that they stand for.
         ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
+        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided); or `content`:
             all traces are made as phase A's first ones, by the same codes, and nothing is sampled.
         stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
@@ -61,6 +62,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
         },
     )
     ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
+    steps_apart: bool = field(default=False, metadata={"help": "content: a token between those of two steps."})
     distill_from: str = field(
         default="content",
         metadata={
@@ -78,6 +80,8 @@ class WarmupArguments(SamplerArguments, RunArguments):
         RunArguments.__post_init__(self)
         if self.backend == "vllm" and self.launch == "inline":
             raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
+        if self.steps_apart and self.initial != "content":
+            raise Refused(f"steps_apart goes with initial: content, not {self.initial}")
         if self.distill_from == "content" != self.initial:
             raise Refused(f"distill_from: content goes with initial: content, not {self.initial}")
         if not 0 <= self.temperature < math.inf:
@@ -91,6 +95,8 @@ def trace_making(args: WarmupArguments, phase: str, policy: str, first: bool) ->
         how = {"model": policy, "method": "policy", "given": given}
         return how | {"backend": args.backend, "engine": args.engine, "server": args.server}
     how = {"model": args.model, "method": args.initial, "given": "cot"}
+    if args.steps_apart:
+        how["steps_apart"] = True
     if not first:
         how["codes"] = f"{args.run_dir}/round1/bottleneck-traces"
     elif args.initial == "content":

@@ -11,7 +11,8 @@ chain arithmetic these turn out to be the results of the steps (tests/test_conte
 *Codes*: the M token types that occur most often among them stand for themselves, every other type for the one of these
 whose embedding is nearest. `abscot init --codes` lets a code's embedding begin as that of its token.
 
-Steps are the CoT's lines; their last tokens, which hold the line break, are never taken.
+Steps are the CoT's lines; their last tokens, which hold the line break, are never taken, but with `steps_apart` stand
+between the tokens of two steps: digits of one result are then told from those of the next.
 """
 
 from collections import Counter
@@ -103,16 +104,22 @@ def tell(model: PreTrainedModel, rows: list[dict], weights: Tensor, batch_tokens
             yield i, told[candidates(rows[i])]
 
 
-def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
+def chosen(row: dict, told: Tensor, least: Tensor, m_max: int, apart: bool = False) -> list[int]:
     """
     The tokens of a row's trace, as ids, in their order: the candidates whose influence is told to be `least` or more;
-    the most influential one at least, and `m_max` at most.
+    the most influential one at least, and `m_max` at most. `apart`: between the tokens of two steps stands the one
+    that ended the first.
     """
-    told = told.numpy()
-    count = min(max((told >= least.item()).sum(), 1), m_max)
-    best = np.sort(np.argsort(-told, kind="stable")[:count])
-    first = len(row["prompt_ids"])
-    return [row["cot_ids"][k - first] for k in candidates(row)[best]]
+    told, within = told.numpy(), candidates(row) - len(row["prompt_ids"])
+    best = np.argsort(-told, kind="stable")[: min(max((told >= least.item()).sum(), 1), m_max)]
+    at = np.sort(within[best])
+    while apart:
+        ends = np.asarray(row["step_ends"])[np.unique(np.searchsorted(row["step_ends"], within[best]))]
+        at = np.sort([*within[best], *ends[:-1]])
+        if len(at) <= m_max:
+            break
+        best = best[:-1]
+    return [row["cot_ids"][k] for k in at]
 
 
 def fit_influence(states: np.ndarray, lost: np.ndarray) -> Tensor:
@@ -160,7 +167,7 @@ def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dat
     best = torch.cat([*told.values()]).sort(descending=True).values
     count = round(sum(len(row["cot_ids"]) for row in rows) / args.ratio)
     least = best[min(max(count, 1), len(best)) - 1]
-    taken = [chosen(row, told[i], least, vocabulary.m_max) for i, row in enumerate(rows)]
+    taken = [chosen(row, told[i], least, vocabulary.m_max, args.steps_apart) for i, row in enumerate(rows)]
     tokens, codes = fit_codes(taken, model.get_input_embeddings().weight.detach(), vocabulary.size)
     return {"weights": weights, "least": least, "tokens": tokens, "codes": codes}
 
@@ -201,7 +208,7 @@ def content_parts(
     Raises:
         Refused: no CoT of more than line breaks; codes of another codebook or model; a damaged part.
     """
-    taken = args.codes and _codes_of(args.codes, args.model, vocabulary)
+    fit = args.codes and _codes_of(args.codes, args.model, vocabulary)
     part = part.select_columns(["id", *COLUMNS])
     lengths = [sum(len(row[name]) for name in ("prompt_ids", "cot_ids", "answer_ids")) for row in part]
     parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
@@ -214,7 +221,7 @@ def content_parts(
     with parts.joining():
         look_again(fitted)
         if not fitted.is_file():
-            write_whole(fitted, taken or save(_fit(load(), args, vocabulary, part)))
+            write_whole(fitted, fit or save(_fit(load(), args, vocabulary, part)))
     weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least", "codes"))
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:
@@ -222,7 +229,8 @@ def content_parts(
             these, traces = [part[i] for i in spans[n]], {}
             for i, told in tell(load(), these, weights, args.batch_tokens):
                 if len(told):
-                    traces[i] = codes[chosen(these[i], told, least, vocabulary.m_max)].tolist()
+                    taken = chosen(these[i], told, least, vocabulary.m_max, args.steps_apart)
+                    traces[i] = codes[taken].tolist()
                 bar.update()
             records = [
                 {"row": rows[i], "id": ids[i], "trace": traces[k]} for k, i in enumerate(spans[n]) if k in traces

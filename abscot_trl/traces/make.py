@@ -45,6 +45,7 @@ class TracesArguments(SamplerArguments):
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
         ratio (`float`): of `content`: tokens of the CoT for each of its trace.
+        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first.
         codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes, influence and ratio these are
             made.
         part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
@@ -68,6 +69,7 @@ class TracesArguments(SamplerArguments):
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the policy; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of draws and clusters."})
     ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
+    steps_apart: bool = field(default=False, metadata={"help": "content: a token between those of two steps."})
     codes: str | None = field(default=None, metadata={"help": "content: traces whose codes these take."})
     part_tokens: int = field(default=4_000_000, metadata={"help": "Tokens between two savings of the work done."})
     shard: str | None = field(default=None, metadata={"help": "Make only this share of the rows, e.g. 2/8."})

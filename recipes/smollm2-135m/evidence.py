@@ -59,6 +59,8 @@ GRID = {
     "informed-stable-rate": {"distill": STABLE},
     "informed-large-batch": {"bottleneck": LARGE | {"max_steps": 300}, "distill": LARGE | {"max_steps": 1700}},
     "informed-discrete": {"bottleneck": {"channel": "discrete"}},
+    "informed-apart": {"steps_apart": True},
+    "informed-apart-ratio-8": {"steps_apart": True, "ratio": 8.5},
     "informed-ratio-4": {"ratio": 4.0},
     "informed-ratio-6": {"ratio": 6.0},
     "informed-ratio-12": {"ratio": 12.0},
