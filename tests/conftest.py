@@ -10,6 +10,14 @@ from abscot_trl.phases import run_phase
 from abscot_trl.traces.files import write_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
+LONGEST = ("kill", "serve", "warmup", "distributed", "rollout", "sweep", "make_traces", "fuzz", "vllm", "baselines")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first: begun last, they would leave `make test` with one process at work."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):

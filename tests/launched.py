@@ -6,6 +6,7 @@ Training by several processes on CPU over gloo: how they are launched and, as th
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,12 @@ def refusal(call, *args, **fields) -> str | None:
         return str(error)
 
 
+def command(arguments: list[str]) -> None:
+    """`python -m abscot_trl.scripts.bottleneck` with these arguments."""
+    sys.argv[1:] = arguments
+    runpy.run_module("abscot_trl.scripts.bottleneck", run_name="__main__", alter_sys=True)
+
+
 def refused(folder: str, arguments: list[str]) -> None:
     """What `abscot bottleneck` with these arguments says; each process writes it."""
     said = refusal(run_phase, "bottleneck", arguments)
@@ -121,6 +128,11 @@ def one_card(checkpoint: str, folder: str, found: str) -> None:
 
 
 if __name__ == "__main__":
-    jobs = {"train": train, "together": together, "refused": refused, "one_card": one_card}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # For inference on CPU: training never calls it, and compiling it takes both cores for over a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    jobs = {"train": train, "together": together, "command": command, "refused": refused, "one_card": one_card}
     for name, args in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         jobs[name](*json.loads(args))

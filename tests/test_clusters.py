@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from transformers import AutoModelForCausalLM
-from warmups import Killed
+from warmups import killed_at_every_write
 
 from abscot_trl import storage
 from abscot_trl.data.prepare import load_prepared
@@ -99,26 +99,18 @@ def test_each_row_is_read_once_and_gets_its_states_clusters(arguments, checkpoin
 
 def test_killed_at_every_write_it_ends_in_the_same_file(arguments, whole, read, monkeypatch):
     """Each attempt finishes one file and dies at the next; what was finished is never made again."""
-    write, left, kills = storage.write_whole, [1], 0
+    made, kills = Path(arguments.output_dir + ".parts"), 0
 
-    def dying(path, text):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        write(path, text)
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in made.glob("*0*")}
 
-    monkeypatch.setattr(storage, "write_whole", dying)
-    monkeypatch.setattr(clusters, "write_whole", dying)
-    for _ in range(30):
-        try:
-            made = Path(arguments.output_dir + ".parts")
-            before = {p.name: p.stat().st_mtime_ns for p in made.glob("*0*")} if made.exists() else {}
-            left[0] = 2 if (made / "clusters.safetensors").exists() else 1  # the fit writes two
-            make_traces(arguments)
-            break
-        except Killed:
-            kills += 1
-            assert before.items() <= {p.name: p.stat().st_mtime_ns for p in made.glob("*0*")}.items()
+    def writes() -> int:
+        return 2 if (made / "clusters.safetensors").exists() else 1  # the fit writes two
+
+    before = times()
+    for _ in killed_at_every_write(monkeypatch, clusters, lambda: make_traces(arguments), writes):
+        assert before.items() <= times().items()
+        before, kills = times(), kills + 1
     assert kills > 6 and content(arguments) == whole
 
 

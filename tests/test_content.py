@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from warmups import Killed, recipes
+from warmups import killed_at_every_write, recipes
 
-from abscot_trl import storage
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
@@ -172,24 +171,7 @@ def test_codes_are_the_commonest_tokens_and_their_neighbours():
 
 
 def test_killed_at_every_write_it_ends_in_the_same_file(arguments, whole, monkeypatch):
-    write, kills = storage.write_whole, 0
-    left = [0]
-
-    def dying(path, text):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        write(path, text)
-
-    monkeypatch.setattr(storage, "write_whole", dying)
-    monkeypatch.setattr(content, "write_whole", dying)
-    for _ in range(20):
-        try:
-            left[0] = 1
-            make_traces(arguments)
-            break
-        except Killed:
-            kills += 1
+    kills = len(list(killed_at_every_write(monkeypatch, content, lambda: make_traces(arguments))))
     assert kills > 3 and files(arguments) == files(whole)
 
 

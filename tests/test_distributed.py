@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -181,14 +180,7 @@ def test_full_fine_tuning_on_zero_ends_in_a_checkpoint(checkpoint, inputs, tmp_p
     fields |= {"use_cpu": "true", "bf16": bf16, "dtype": "float32", "attn_implementation": "sdpa", "max_steps": "2"}
     fields |= {"max_length": "256", "per_device_train_batch_size": "2", "save_steps": "1", "save_total_limit": "1"}
     launcher = ["bf16" if bf16 and part == "no" else part for part in accelerate(name, processes)]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "abscot_trl.scripts.bottleneck"]
-        + [part for key, value in fields.items() for part in (f"--{key}", str(value))],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(launcher, ("command", [part for key, value in fields.items() for part in (f"--{key}", str(value))]))
     assert verify_checkpoint(tmp_path / "out").size == 8
     log = json.loads((tmp_path / "out" / "training_log.json").read_text())
     assert log["steps"] == 2 and {entry["sequences_per_step"] for entry in log["log"]} == {2 * processes}

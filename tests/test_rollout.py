@@ -58,8 +58,7 @@ def free_port() -> int:
 def serving(checkpoint, folder: Path, gpu: int = 0, takes_weights: bool = False):
     """`vllm serve` on loopback: its url, and a function that waits until it is up."""
     port = free_port()
-    engine = rollout_jobs.ENGINE | {"max_model_len": 256, "max_num_batched_tokens": 4096}
-    flags = engine_flags(engine | {"gpu_memory_utilization": rollout_jobs.SHARE})
+    flags = engine_flags(ENGINE | {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096})
     flags += ["--logprobs-mode=processed_logprobs", "--host=127.0.0.1", f"--port={port}"]
     url, env = f"http://127.0.0.1:{port}", os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     env |= visible(gpu)

@@ -130,7 +130,8 @@ def test_another_engine_or_server_is_no_other_stage(toy, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
-    launched, launch = [], driver.launch
+    launched, launch, recorded, record = [], driver.launch, [], driver.write_record
+    monkeypatch.setattr(driver, "write_record", lambda run, done: recorded.append(len(done)) or record(run, done))
 
     def failing(stage, config, options):
         launched.append(stage.name)
@@ -147,7 +148,7 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     assert launched[4:] == ["round1/distill", "round1/evaluate"] and len(results) == 2
     assert before == {p: p.read_bytes() for p in before}
     warmup(WarmupArguments(**fields))
-    assert len(launched) == 6
+    assert len(launched) == 6 and recorded == [1, 2, 3, 3, 4, 5, 5]  # of what was done before: once
     with pytest.raises(ValueError, match=r"made with other settings \(temperature: 1.0 -> 0.5\)"):
         warmup(WarmupArguments(**fields, temperature=0.5))
     with pytest.raises(ValueError, match="seed"):
@@ -470,12 +471,9 @@ def test_one_round_on_real_rows(tmp_path):
     rows, counts = load_prepared(tmp_path / "dolci")
     assert counts["rejected"] == {"empty_think": 24, "no_think": 15, "unclosed_think": 14, "empty_answer": 10}
     assert counts["rows_read"] == 651 == len(rows) + 63 + sum(counts["filtered"].values())
-    parsed = {
-        parse_row(r).id
-        for r in iter_rows([str(REAL / "think_sft_sample.jsonl")], shuffle_buffer=0)
-        if r["id"] in set(rows["id"])
-    }
-    assert parsed == set(rows["id"])
+    ids = set(rows["id"])
+    given = iter_rows([str(REAL / "think_sft_sample.jsonl")], shuffle_buffer=0)
+    assert {parse_row(r).id for r in given if r["id"] in ids} == ids
 
     evaluation = recipes(
         tmp_path,

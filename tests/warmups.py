@@ -1,9 +1,11 @@
 """The recipes of a tiny warm-up on CPU (its other fields: the fixture `toy`), and a kill within one process."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
 
+from abscot_trl import storage
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.phases import run_phase
 
@@ -56,3 +58,26 @@ def toy_fields(checkpoint: Path, folder: Path) -> dict:
 
 class Killed(BaseException):
     """As sudden as a kill, within one process."""
+
+
+def killed_at_every_write(monkeypatch, module, run: Callable, writes: Callable = lambda: 1) -> Iterator[None]:
+    """Run until it ends: each attempt finishes `writes()` files and is killed at the next, then comes a turn here."""
+    write, left = storage.write_whole, 0
+
+    def dying(path, text):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        write(path, text)
+
+    for place in (storage, module):
+        monkeypatch.setattr(place, "write_whole", dying)
+    for _ in range(30):
+        left = writes()
+        try:
+            run()
+        except Killed:
+            yield
+        else:
+            return

@@ -249,6 +249,7 @@ def drive(
     """
     check_nodes(args)
     chosen, run = choose_stages(todo, args), Path(args.run_dir)
+    last = todo.index(chosen[-1]) + 1
     foreign = [name for name in ("results.json", *RECORDS) if (run / name).exists()]
     if foreign and not (run / ".lock").exists():
         raise Refused(f"{run} holds a {foreign[0]} but no run; use another run_dir")
@@ -261,7 +262,8 @@ def drive(
             write_results(run / "results.json", collect())
             for sentence in warn():
                 print(f"WARNING: {sentence}", flush=True)  # noqa: T201
-        write_record(run, todo[:number])
+        if number == last or not is_done(todo[number]):  # or the next stage, which is done too, has it written
+            write_record(run, todo[:number])
         judge(todo[number - 1])
         return collect()
 
