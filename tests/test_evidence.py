@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+import time
 from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import cycle
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from abscot_trl.data.problems import load_problems
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.grading import is_correct
-from abscot_trl.phases import run_phase
+from abscot_trl.phases import read_yaml, run_phase
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "smollm2-135m"
 BASE = FOLDER.parent / "demo" / "base"
@@ -211,15 +213,11 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     write_problems(tmp_path / "states" / "rows" / "train.jsonl", rows[:208])
     write_problems(tmp_path / "states" / "rows" / "test.jsonl", rows[208:])
     write_problems(tmp_path / "states" / "rows" / "longer.jsonl", chain_arithmetic(6, 8, 5, seed=1))
-    training = {"use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "compile_layers": False}
-    training |= {"dataloader_num_workers": 0, "max_length": 512, "save_strategy": "no", "gauge_rows": 2}
-    training |= {"per_device_train_batch_size": 1, "global_batch_size": 1}
-    phases = ("bottleneck", "distill", "baseline.verbal")
-    warm = {"backend": "hf", "dtype": "float32", "launch": "inline", "accelerate_config": None, "rows_per_phase": 100}
-    over = dict.fromkeys(phases, training) | {"warmup": warm}
-    over |= {"evaluate": {"backend": "hf", "dtype": "float32", "max_new_tokens": 4}}
-    words = ["--task", "states", "--runs", "informed", "sft", "--gpus", "cpu", "--base_model", str(BASE)]
-    words += ["--steps", json.dumps(dict.fromkeys(phases, 2)), "--over", json.dumps(over), "--folder", str(folder)]
+    over = {"warmup": evidence.SMALL["warmup"] | {"rows_per_phase": 100}}
+    over |= dict.fromkeys(("bottleneck", "distill"), evidence.ON_CPU | {"gauge_rows": 2, "save_strategy": "no"})
+    over |= {"evaluate": evidence.SMALL["evaluate"] | {"limit": None, "max_new_tokens": 4}}
+    words = ["--small", "--task", "states", "--runs", "informed", "sft", "--base_model", str(BASE)]
+    words += ["--over", json.dumps(over), "--folder", str(folder)]
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
     with pytest.raises(Refused, match="log: ended with 1: abscot init: .*no folder"):
         evidence.abscot(tmp_path / "log", "", "init", "--base_model", tmp_path / "no", "--output_dir", tmp_path / "o")
@@ -235,14 +233,15 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     steps = {str(name.parent): json.loads((folder / name).read_text())["steps"] for name in logs}
     warm = {f"informed-0/run/round1/{phase}": 2 for phase in ("bottleneck", "distill")}
     assert steps == warm | {"base-64-0/verbal": 2, "sft-0/run/sft/train": 4}
-    assert (
-        "in 1 of 1 runs" in (folder / "results.md").read_text() or "in 0 of 1" in (folder / "results.md").read_text()
-    )
+    verdict = {row["gauge_first"] for row in found if "gauge_first" in row}
+    assert len(verdict) == 1 and "of 1 runs" in (folder / "results.md").read_text()
     assert evidence.main() == 0
     assert logs == {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", '{"baseline.verbal": 3}'])
     assert evidence.main() == 1 and "baseline.verbal.yaml was begun with other fields" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--over", "{}", "--runs", "informed-300000-rows"])
+    monkeypatch.setattr(
+        sys, "argv", ["evidence.py", *words, "--over", '{"warmup": {}}', "--runs", "informed-300000-rows"]
+    )
     with pytest.raises(SystemExit):
         evidence.main()
     assert "informed-300000-rows needs 600000 rows, " in capsys.readouterr().err
@@ -254,6 +253,45 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     (tmp_path / "states" / "rows" / "test.jsonl").write_text("nothing\n")
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--seeds", "1", "--runs", "sft"])
     assert evidence.main() == 1 and "sft, seed 1: " in capsys.readouterr().out
+
+
+def test_runs_of_the_grid_share_their_base(tmp_path, monkeypatch):
+    """No command is run, only noted: two seeds and two workers at once, and what each run's recipes say."""
+    evidence, ran, lock = script("evidence"), [], Lock()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("{}\n" * 600_000)
+
+    def noted(log, gpu, phase, *words):
+        fields = dict(zip(words[::2], map(str, words[1::2]), strict=True))
+        with lock:
+            ran.append((phase, fields))
+        time.sleep(0.02)  # others come meanwhile
+        output = Path(fields.get("--output_dir", tmp_path / "none"))
+        if phase in ("init", "data", "baseline"):
+            output.mkdir(parents=True)
+            (output / "training_log.json").touch()
+        if phase == "warmup":
+            recipe = read_yaml(fields["--config"])
+            for t in range(1, recipe["rounds"] + 1):
+                folder = Path(recipe["run_dir"]) / f"round{t}"
+                folder.mkdir(parents=True)
+                (folder / "evaluate.yaml").touch()
+
+    monkeypatch.setattr(evidence, "abscot", noted)
+    names = ["informed", "informed-3-rounds", "informed-large-batch", "informed-16-codes"]
+    words = ["--runs", *names, "--seeds", "0", "1", "--gpus", "0", "1", "2", "--folder", str(tmp_path / "grid")]
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
+    assert evidence.main() == 0
+    assert Counter(phase for phase, _ in ran) == {"init": 4, "data": 2, "baseline": 4, "warmup": 8, "evaluate": 8}
+    tested = [fields["--config"] for phase, fields in ran if phase == "evaluate"]
+    assert sum("informed-3-rounds" in path and "round3" in path for path in tested) == 2  # the last round's model
+
+    def steps(name, phase):
+        return read_yaml(tmp_path / "grid" / f"{name}-1" / f"{phase}.yaml")["max_steps"]
+
+    tokens = {name: [steps(name, phase) for phase in ("bottleneck", "distill")] for name in names}
+    assert tokens["informed"] == tokens["informed-16-codes"] == [600, 3400]
+    assert tokens["informed-3-rounds"] == [200, 1133] and tokens["informed-large-batch"] == [300, 1700]
 
 
 @pytest.mark.slow

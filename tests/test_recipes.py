@@ -154,8 +154,7 @@ def test_a_recipe_shows_its_own_command(path):
         rows = training.gradient_accumulation_steps * recipe["per_device_train_batch_size"]  # one process
         assert rows == recipe["global_batch_size"]
         assert model.use_peft == (".lora." in path.name) and recipe["attn_implementation"] == "flex_attention"
-        most = recipe["global_batch_size"] if path.parent == SMALL else 16
-        assert all(recipe["global_batch_size"] % processes == 0 for processes in (1, 2, 4, 8, 16) if processes <= most)
+        assert path.parent == SMALL or recipe["global_batch_size"] % 16 == 0  # on 1 to 16 GPUs
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path not in MODELS], ids=str)
@@ -188,7 +187,6 @@ def test_a_folder_is_whole_and_its_numbers_agree(folder):
     for form in forms:
         warm, traces = read_yaml(folder / f"warmup.{form}.yaml"), read_yaml(folder / f"traces.{form}.yaml")
         rows[form] = 2 * warm["rounds"] * warm["rows_per_phase"]
-        assert rows[form] == rows["paper"] if "paper" in rows else True
         assert rows[form] <= data["limit"] and traces["method"] == warm["initial"]
         if form == "paper":
             assert (traces["given"], traces["temperature"]) == (warm["distill_from"], warm["temperature"])
@@ -196,6 +194,7 @@ def test_a_folder_is_whole_and_its_numbers_agree(folder):
             assert traces["ratio"] == warm["ratio"] and warm["distill_from"] == warm["initial"]
         assert warm["model"] == traces["model"] == init["output_dir"]
         assert warm["data"] == traces["data"] == data["output_dir"]
+    assert len({*rows.values()}) == 1  # as many in both forms
     for path in (path for path in TRAINED if path.parent == folder):
         assert read_yaml(path)["max_length"] == data["max_total_tokens"]  # every prepared row fits
 

@@ -81,7 +81,7 @@ class RunArguments(DriverOptions):
         default="lora",
         metadata={"help": "Which recipes {tuning} in their names stands for.", "choices": ["lora", "full"]},
     )
-    rounds: int = field(default=3, metadata={"help": "Rounds T."})
+    rounds: int = field(default=1, metadata={"help": "Rounds T."})
     rows_per_phase: int = field(default=5000, metadata={"help": "Rows of each part D_t,1 and D_t,2."})
     rehearsal: float = field(default=0.0, metadata={"help": "Loss weight of the masked row in phase B."})
     seed: int = field(default=0, metadata={"help": "Seed of splits, traces and training."})

@@ -3,8 +3,8 @@ The warm-up by policy iteration (Stage 1): T rounds of
 
     traces -> bottleneck (eq. 3) -> merge -> traces -> distill (eq. 4) -> merge -> evaluate
 
-`paper` and `informed` are the same loop with other fields: where the first traces come from (`initial`), what the
-policy sees when it writes those of phase B (`distill_from`), and whether phase B rehearses the masked row.
+`paper` and `informed` are the same loop with other fields: where the first traces come from (`initial`), and what
+phase B's are drawn or made from (`distill_from`).
 Every stage reads files and writes a folder; it is done when its `manifest.json` is there, and is then skipped.
 """
 
@@ -45,7 +45,8 @@ class WarmupArguments(SamplerArguments, RunArguments):
         initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`, `content`. The
             codes of `content` begin as the tokens that they stand for.
         ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
-        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first.
+        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first; these
+            are not counted in `ratio`.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided); or `content`:
             all traces are made as phase A's first ones, by the same codes, and nothing is sampled.
         stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
@@ -95,7 +96,7 @@ def trace_making(args: WarmupArguments, phase: str, policy: str, first: bool) ->
         how = {"model": policy, "method": "policy", "given": given}
         return how | {"backend": args.backend, "engine": args.engine, "server": args.server}
     how = {"model": args.model, "method": args.initial, "given": "cot"}
-    if args.steps_apart:
+    if args.steps_apart and first:
         how["steps_apart"] = True
     if not first:
         how["codes"] = f"{args.run_dir}/round1/bottleneck-traces"

@@ -157,7 +157,7 @@ def fit_codes(taken: list[list[int]], embeddings: Tensor, size: int) -> tuple[Te
 def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dataset) -> dict[str, Tensor]:
     """
     What makes the traces: `weights` of influence, the `least` that is taken, `tokens` of the codes and `codes` of the
-    tokens.
+    tokens, and whether steps stand `apart`.
     """
     rng = np.random.default_rng(args.seed)
     rows = [row for row in part.select(sorted(rng.permutation(len(part))[:FIT_ROWS])) if len(candidates(row))]
@@ -175,7 +175,8 @@ def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dat
     least = best[min(max(count, 1), len(best)) - 1]
     taken = [chosen(row, told[i], least, vocabulary.m_max, args.steps_apart) for i, row in enumerate(rows)]
     tokens, codes = fit_codes(taken, model.get_input_embeddings().weight.detach(), vocabulary.size)
-    return {"weights": weights, "least": least, "tokens": tokens, "codes": codes}
+    apart = torch.tensor(args.steps_apart)
+    return {"weights": weights, "least": least, "tokens": tokens, "codes": codes, "apart": apart}
 
 
 def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
@@ -187,7 +188,8 @@ def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
     """
     file, config = Path(traces) / CONTENT_FILE, AutoConfig.from_pretrained(model).get_text_config()
     there = [len(tokens_of_codes(traces)), len(read_tensor(file, "weights")) - 1, len(read_tensor(file, "codes"))]
-    read_tensor(file, "least")
+    for name in ("least", "apart"):
+        read_tensor(file, name)
     if there != (here := [vocabulary.size, config.hidden_size, config.vocab_size]):
         raise Refused(
             f"{traces} was made with {there[0]} codes by a model of width {there[1]} and {there[2]} tokens, {model} "
@@ -229,14 +231,14 @@ def content_parts(
         look_again(fitted)
         if not fitted.is_file():
             write_whole(fitted, fit or save(_fit(load(), args, vocabulary, part)))
-    weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least", "codes"))
+    weights, least, codes, apart = (read_tensor(fitted, name) for name in ("weights", "least", "codes", "apart"))
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:
         for n in todo:
             these, traces = rows_of(part, spans[n]), {}
             for i, told in tell(load(), these, weights, args.batch_tokens):
                 if len(told):
-                    taken = chosen(these[i], told, least, vocabulary.m_max, args.steps_apart)
+                    taken = chosen(these[i], told, least, vocabulary.m_max, bool(apart))
                     traces[i] = codes[taken].tolist()
                 bar.update()
             records = [

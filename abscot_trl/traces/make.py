@@ -45,9 +45,10 @@ class TracesArguments(SamplerArguments):
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
         ratio (`float`): of `content`: tokens of the CoT for each of its trace.
-        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first.
-        codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes, influence and ratio these are
-            made.
+        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first; these
+            are not counted in `ratio`.
+        codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes, influence, ratio and
+            steps_apart these are made.
         part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
         shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them. Shards of
             clusters are run twice: first they make what the clusters are fitted on.
@@ -84,6 +85,8 @@ class TracesArguments(SamplerArguments):
             raise Refused(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
         if self.ratio < 1:
             raise Refused(f"ratio must be at least 1, got {self.ratio}")
+        if self.steps_apart and self.method != "content":
+            raise Refused(f"steps_apart is for method: content, not {self.method}")
         if self.codes and self.method != "content":
             raise Refused(f"codes {self.codes} are for method: content, not {self.method}")
         if self.part_tokens < 1:

@@ -3,10 +3,11 @@ The grid: do traces carry on a real model, and what does each choice buy? `make 
 
     python recipes/smollm2-135m/evidence.py --gpus 0 1 2 3        # hours on one GPU; --runs informed sft: some of it
     python recipes/smollm2-135m/evidence.py --collect             # results.json, table and picture of what is done
+    python recipes/smollm2-135m/evidence.py --small --runs informed sft     # minutes on a CPU: does all of it run?
 
 Every run is a warm-up (or a baseline) from recipes that are written beside it: this folder's, with fields of `GRID`
-over them. All take as many steps, from a verbal model of their codebook and seed, and are evaluated on both of
-the task's tests. A GPU takes a run at a time; given again the command goes on.
+over them. All train on as many packed tokens, from a verbal model of their codebook and seed, and are evaluated on
+both of the task's tests. A GPU takes a run at a time; given again the command goes on.
 """
 
 import argparse
@@ -34,16 +35,23 @@ from abscot_trl.storage import read_manifest
 HERE = Path(__file__).parent
 VERBAL = "baseline.verbal"
 PHASES = ("bottleneck", "distill", "evaluate", "init", VERBAL)
-STEPS = {VERBAL: 1000, "bottleneck": 600, "distill": 3400}  # of 33,000 tokens, and 16,000
+STEPS = {VERBAL: 1000, "bottleneck": 600, "distill": 3400}  # of 33,000 tokens, and 16,000 (a batch of 2)
 HELD_OUT = {"gsm-symbolic": "templates", "facts": "longer", "states": "longer"}  # what the second test holds
 CLUSTERS = {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7}
 PAPER = {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7}
 SAMPLED = {"distill_from": "cot", "temperature": 0.7}
 THREE = {"rounds": 3, "rows_per_phase": 30_000}  # a third of the steps each
 STABLE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 400}}
-LARGE = {"per_device_train_batch_size": 4, "global_batch_size": 4}
+LARGE = dict.fromkeys(("bottleneck", "distill"), {"per_device_train_batch_size": 4, "global_batch_size": 4})
 # Stepwise internalisation packs no rows: about as many of them as a packed step has.
 UNPACKED = {"per_device_train_batch_size": 64, "global_batch_size": 64, "max_length": 512}
+# On a CPU, with figures that mean nothing: a few rows, steps and problems.
+ON_CPU = {"use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "compile_layers": False, "gauge_rows": 0}
+ON_CPU |= {"dataloader_num_workers": 0, "max_length": 512, "per_device_train_batch_size": 1, "global_batch_size": 1}
+SMALL = dict.fromkeys(("bottleneck", "distill", VERBAL), ON_CPU)
+SMALL |= {"warmup": {"backend": "hf", "dtype": "float32", "launch": "inline", "accelerate_config": None}}
+SMALL["warmup"] |= {"rows_per_phase": 24, "batch_tokens": 4096}
+SMALL |= {"evaluate": {"backend": "hf", "dtype": "float32", "limit": 4, "max_new_tokens": 64}}
 # A run: fields over warmup.informed.yaml; those of a phase over its own recipe. `baseline`: this one, and no warm-up.
 GRID = {
     "informed": {},
@@ -57,10 +65,11 @@ GRID = {
     "informed-sampled": SAMPLED,
     "informed-sampled-rehearsed": SAMPLED | {"rehearsal": 1.0},
     "informed-stable-rate": {"distill": STABLE},
-    "informed-large-batch": {"bottleneck": LARGE | {"max_steps": 300}, "distill": LARGE | {"max_steps": 1700}},
+    "informed-large-batch": LARGE,
+    "informed-large-batch-ratio-4": {"ratio": 4.0, **LARGE},
     "informed-discrete": {"bottleneck": {"channel": "discrete"}},
     "informed-apart": {"steps_apart": True},
-    "informed-apart-ratio-8": {"steps_apart": True, "ratio": 8.5},
+    "informed-apart-ratio-8.5": {"steps_apart": True, "ratio": 8.5},
     "informed-ratio-4": {"ratio": 4.0},
     "informed-ratio-6": {"ratio": 6.0},
     "informed-ratio-12": {"ratio": 12.0},
@@ -112,7 +121,8 @@ class Grid:
             Refused: there are no rows, or too few for one of these runs.
         """
         if not self.rows.is_file():
-            raise Refused(f"{self.rows} is not there; make it by tasks.py {self.task} --output_dir {self.rows.parent}")
+            make = f"tasks.py {self.task} --rows 600000 --output_dir {self.rows.parent}"
+            raise Refused(f"{self.rows} is not there; make it by {make}")
         with open(self.rows, "rb") as file:
             there = sum(1 for _ in file)
         for name in names:
@@ -150,12 +160,12 @@ class Grid:
         size = fields["codebook_size"]
         where, data = self.folder / f"base-{size}-{seed}", self.folder / f"data-{size}"
         init, verbal = where / "init", where / "verbal"
-        with self.making[where]:
+        with self.making[str(where)]:
             steps = {"max_steps": self.steps[VERBAL]}
             recipe = {name: self.recipe(where, name, more) for name, more in (("init", fields), (VERBAL, steps))}
             if not init.is_dir():
                 abscot(where / "log", gpu, "init", "--config", recipe["init"], "--output_dir", init)
-            with self.making[data]:
+            with self.making[str(data)]:
                 if not data.is_dir():
                     abscot(where / "log", gpu, "data", "--config", HERE / "data.yaml", "--data", self.rows,
                            "--tokenizer", init, "--output_dir", data)  # fmt: skip
@@ -175,7 +185,8 @@ class Grid:
         own = {phase: fields.pop(phase, {}) for phase in PHASES}
         where, rounds = self.folder / f"{name}-{seed}", fields.get("rounds", 1)
         for phase in ("bottleneck", "distill"):
-            own[phase] = {"max_steps": self.steps[phase] // rounds} | own[phase]
+            steps = self.steps[phase] * 2 // own[phase].get("global_batch_size", 2)  # of an icot, baselines' own
+            own[phase] = {"max_steps": max(1, steps // rounds)} | own[phase]
         model, data = self.base(own["init"], seed, gpu)
         paths = {phase: str(self.recipe(where, phase, own[phase])) for phase in ("bottleneck", "distill", "evaluate")}
         shared = paths | {"run_dir": str(where / "run"), "model": str(model), "data": str(data), "seed": seed}
@@ -197,24 +208,30 @@ class Grid:
                    "--problems", self.rows.with_name(f"{kind}.jsonl"), "--output_dir", held_out)  # fmt: skip
 
     def collect(self) -> list[dict]:
-        """
-        The rows of all runs that are done, on both tests, each with its `run` (and seed), hours, and the gauges of
-        phase B. What `base` answers verbally is called `verbal`.
-        """
+        """The rows of all runs that are done, on both tests. What `base` answers verbally is called `verbal`."""
         rows = []
         for folder in sorted(self.folder.glob("*/run/results.json")):
-            stages = [read_manifest(path.parent, "wall_s") for path in folder.parent.glob("**/manifest.json")]
-            more = {"run": folder.parents[1].name, "hours": round(sum(s["wall_s"] for s in stages) / 3600, 3)}
-            logs = [read_log(path) for path in sorted(folder.parent.glob("round*/distill"))]
-            found = [readings(log) for log in logs if readings(log)]
-            if found:
-                last = found[-1]
-                more |= {"gauge_first": level(last[0]), "gauge_last": level(last[-1])}
-                more |= {"predictable": last[-1]["predictable"], "first_step": last[0]["step"]}
-            held_out = folder.parents[1] / "held-out" / "results.json"
-            for row in [*read_results(folder), *(read_results(held_out) if held_out.is_file() else [])]:
-                rows.append(row | more | ({"model": "verbal"} if row["model"] == "base" else {}))
+            found, held_out = read_results(folder), folder.parents[1] / "held-out" / "results.json"
+            if held_out.is_file():  # answered by the last round's model
+                last = {key: found[-1][key] for key in ("round",) if key in found[-1]}
+                found += [row | last for row in read_results(held_out)]
+            about = about_run(folder.parent)
+            rows += [row | about | ({"model": "verbal"} if row["model"] == "base" else {}) for row in found]
         return rows
+
+
+def about_run(run: Path) -> dict:
+    """Its name (and seed), hours and card, and the gauges of the last phase B."""
+    stages = [read_manifest(path.parent, "wall_s") for path in run.glob("**/manifest.json")]
+    cards = sorted({gpu.split(",")[0] for stage in stages for gpu in stage.get("environment", {}).get("gpus", [])})
+    about = {"run": run.parent.name, "hours": round(sum(stage["wall_s"] for stage in stages) / 3600, 3)}
+    about["card"] = ", ".join(cards) or "cpu"
+    gauges = [found for path in sorted(run.glob("round*/distill")) if (found := readings(read_log(path)))]
+    if gauges:
+        first, last = gauges[-1][0], gauges[-1][-1]
+        about |= {"gauge_first": level(first), "gauge_last": level(last), "first_step": first["step"]}
+        about["predictable"] = last["predictable"]
+    return about
 
 
 def write_page(rows: list[dict], task: str, output: Path) -> None:
@@ -278,11 +295,15 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=fields_by_phase, default={}, help=f"JSON: steps by phase over {json.dumps(STEPS)}"
     )
-    parser.add_argument("--folder", type=Path, help="runs/smollm2-135m/TASK/evidence")
+    parser.add_argument("--small", action="store_true", help="a few steps and problems on a CPU: does all of it run?")
+    parser.add_argument("--folder", type=Path, help="runs/smollm2-135m/TASK/evidence; evidence-small")
     parser.add_argument("--output", type=Path, help="of results; the folder's own when left out")
     parser.add_argument("--collect", action="store_true", help="run nothing")
     args = parser.parse_args()
-    folder = args.folder or Path("runs/smollm2-135m") / args.task / "evidence"
+    folder = args.folder or Path("runs/smollm2-135m") / args.task / ("evidence-small" if args.small else "evidence")
+    if args.small:
+        over = {phase: SMALL.get(phase, {}) | args.over.get(phase, {}) for phase in SMALL | args.over}
+        args.gpus, args.over, args.steps = ["cpu"], over, dict.fromkeys(STEPS, 2) | args.steps
     grid = Grid(args.task, folder, args.base_model, args.over, STEPS | args.steps)
     failed, free = [], Queue()
     for gpu in args.gpus:
