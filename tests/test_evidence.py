@@ -239,12 +239,10 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     assert logs == {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", '{"baseline.verbal": 3}'])
     assert evidence.main() == 1 and "baseline.verbal.yaml was begun with other fields" in capsys.readouterr().out
-    monkeypatch.setattr(
-        sys, "argv", ["evidence.py", *words, "--over", '{"warmup": {}}', "--runs", "informed-300000-rows"]
-    )
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--over", '{"warmup": {"rows_per_phase": 300}}'])
     with pytest.raises(SystemExit):
         evidence.main()
-    assert "informed-300000-rows needs 600000 rows, " in capsys.readouterr().err
+    assert "informed needs 600 rows, " in capsys.readouterr().err
     for bad in ('{"distil": 5}', "[1]", "{bad"):
         monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", bad])
         with pytest.raises(SystemExit):
