@@ -56,7 +56,7 @@ demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's 
 	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) --output_dir runs/demo-baselines \
 	    --models sft cot pause icot cut-cot concise paper informed $(ARGS)
 
-test: $(READY) ## all tests, JOBS=2 files at once (some fifteen minutes on two cores)
+test: $(READY) ## all tests, JOBS=2 files at once (some twenty minutes on two cores)
 	$(PYTEST) $(ARGS)
 
 test-fast: $(READY) ## the tests that take seconds, for the next edit
