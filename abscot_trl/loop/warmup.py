@@ -96,12 +96,10 @@ def trace_making(args: WarmupArguments, phase: str, policy: str, first: bool) ->
         how = {"model": policy, "method": "policy", "given": given}
         return how | {"backend": args.backend, "engine": args.engine, "server": args.server}
     how = {"model": args.model, "method": args.initial, "given": "cot"}
-    if args.steps_apart and first:
-        how["steps_apart"] = True
     if not first:
         how["codes"] = f"{args.run_dir}/round1/bottleneck-traces"
     elif args.initial == "content":
-        how["ratio"] = args.ratio
+        how |= {"ratio": args.ratio} | ({"steps_apart": True} if args.steps_apart else {})
     if args.initial not in RANDOM_METHODS and "data_parallel_size" in (args.engine or {}):
         how["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
     return how

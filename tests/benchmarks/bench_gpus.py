@@ -208,7 +208,7 @@ def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
     if args.output.is_file():  # one GPU's figure of an earlier call: the same card and versions
         there = [row for row in json.loads(args.output.read_text()) if row["name"].endswith(" 1") and "step_s" in row]
         there = [row for row in there if (row["card"], row["versions"]) == (card(), versions())]
-        found = {(row["name"][7:].split(",")[0], 1): {"tokens_per_s": row["value"]} for row in there}
+        found = {(row["name"].removeprefix("scale: ").split(",")[0], 1): {"tokens_per_s": row["value"]} for row in there}
     waves = [
         [("smol-packed", "ddp", 1), ("full-1.7b", "zero3", 1)],
         [("smol-packed", "ddp", 2), ("full-1.7b", "zero3", 2)],
