@@ -208,7 +208,8 @@ def scale(args: argparse.Namespace, work: Path, inputs: dict) -> Iterator[dict]:
     if args.output.is_file():  # one GPU's figure of an earlier call: the same card and versions
         there = [row for row in json.loads(args.output.read_text()) if row["name"].endswith(" 1") and "step_s" in row]
         there = [row for row in there if (row["card"], row["versions"]) == (card(), versions())]
-        found = {(row["name"].removeprefix("scale: ").split(",")[0], 1): {"tokens_per_s": row["value"]} for row in there}
+        names = [row["name"].removeprefix("scale: ").split(",")[0] for row in there]
+        found = {(name, 1): {"tokens_per_s": row["value"]} for name, row in zip(names, there, strict=True)}
     waves = [
         [("smol-packed", "ddp", 1), ("full-1.7b", "zero3", 1)],
         [("smol-packed", "ddp", 2), ("full-1.7b", "zero3", 2)],
