@@ -73,9 +73,15 @@ def _limited(function, *args, **kwargs):
 
 
 def _parsed(answer: str) -> list:
+    """Its readings, none where it cannot be read. Raises when time or memory runs out, as `parse` does not by itself."""
     from math_verify import parse
 
-    return _limited(parse, f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT)
+    try:
+        return _limited(parse, f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT, raise_on_error=True)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 (of sympy, any; TimeoutException is not one)
+        return []
 
 
 def contradicts_itself(answer: str) -> bool:
@@ -93,14 +99,18 @@ def contradicts_itself(answer: str) -> bool:
 
 def _compare(gold: str, answer: str) -> bool | None:
     """
-    `None`: a comparison ran out of time or memory, and no other reading of the two is equal. (Where sympy swallows the
-    MemoryError of one of its ways, and no other way finds the two equal, it is `False`.)
+    `None`: parsing or a comparison ran out of time or memory, and no other reading of the two is equal. (Where sympy
+    swallows the MemoryError of one of its ways, and no other way finds the two equal, it is `False`.)
     """
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
     outcome, settings = False, {"allow_set_relation_comp": True, "timeout_seconds": TIMEOUT, "raise_on_error": True}
-    for pair in itertools.product(_parsed(gold), _parsed(answer)):
+    try:
+        pairs = list(itertools.product(_parsed(gold), _parsed(answer)))
+    except (MemoryError, TimeoutException):
+        return None
+    for pair in pairs:
         try:
             if _limited(verify, *pair, **settings):
                 return not contradicts_itself(answer)
