@@ -73,7 +73,7 @@ def _limited(function, *args, **kwargs):
 
 
 def _parsed(answer: str) -> list:
-    """Its readings, none where it cannot be read. Raises when time or memory runs out, as `parse` does not by itself."""
+    """Its readings, none where it cannot be read. Raises when time or memory runs out, as `parse` does not."""
     from math_verify import parse
 
     try:
