@@ -108,21 +108,21 @@ def check_request(prefixes: list[list[int]], m_max: int, m_min: int, temperature
         )
 
 
-def constrained_logps(logits: Tensor, written: int, m_min: int, m_max: int, temperature: float = 1.0) -> Tensor:
+def constrained_logps(
+    logits: Tensor, written: int | Tensor, m_min: int, m_max: int, temperature: float = 1.0
+) -> Tensor:
     """
     log pi_abs for the next position, from logits over (V_abs, <endabstract>) in that order.
 
     Args:
         logits (`Tensor`): shape (.., M + 1), the end delimiter last.
-        written (`int`): codebook tokens before this position.
+        written (`int` or `Tensor`): codebook tokens before this position, of shape (..) where positions differ.
 
     Returns:
         `Tensor` of shape (.., M + 1) in float32; -inf where not allowed.
     """
     logits = logits.float() / temperature
-    forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    if written >= m_max:
-        forbidden[:-1] = True
-    elif written < m_min:
-        forbidden[-1] = True
+    written = torch.as_tensor(written, device=logits.device).expand(logits.shape[:-1])[..., None]
+    end = torch.arange(logits.shape[-1], device=logits.device) == logits.shape[-1] - 1
+    forbidden = torch.where(end, written < m_min, written >= m_max)
     return torch.log_softmax(logits.masked_fill(forbidden, -torch.inf), dim=-1)

@@ -206,9 +206,24 @@ class HFTraceSampler:
             Refused: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
                 `max_new_tokens`.
         """
+        drawn = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
+        return [Continuation.until(ids, self.stops) for ids in drawn]
+
+    def complete_answers(
+        self,
+        prefixes: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        bar: tqdm | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[list[int]]:
+        """As `answer`, but ids with EOS, for a trainer."""
         check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)
         rows = range(len(prefixes)) if rows is None else rows
-        results: list[Continuation | None] = [None] * len(prefixes)
+        results: list[list[int]] = [[]] * len(prefixes)
         lengths = [len(prefix) + max_new_tokens for prefix in prefixes]
         with plain_generation(self.model):
             for batch in batches(lengths, self.batch_tokens):
@@ -225,7 +240,8 @@ class HFTraceSampler:
                     pad_token_id=self.pad,
                 )[:, len(ids[0]) :].tolist()
                 for i, tokens in zip(batch, output, strict=True):
-                    results[i] = Continuation.until(tokens, self.stops)
+                    stop = next((n for n, token in enumerate(tokens, 1) if token in self.stops), None)
+                    results[i] = tokens[:stop]
                 if bar is not None:
                     bar.update(len(batch))
         return results

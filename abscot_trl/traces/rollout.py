@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from peft import PeftModel
@@ -19,6 +20,7 @@ from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
 from abscot_trl.errors import Refused
+from abscot_trl.traces.constraint import Trace
 from abscot_trl.traces.server import check_server, complete_there, served_model
 from abscot_trl.traces.vllm import Completions, EngineTraceSampler, check_tensor_parallel, complete_here, row_seed
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -64,6 +66,24 @@ def settled(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def check_room(max_completion_length: int, m_max: int) -> None:
+    """
+    Raises:
+        Refused: no room for an answer of one token after a trace of `m_max` and its end delimiter.
+    """
+    if max_completion_length < m_max + 2:
+        raise Refused(
+            f"max_completion_length {max_completion_length} leaves no room for an answer after a trace of m_max "
+            f"{m_max} and its end delimiter; use {m_max + 2} at least"
+        )
+
+
+def random_traces(traces: list[list[int]], codebook: list[int], seed: int, rows: list[int]) -> list[list[int]]:
+    """Codebook tokens drawn uniformly, as many as each trace holds; a row's draw is its own."""
+    draws = [np.random.default_rng([seed, row, 2]) for row in rows]
+    return [rng.choice(codebook, len(trace)).tolist() for rng, trace in zip(draws, traces, strict=True)]
+
+
 class AbstractVLLMGeneration(VLLMGeneration):
     """
     [`~trl.generation.vllm_generation.VLLMGeneration`] whose completions are [z; <endabstract>; y].
@@ -72,6 +92,7 @@ class AbstractVLLMGeneration(VLLMGeneration):
         args, kwargs: the parent's. `max_completion_length` counts z, its end delimiter and y.
         vocabulary ([`AbstractVocabulary`], *optional*): the codebook; read from the model's checkpoint when left out.
         m_max, m_min (`int`, *optional*): most and fewest codebook tokens; the vocabulary's when left out.
+        trace_temperature (`float`, *optional*): of z; `temperature`, which is then of y alone, when left out.
         seed (`int`, *optional*, defaults to `0`): with the number of the call (`calls`, kept here) and of the row it
             fixes a rollout, however many processes there are and whichever mode.
 
@@ -88,11 +109,13 @@ class AbstractVLLMGeneration(VLLMGeneration):
         vocabulary: AbstractVocabulary | None = None,
         m_max: int | None = None,
         m_min: int | None = None,
+        trace_temperature: float | None = None,
         seed: int = 0,
         **kwargs,
     ):
         self.vocabulary, self.m_max, self.m_min = vocabulary, m_max, m_min
-        self.seed, self.calls = seed, 0
+        self.trace_temperature = trace_temperature
+        self.seed, self.calls, self.swap = seed, 0, "own"
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
@@ -126,11 +149,7 @@ class AbstractVLLMGeneration(VLLMGeneration):
                     f"{name}: {value!r} changes what is sampled or returned, and the trainer's log-probabilities "
                     "know the trace constraint and the temperature only; leave it out"
                 )
-        if self.max_completion_length < self.m_max + 2:
-            raise Refused(
-                f"max_completion_length {self.max_completion_length} leaves no room for an answer after a trace of "
-                f"m_max {self.m_max} and its end delimiter; use {self.m_max + 2} at least"
-            )
+        check_room(self.max_completion_length, self.m_max)
         if self.mode == "colocate":
             check_tensor_parallel(path, self.tensor_parallel_size)
 
@@ -168,11 +187,25 @@ class AbstractVLLMGeneration(VLLMGeneration):
         logprobs = [[[logp] for logp in logps] for _, logps in rollouts]
         return prompts, completion_ids, logprobs, [[[token] for token in ids] for ids in completion_ids]
 
+    @contextmanager
+    def probing(self, swap: str) -> Iterator[None]:
+        """Greedy rollouts, after the `own` traces or `random` ones of their lengths."""
+        kept = self.temperature, self.trace_temperature, self.swap
+        self.temperature, self.trace_temperature, self.swap = 0.0, 0.0, swap
+        try:
+            yield
+        finally:
+            self.temperature, self.trace_temperature, self.swap = kept
+
     def _rollouts(self, prompts: list[list[int]], first_row: int, seed: int) -> Completions:
         """z, then y after it. Rows are numbered over all processes."""
         rows = list(range(first_row, first_row + len(prompts)))
         prefixes = [prompt[:-1] for prompt in prompts]  # the sampler adds the begin delimiter
-        traces = self.sampler.sample(prefixes, self.m_max, self.m_min, self.temperature, seed, rows)
+        temperature = self.temperature if self.trace_temperature is None else self.trace_temperature
+        traces = self.sampler.sample(prefixes, self.m_max, self.m_min, temperature, seed, rows)
+        if self.swap == "random":
+            swapped = random_traces([trace.token_ids for trace in traces], self.sampler.codebook, seed, rows)
+            traces = [Trace(ids, [0.0] * len(ids)) for ids in swapped]
         heads = [[*trace.token_ids, self.end] for trace in traces]
         answers = self.sampler.complete_answers(
             [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)],

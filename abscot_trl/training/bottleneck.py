@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 import datasets
 import torch
@@ -26,7 +25,7 @@ from abscot_trl.examples import Collator, Encoder, Segment, best_fit, join
 from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.configs import BottleneckConfig
 from abscot_trl.training.gauges import Gauges
-from abscot_trl.training.resume import SealCheckpoints, sealed_checkpoints
+from abscot_trl.training.resume import SealCheckpoints, SealedTrainer
 from abscot_trl.training.steps import probes
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -93,7 +92,7 @@ class TrainingRows(torch.utils.data.Dataset):
         return join([self.encode(self.examples[i])[k] for i, k in self.documents[index]])
 
 
-class BottleneckSFTTrainer(SFTTrainer):
+class BottleneckSFTTrainer(SealedTrainer, SFTTrainer):
     """
     Supervised fine-tuning on [x; c; z~; y] under the bottleneck mask.
 
@@ -171,7 +170,6 @@ class BottleneckSFTTrainer(SFTTrainer):
             compile_layers(self.model, dynamic=not packed)
         self._sums: Tensor | None = None
         self._logged_step = 0
-        self._finite = True
         self.add_callback(SealCheckpoints(self, keep))
         self.gauges = Gauges(self, [train_dataset[i] for i in self.probes], packed) if self.probes else None
         if self.gauges:
@@ -223,40 +221,6 @@ class BottleneckSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
 
-    def _run_epoch(self, **kwargs):
-        """Nothing is left to train after a checkpoint of the last step; transformers would take one step more."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """
-        As in `Trainer`, on all processes.
-
-        Raises:
-            Refused: the weights are not finite; nothing was written.
-        """
-        super().save_model(output_dir, _internal_call)
-        finite = torch.tensor(float(self._finite), device=self.accelerator.device)  # only one process has looked
-        if self.accelerator.reduce(finite, reduction="sum").item() < self.accelerator.num_processes:
-            logged = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-            what = f"after step {self.state.global_step} the weights are not finite"
-            self._diverged(what + (f" (last loss {logged[-1]:g})" if logged else ""))
-
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        trained = state_dict or {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._finite = all(bool(weight.isfinite().all()) for weight in trained.values())
-        if self._finite:
-            super()._save(output_dir, state_dict)
-            self.vocabulary.save(output_dir or self.args.output_dir)
-
-    def _diverged(self, what: str) -> NoReturn:
-        sealed = sealed_checkpoints(self.args.output_dir)
-        stays = f"; {sealed[-1]} stays" if sealed else ""
-        raise Refused(
-            f"{what}: training diverged at learning_rate {self.args.learning_rate:g}. Lower it or raise warmup_steps, "
-            f"and begin in another output_dir{stays}"
-        )
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted negative log-likelihood over the supervised positions, a mean over those of the whole step."""
         weights = inputs.pop("loss_weights")[:, 1:]
@@ -306,10 +270,7 @@ class BottleneckSFTTrainer(SFTTrainer):
         return torch.ones_like(given_cot)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes: they stop together
-            first, last = self._logged_step + 1, self.state.global_step
-            steps = f"step {last}" if first == last else f"steps {first} to {last}"
-            self._diverged(f"the loss of {steps} is {logs['loss']}")
+        self._check_loss(logs)
         if self._sums is not None:
             logs |= self._figures()
         if self.gauges and self.gauges.due and "loss" in logs:

@@ -24,6 +24,14 @@ BASELINES = {
 }
 
 
+def check_resume(resume: bool) -> None:
+    if not isinstance(resume, bool):
+        raise Refused(
+            f"resume_from_checkpoint: {resume!r} is neither true nor false; true finds the last checkpoint in "
+            "output_dir by itself"
+        )
+
+
 @dataclass
 class BottleneckConfig(SFTConfig):
     """
@@ -106,11 +114,7 @@ class BottleneckConfig(SFTConfig):
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # one process, one card: transformers would use nn.DataParallel over all
         self.gradient_accumulation_steps = accumulation_of(vars(self), self.world_size)
-        if not isinstance(self.resume_from_checkpoint, bool):
-            raise Refused(
-                f"resume_from_checkpoint: {self.resume_from_checkpoint!r} is neither true nor false; true finds the "
-                "last checkpoint in output_dir by itself"
-            )
+        check_resume(self.resume_from_checkpoint)
         if self.max_length is None or not self.pad_to_multiple_of:
             raise Refused("max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)")
         if self.loss_type != "nll" or self.label_smoothing_factor or self.eval_strategy != "no":

@@ -9,9 +9,11 @@ ever removed or overwritten.
 """
 
 import json
+import math
 import platform
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers import TrainerCallback
@@ -93,6 +95,60 @@ class SealCheckpoints(TrainerCallback):
             if self.keep:
                 for old in sealed_checkpoints(args.output_dir)[: -self.keep]:
                     remove_checkpoint(old)
+
+
+class SealedTrainer:
+    """
+    What the trainers share, before trl's class: weights and losses that are not finite end a phase before they are
+    written, and the codebook goes with the weights. Has `vocabulary`; `_logged_step` is the last step logged.
+    """
+
+    _finite = True
+    _logged_step = 0
+
+    def _run_epoch(self, **kwargs):
+        """Nothing is left to train after a checkpoint of the last step; transformers would take one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """
+        As in `Trainer`, on all processes.
+
+        Raises:
+            Refused: the weights are not finite; nothing was written.
+        """
+        super().save_model(output_dir, _internal_call)
+        finite = torch.tensor(float(self._finite), device=self.accelerator.device)  # only one process has looked
+        if self.accelerator.reduce(finite, reduction="sum").item() < self.accelerator.num_processes:
+            logged = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            what = f"after step {self.state.global_step} the weights are not finite"
+            self._diverged(what + (f" (last loss {logged[-1]:g})" if logged else ""))
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        trained = state_dict or {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._finite = all(bool(weight.isfinite().all()) for weight in trained.values())
+        if self._finite:
+            super()._save(output_dir, state_dict)
+            self.vocabulary.save(output_dir or self.args.output_dir)
+
+    def _diverged(self, what: str) -> NoReturn:
+        sealed = sealed_checkpoints(self.args.output_dir)
+        stays = f"; {sealed[-1]} stays" if sealed else ""
+        raise Refused(
+            f"{what}: training diverged at learning_rate {self.args.learning_rate:g}. Lower it or raise warmup_steps, "
+            f"and begin in another output_dir{stays}"
+        )
+
+    def _check_loss(self, logs: dict[str, float]) -> None:
+        """
+        Raises:
+            Refused: the logged loss, the mean over all processes, is not finite: they stop together.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)):
+            first, last = self._logged_step + 1, self.state.global_step
+            steps = f"step {last}" if first == last else f"steps {first} to {last}"
+            self._diverged(f"the loss of {steps} is {logs['loss']}")
 
 
 def check_output(output_dir: str | Path, resume: bool) -> None:
