@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from abscot_trl.data.dolci import SHUFFLE_BUFFER
+from abscot_trl.data.overlap import NOT_IN_HELP, OVERLAP_HELP, OnOverlap
 from abscot_trl.errors import Refused
 
 Format = Literal["dolci", "problems"]
@@ -41,6 +42,8 @@ class DataArguments:
             "middle or tail. Prompts and answers are never cut."
         },
     )
+    not_in: list[str] = field(default_factory=list, metadata={"help": NOT_IN_HELP})
+    overlap: OnOverlap = field(default="error", metadata={"help": OVERLAP_HELP})
     limit: int | None = field(default=None, metadata={"help": "Stop once this many rows are kept."})
     num_proc: int = field(default=1, metadata={"help": "Processes for tokenising."})
     shuffle_buffer: int = field(
@@ -54,7 +57,10 @@ class DataArguments:
             self.data = [self.data]
         if isinstance(self.sources, str):
             self.sources = [self.sources]
-        for name, choices in (("data_format", get_args(Format)), ("overlong", get_args(Overlong))):
+        if isinstance(self.not_in, str):
+            self.not_in = [self.not_in]
+        for name, kind in (("data_format", Format), ("overlong", Overlong), ("overlap", OnOverlap)):
+            choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise Refused(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         lengths = [name for name in vars(self) if name.endswith("_tokens")]

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.dolci import data_files, iter_packed
-from abscot_trl.data.rows import FEATURES, KEPT
+from abscot_trl.data.overlap import load_index
+from abscot_trl.data.rows import FEATURES, KEPT, OVERLAP
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
 from abscot_trl.errors import Refused
 from abscot_trl.storage import check_folder, files_digest, read_json
@@ -45,12 +46,14 @@ def prepare(args: DataArguments) -> dict[str, Any]:
 
     Returns:
         `dict` with `rows_read` (= `rows_kept` + all `rejected` + all `filtered`; up to the last kept row under a
-        limit), `rows_kept`, `rejected` by reason, `filtered` by filter, `cut`, `duplicate_ids` (kept rows whose id an
+        limit), `rows_kept`, `rejected` by reason, `filtered` by filter (`overlap_same` and `overlap_ngram` are rows
+        that hold a problem of `not_in`, see `ProblemIndex.find`), `cut`, `duplicate_ids` (kept rows whose id an
         earlier one has), `sources` of the kept rows, `lengths` in tokens (`total` includes the trace's m_max + 2),
         `tokenizer` (see `tokenizer_digest`), and `settings`.
 
     Raises:
         Refused: the output is there already;
+            a row holds a problem of `not_in` (`overlap: error`);
             no row is kept (with the counts), a file cannot be read, or shards are there of other settings;
             a process died, or another preparation works on the same output.
     """
@@ -65,13 +68,18 @@ def prepare(args: DataArguments) -> dict[str, Any]:
     settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
     files, trace_tokens, digest = data_files(args.data), vocabulary.m_max + 2, tokenizer_digest(tokenizer)
     inputs = {"tokenizer": digest, "trace_tokens": trace_tokens, "data": files and files_digest(files)}
+    index = load_index(args.not_in)
+    if index:
+        inputs["not_in"] = hashlib.sha256(json.dumps(index.problems).encode()).hexdigest()
     rows = enumerate(iter_packed(args.data, args.data_split, args.data_config, args.seed, args.shuffle_buffer), 1)
-    with Shards(output, settings | {"inputs": inputs}) as shards:
+    # What is kept does not depend on `overlap`: after a refusal `drop` goes on from the finished shards.
+    with Shards(output, {k: v for k, v in settings.items() if k != "overlap"} | {"inputs": inputs}) as shards:
+        _check_dropped(shards.outcomes(), args)
         rows = islice(rows, SHARD * len(shards.done), None)
         chunks = iter(lambda: list(islice(rows, CHUNK)), [])
         kept = sum(shards.outcomes()[name] for name in KEPT)
         if kept != args.limit:
-            with closing(made(chunks, args)) as results:
+            with closing(made(chunks, args, index)) as results:
                 numbered = enumerate(_until(args.limit, kept, results))
                 for _, results_of_shard in groupby(numbered, key=lambda item: item[0] // (SHARD // CHUNK)):
                     shards.write(result for _, result in results_of_shard)
@@ -83,6 +91,15 @@ def prepare(args: DataArguments) -> dict[str, Any]:
         (shards.rows / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
         shards.finish()
     return counts
+
+
+def _check_dropped(outcomes: Counter[str], args: DataArguments) -> None:
+    dropped = {name: n for name, n in outcomes.items() if name.startswith(f"filtered.{OVERLAP}")}
+    if dropped and args.overlap == "error":
+        raise Refused(
+            f"{args.output_dir}: finished shards left out rows that hold problems of {', '.join(args.not_in)} "
+            f"({json.dumps(dropped)}); go on with overlap: drop"
+        )
 
 
 def _until(limit: int | None, kept: int, results: Iterable[Made]) -> Iterator[Made]:

@@ -158,7 +158,7 @@ def _hotpot_prompt(row: dict[str, Any]) -> str:
     return "\n\n".join([*paragraphs, f"Question: {_text(row, 'question')}"])
 
 
-def _rows(data: str | list[str], split: str, config: str | None) -> Iterator[dict[str, Any]]:
+def problem_rows(data: str | list[str], split: str, config: str | None) -> Iterator[dict[str, Any]]:
     """`iter_rows`, and the two forms that AlpacaEval and GPQA come in: one JSON list, CSV."""
     path = Path(data).expanduser() if isinstance(data, str) else None
     if path is None or path.suffix not in (".json", ".csv") or not path.is_file():
@@ -185,7 +185,7 @@ def load_problems(
     """
     examples = []
     try:
-        for number, row in enumerate(islice(_rows(data, split, config), limit), 1):
+        for number, row in enumerate(islice(problem_rows(data, split, config), limit), 1):
             try:
                 example = problem_to_example(row)
                 json.dumps(asdict(example), ensure_ascii=False).encode()  # no half of a surrogate pair

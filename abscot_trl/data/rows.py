@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.data.arguments import DataArguments, Overlong
 from abscot_trl.data.dolci import RowRejected, parse_row, unpack
+from abscot_trl.data.overlap import ProblemIndex, asked, overlapping
 from abscot_trl.data.problems import problem_to_example
 from abscot_trl.examples import Example, answer_ids, cot_columns, prompt_ids
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -21,17 +22,28 @@ FEATURES = Features(
     | {name: List(Value("int32")) for name in ("prompt_ids", "cot_ids", "answer_ids", "step_ends", "step_lengths")}
 )
 KEPT = ("kept", "cut")
+OVERLAP = "overlap_"  # begins the names of the filters for rows that hold a problem of the evaluation
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What finds a special token, codebook and delimiters too, in a text."""
+    # `all_special_tokens` has only those with a role, such as EOS.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(re.escape(token) for token in special | {*tokenizer.all_special_tokens} if token))
 
 
 class RowMaker:
-    """Parses, tokenises and filters rows."""
+    """Parses, tokenises and filters rows; `index` finds those that hold a problem of the evaluation."""
 
-    def __init__(self, args: DataArguments, tokenizer: PreTrainedTokenizerBase, vocabulary: AbstractVocabulary):
-        self.args, self.tokenizer, self.trace_tokens = args, tokenizer, vocabulary.m_max + 2
-        # `all_special_tokens` has only those with a role, such as EOS.
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= {*tokenizer.all_special_tokens, *vocabulary.tokens, vocabulary.begin, vocabulary.end}
-        self.special = re.compile("|".join(re.escape(token) for token in special if token))
+    def __init__(
+        self,
+        args: DataArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: AbstractVocabulary,
+        index: ProblemIndex | None = None,
+    ):
+        self.args, self.tokenizer, self.trace_tokens, self.index = args, tokenizer, vocabulary.m_max + 2, index
+        self.special = special_tokens(tokenizer)
 
     def __call__(self, rows: list[tuple[int, dict]]) -> tuple[list[str], pa.Table]:
         """
@@ -66,6 +78,11 @@ class RowMaker:
         if any(self.special.search(text) for message in example.prompt for text in message.values()):
             return "filtered.special_token_in_prompt"
         example.id = example.id or f"{example.source or 'row'}-{number}"
+        overlap = self.index and self.index.find(asked(example.prompt))
+        if overlap:
+            if self.args.overlap == "error":
+                raise overlapping(f"{', '.join(self.args.data)}: row {number} as read ({example.id})", overlap)
+            return f"filtered.{OVERLAP}{overlap.reason}"
         fitting = self._fit(example)
         if isinstance(fitting, str):
             return f"filtered.{fitting}"

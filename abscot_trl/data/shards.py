@@ -26,6 +26,7 @@ from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer
 
 from abscot_trl.data.arguments import DataArguments
+from abscot_trl.data.overlap import ProblemIndex
 from abscot_trl.data.rows import FEATURES, KEPT, RowMaker
 from abscot_trl.errors import Refused
 from abscot_trl.storage import Parts, write_whole
@@ -37,19 +38,20 @@ BATCH = 256  # rows of a record batch on disk, at least
 Made = tuple[list[str], pa.Table]
 
 
-def made(chunks: Iterator[list], args: DataArguments) -> Iterator[Made]:
+def made(chunks: Iterator[list], args: DataArguments, index: ProblemIndex | None = None) -> Iterator[Made]:
     """
     What `RowMaker` makes of each chunk, in their order; `args.num_proc` processes, two chunks each under way.
 
     Raises:
-        Refused: a process died.
+        Refused: a process died; a row holds a problem of the evaluation (`overlap: error`).
     """
     global _maker
-    _maker = RowMaker(args, AutoTokenizer.from_pretrained(args.tokenizer), AbstractVocabulary.load(args.tokenizer))
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(args.tokenizer), AbstractVocabulary.load(args.tokenizer)
+    _maker = RowMaker(args, tokenizer, vocabulary, index)
     if args.num_proc == 1:
         yield from map(_work, chunks)
         return
-    # Forked: imports and tokenizer are shared, not loaded again by each.
+    # Forked: imports, tokenizer and index are shared, not loaded again by each.
     with ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("fork"), _end_with_parent) as pool:
         try:
             pool.submit(os.getpid).result()  # forks all of them, before the shuffle buffer fills
