@@ -127,15 +127,16 @@ def ten_thousandths(answer: str, tries: int) -> tuple[int, dict, str]:
     return 200, {}, json.dumps({"score": int(answer) % 101 / 10})
 
 
+@pytest.mark.slow
 def test_a_thousand_scores_with_no_more_at_once_than_said(serving, tmp_path):
     """Each in its own place, and the second time, by another object, from disk alone."""
     server, metrics = serving(ten_thousandths), {}
     answers = [str(number) for number in range(1000)]
     wanted = [pytest.approx(int(answer) % 101 / 100) for answer in answers]
-    make = partial(Judge, server.url, "tiny", requests=8, cache=str(tmp_path / "verdicts"))
-    assert score_of(make(), answers, log=metrics.__setitem__) == wanted
+    make = partial(Judge, server.url, requests=8, cache=str(tmp_path / "verdicts"))
+    assert score_of(make(model="tiny"), answers, log=metrics.__setitem__) == wanted
     assert 4 <= server.most <= 8 and len(server.bodies) == 1000 and metrics == {"judge/outages": 0.0}
-    assert score_of(make(), answers) == wanted and len(server.bodies) == 1000
+    assert score_of(make(model="tiny"), answers) == wanted and len(server.bodies) == 1000
     assert score_of(make(model="other"), answers[:1]) == wanted[:1] and len(server.bodies) == 1001
     kept = [path.read_text() for path in (tmp_path / "verdicts").iterdir()]
     assert len(kept) == 1002 and not any(KEY in text or "tiny" in text for text in kept)
@@ -304,20 +305,21 @@ def test_accuracy_by_source():
         accuracy(["1"], [None], ["reasoning_gym/chain_sum"])
 
 
+@pytest.mark.slow
 def test_reasoning_gym_scores_its_own_problems():
-    """Every task gives its own answer, after JSON and in a box or on the last line, full marks; and another one less."""
+    """Every task gives its own answer, in a box and after JSON, full marks, and another one less."""
     gym = pytest.importorskip("reasoning_gym")
     from reasoning_gym.factory import DATASETS
 
-    scored = 0
+    scored, lenient = 0, set()
     for task in sorted(DATASETS.keys() - {"composite"}):
         entry = gym.create_dataset(task, size=1, seed=1)[0]
         if entry["answer"] is not None:
             whole = json.dumps(entry)
             assert score_puzzle(task, f"\\boxed{{{entry['answer']}}}", whole) == 1.0, task
-            assert score_puzzle(task, "So\n\\boxed{no such answer}", whole) < 1.0, task
+            lenient |= {task} if score_puzzle(task, "So\n\\boxed{no such answer}", whole) == 1.0 else set()
             scored += 1
-    assert scored > 90
+    assert scored > 90 and lenient <= {"game_of_life_halting"}  # there, all that does not say True says False
     entry = gym.create_dataset("chain_sum", size=1, seed=1)[0]
     right, source = f"It is\n{entry['answer']}", "reasoning_gym/chain_sum"
     columns = {"gold": [None] * 2, "source": [source] * 2, "entry": [json.dumps(entry)] * 2}
@@ -330,6 +332,7 @@ def test_reasoning_gym_scores_its_own_problems():
         score_puzzle("prime_factorization", "1", '{"answer": "139", "metadata": {}}')
 
 
+@pytest.mark.slow
 def test_an_answer_that_never_ends_is_wrong_and_only_that_one(caplog):
     """`eval` and sympy would compute it for hours."""
     gym = pytest.importorskip("reasoning_gym")
