@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from abscot_trl.evaluation import equality
+from abscot_trl.evaluation import child, equality
 from abscot_trl.evaluation.grading import extract_answer, hotpot_scores, is_correct, normal_form, score, short_answer
 from abscot_trl.evaluation.statistics import wilson_interval
 
@@ -172,9 +172,9 @@ def test_a_comparison_in_c_is_ended_and_only_that_one(hard, caplog):
     start, responses = time.monotonic(), ["\\boxed{(1.0,2)}", f"\\boxed{{{hard}}}", "\\boxed{(1,2.0)}"]
     assert [is_correct(response, "(1,2)") for response in responses] == [True, False, True]
     assert time.monotonic() - start < 60
-    equality._stop()
+    equality._child.stop()
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of those that ended
-    assert most <= max(before, equality.MEMORY / 2**10)
+    assert most <= max(before, child.MEMORY / 2**10)
     if hard[0] == "\\":  # sympy may swallow a MemoryError
         (reason,) = caplog.messages
         assert "counted as wrong" in reason and "4 s and 2 GiB" in reason and "7^{10^{8}}" in reason
@@ -183,10 +183,10 @@ def test_a_comparison_in_c_is_ended_and_only_that_one(hard, caplog):
 @pytest.mark.slow
 def test_what_no_signal_reaches_ends_with_its_process():
     """`sleep` stands for arithmetic in C: no alarm is set here, only the watchdog ends it."""
-    code = "import os, time; from abscot_trl.evaluation import equality as e; e._nowhere = open(os.devnull, 'w');"
+    code = "import os, time; from abscot_trl.evaluation import child as c; c._nowhere = open(os.devnull, 'w');"
     start = time.monotonic()
-    child = subprocess.run([sys.executable, "-c", f"{code} e._limited(time.sleep, 50)"], check=False)
-    assert child.returncode == 1 and equality.TIMEOUT < time.monotonic() - start < 30
+    ended = subprocess.run([sys.executable, "-c", f"{code} c.limited(time.sleep, 50)"], check=False)
+    assert ended.returncode == 1 and child.TIMEOUT < time.monotonic() - start < 30
 
 
 @pytest.mark.slow

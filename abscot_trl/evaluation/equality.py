@@ -1,75 +1,23 @@
-"""
-Whether two answers are equal, by math-verify in a child process that may be killed.
+"""Whether two answers are equal, by math-verify in a child process that may be killed."""
 
-math-verify's own timeouts are signals: they work on the main thread only and do not reach arithmetic in C, where
-`10^{10^{10}}!` would go on for hours and take the memory of the machine. The child has an address space of its own
-and a watchdog that needs no Python. Where they end it, that one comparison is lost; the next one gets another child.
-"""
-
-import atexit
-import faulthandler
 import itertools
-import json
 import logging
-import os
 import re
-import resource
-import signal
-import subprocess
-import sys
-import threading
 
-TIMEOUT = 3  # seconds for one parse or one comparison; a second more and the child is killed
-MEMORY = 2**31  # bytes of the child's address space
+from abscot_trl.evaluation.child import LIMITS, TIMEOUT, Child, limited, serve
 
 logger = logging.getLogger(__name__)
-_lock = threading.Lock()
-_child: tuple[int, subprocess.Popen] | None = None  # with the process that started it: a fork shares no child
+_child = Child(__name__)
 
 _NUMBER = re.compile(r"(?:[\d\s.,+*/^(){}!-]|\\(?:[dt]?frac|sqrt|cdot|times|div|left|right|pi|[,;!]))*")
 
 
 def equal(gold: str, answer: str) -> bool:
     """Whether two LaTeX expressions are equal; not where the child is killed over them, which is logged."""
-    with _lock:
-        child = _running()
-        try:
-            child.stdin.write(json.dumps([gold, answer]) + "\n")
-            child.stdin.flush()
-            reply = child.stdout.readline()
-        except OSError:
-            reply = ""
-        if not reply:
-            _stop()
-        if reply not in ("true\n", "false\n"):
-            limits = f"{TIMEOUT + 1} s and {MEMORY / 2**30:.0f} GiB"
-            logger.warning("counted as wrong, not compared within %s: %.80r with %.80r", limits, answer, gold)
-        return reply == "true\n"
-
-
-def _running() -> subprocess.Popen:
-    global _child
-    if _child is None or _child[0] != os.getpid():
-        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        _child = os.getpid(), subprocess.Popen([sys.executable, "-m", __name__], **pipe)
-    return _child[1]
-
-
-@atexit.register
-def _stop() -> None:
-    global _child
-    if _child is not None and _child[0] == os.getpid():
-        _child[1].kill()
-        _child[1].communicate()
-    _child = None
-
-
-def _limited(function, *args, **kwargs):
-    faulthandler.dump_traceback_later(TIMEOUT + 1, exit=True, file=_nowhere)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    reply = _child.ask([gold, answer])
+    if reply not in (True, False):
+        logger.warning("counted as wrong, not compared within %s: %.80r with %.80r", LIMITS, answer, gold)
+    return reply is True
 
 
 def _parsed(answer: str) -> list:
@@ -77,7 +25,7 @@ def _parsed(answer: str) -> list:
     from math_verify import parse
 
     try:
-        return _limited(parse, f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT, raise_on_error=True)
+        return limited(parse, f"\\boxed{{{answer}}}", parsing_timeout=TIMEOUT, raise_on_error=True)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 (of sympy, any; TimeoutException is not one)
@@ -91,7 +39,7 @@ def contradicts_itself(answer: str) -> bool:
     values = []
     for expression in (found[0] for number in numbers[: 8 * (len(numbers) > 1)] if (found := _parsed(number))):
         try:
-            values.append(_limited(float, expression))
+            values.append(limited(float, expression))
         except (TypeError, ValueError, OverflowError):
             pass  # a pair, or a number beyond a float
     return len(values) > 1 and max(values) - min(values) > 0.01 * max(map(abs, values))
@@ -112,7 +60,7 @@ def _compare(gold: str, answer: str) -> bool | None:
         return None
     for pair in pairs:
         try:
-            if _limited(verify, *pair, **settings):
+            if limited(verify, *pair, **settings):
                 return not contradicts_itself(answer)
         except (MemoryError, TimeoutException):
             outcome = None
@@ -121,15 +69,5 @@ def _compare(gold: str, answer: str) -> bool | None:
     return outcome
 
 
-def _serve() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business; without it stdin ends
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))
-    for line in sys.stdin:
-        sys.stdout.write(json.dumps(_compare(*json.loads(line))) + "\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    _nowhere = open(os.devnull, "w")  # noqa: SIM115 (the watchdog writes to it as the process ends)
-    _serve()
+    serve(lambda pair: _compare(*pair))
