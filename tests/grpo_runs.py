@@ -1,0 +1,136 @@
+"""GRPO of a tiny model in this process, a slow reference of its log-probabilities, and a warm start to improve on."""
+
+import math
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tiny import make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abscot_trl.checkpoint import save_checkpoint
+from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.examples import answer_ids, prompt_ids
+from abscot_trl.training.grpo import AbstractGRPOTrainer
+from abscot_trl.training.grpo_config import AbstractGRPOConfig
+from abscot_trl.vocabulary import AbstractVocabulary
+
+
+def columns(examples) -> Dataset:
+    names = {name: [getattr(e, name) for e in examples] for name in ("prompt", "gold", "source", "id")}
+    return Dataset.from_dict(names)
+
+
+def data(n: int = 24) -> Dataset:
+    return columns([e for steps in (2, 4, 8) for e in chain_arithmetic(-(-n // 3), steps, 5, seed=0)][:n])
+
+
+def some(completion_ids, **_) -> list[float]:
+    """A reward with variance in every group."""
+    return [float(sum(ids) % 5) for ids in completion_ids]
+
+
+def right(completions, gold, **_) -> list[float]:
+    """1 where the answer's text ends in the gold."""
+    texts = [completion[-1]["content"] for completion in completions]
+    return [float(text.endswith(f"{{{g}}}.") or text.endswith(f"{{{g}}}")) for text, g in zip(texts, gold, strict=True)]
+
+
+def grpo(checkpoint, folder, trainer=AbstractGRPOTrainer, rows=None, probes="8", peft_config=None, train=True, **fields):
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_steps": 2,
+        "max_completion_length": 16,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    }
+    rows = data() if rows is None else rows
+    probes = data(8) if isinstance(probes, str) else probes
+    reward = right if rows.num_rows > 100 else some
+    args = AbstractGRPOConfig(**defaults | fields)
+    built = trainer(str(checkpoint), [reward], args, rows, probes=probes, peft_config=peft_config)
+    if train:
+        built.train()
+    return built
+
+
+def loglikelihoods(model, prompt, completion, policy, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one rollout, token by token, from whole logits; its log-probabilities and the entropies of what they are of."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    *codebook, end = policy.allowed
+    logps, entropies, written, ended = [], [], 0, False
+    for scores, token in zip(logits, completion, strict=True):
+        if ended:
+            choices, heat = range(len(scores)), temperature
+        else:
+            choices = [end] if written == policy.m_max else codebook if written < policy.m_min else [*codebook, end]
+            heat = policy.temperature
+        chances = torch.softmax(scores[list(choices)] / heat, 0).tolist()
+        logps.append(math.log(chances[list(choices).index(token)]))
+        entropies.append(-sum(p * math.log(p) for p in chances if p))
+        written, ended = written + 1, ended or token == end
+    return torch.tensor(logps, dtype=torch.float64), torch.tensor(entropies, dtype=torch.float64)
+
+
+def reports_logps():
+    """As with vLLM: the sampler reports log-probabilities (here the slow reference's), and trl corrects by them."""
+
+    class Reporting(AbstractGRPOTrainer):
+        def _generate_single_turn(self, prompts, *args, **kwargs):
+            self.use_vllm = False
+            ids, _ = super()._generate_single_turn(prompts, *args, **kwargs)
+            self.use_vllm = self._probing is None
+            if self._probing:
+                return ids, None
+            self.model.eval()
+            rows = zip(prompts, ids, strict=True)
+            found = [loglikelihoods(self.model, p, c, self.trace_policy, self.temperature)[0].tolist() for p, c in rows]
+            self.model.train()
+            return ids, found
+
+        def probe(self):
+            self.use_vllm = False
+            super().probe()
+
+    return Reporting
+
+
+def started(folder: Path) -> tuple[Path, Dataset]:
+    """A model that answers sums mod 5 half right after random traces, which it was never taught to write."""
+    examples = chain_arithmetic(128, 2, 5, seed=1)
+    if folder.exists():
+        return folder, columns(examples)
+    make_checkpoint(folder)
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(folder), AbstractVocabulary.load(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    begin, end, codebook = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer), vocabulary.ids(tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(150):
+        picked = torch.randint(len(examples), (32,), generator=generator).tolist()
+        rows, labels = [], []
+        for i in picked:
+            m = int(torch.randint(1, 7, (), generator=generator))
+            trace = [codebook[k] for k in torch.randint(8, (m,), generator=generator).tolist()]
+            head = [*prompt_ids(examples[i].prompt, tokenizer), begin, *trace, end]
+            answer = answer_ids(examples[i].answer, tokenizer)
+            rows.append(head + answer)
+            labels.append([-100] * len(head) + answer)
+        width = max(map(len, rows))
+        ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+        target = torch.tensor([r + [-100] * (width - len(r)) for r in labels])
+        loss = model(ids, labels=target).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_checkpoint(model, tokenizer, vocabulary, folder)
+    return folder, columns(examples)
