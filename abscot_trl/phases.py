@@ -74,6 +74,16 @@ PHASES = {
         "phase A: bottlenecked SFT under the block mask (eq. 3)", "bottleneck", "TrainArguments", "BottleneckConfig"
     ),
     "distill": _training("phase B: self-distillation (eq. 4)", "distill", "TrainArguments", "DistillationConfig"),
+    "grpo": Phase(
+        "stage 2: reinforcement learning of trace and answer under constrained decoding (eq. 5)",
+        "abscot_trl.training.grpo_phase:train_grpo",
+        (
+            "abscot_trl.training.grpo_phase:GRPOArguments",
+            "abscot_trl.training.grpo_config:AbstractGRPOConfig",
+            "trl:ModelConfig",
+        ),
+        launched=True,
+    ),
     "baseline": _training(
         "what a warm-up is compared with: SFT without or with CoT, pause tokens, ..",
         "baseline",

@@ -1,16 +1,19 @@
 """GRPO of a tiny model in this process, a slow reference of its log-probabilities, and a warm start to improve on."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tiny import make_checkpoint
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.checkpoint import save_checkpoint
 from abscot_trl.data.toy import chain_arithmetic
-from abscot_trl.examples import answer_ids, prompt_ids
+from abscot_trl.examples import IGNORE, answer_ids, prompt_ids
 from abscot_trl.training.grpo import AbstractGRPOTrainer
 from abscot_trl.training.grpo_config import AbstractGRPOConfig
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -33,10 +36,12 @@ def some(completion_ids, **_) -> list[float]:
 def right(completions, gold, **_) -> list[float]:
     """1 where the answer's text ends in the gold."""
     texts = [completion[-1]["content"] for completion in completions]
-    return [float(text.endswith(f"{{{g}}}.") or text.endswith(f"{{{g}}}")) for text, g in zip(texts, gold, strict=True)]
+    return [float(text.endswith(f"{{{g}}}")) for text, g in zip(texts, gold, strict=True)]
 
 
-def grpo(checkpoint, folder, trainer=AbstractGRPOTrainer, rows=None, probes="8", peft_config=None, train=True, **fields):
+def grpo(
+    checkpoint, folder, trainer=AbstractGRPOTrainer, rows=None, probes="8", peft_config=None, train=True, **fields
+):
     defaults = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -62,20 +67,30 @@ def grpo(checkpoint, folder, trainer=AbstractGRPOTrainer, rows=None, probes="8",
     return built
 
 
-def loglikelihoods(model, prompt, completion, policy, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one rollout, token by token, from whole logits; its log-probabilities and the entropies of what they are of."""
+def loglikelihoods(model, rollouts, policy, temperature) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Of each (prompt, completion), a token at a time from whole logits: log-probabilities, and the entropy there.
+    """
+    rows = [torch.tensor([*prompt, *completion]) for prompt, completion in rollouts]
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        logits = model(pad_sequence(rows, True)).logits  # causal: what comes after changes nothing
+    return [
+        _likelihood(scores[len(prompt) - 1 :], completion, policy, temperature)
+        for scores, (prompt, completion) in zip(logits, rollouts, strict=True)
+    ]
+
+
+def _likelihood(logits, completion, policy, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     *codebook, end = policy.allowed
     logps, entropies, written, ended = [], [], 0, False
-    for scores, token in zip(logits, completion, strict=True):
+    for scores, token in zip(logits, completion, strict=False):
         if ended:
-            choices, heat = range(len(scores)), temperature
+            choices, heat = [*range(len(scores))], temperature
         else:
             choices = [end] if written == policy.m_max else codebook if written < policy.m_min else [*codebook, end]
             heat = policy.temperature
-        chances = torch.softmax(scores[list(choices)] / heat, 0).tolist()
-        logps.append(math.log(chances[list(choices).index(token)]))
+        chances = torch.softmax(scores[choices] / heat, 0).tolist()
+        logps.append(math.log(chances[choices.index(token)]))
         entropies.append(-sum(p * math.log(p) for p in chances if p))
         written, ended = written + 1, ended or token == end
     return torch.tensor(logps, dtype=torch.float64), torch.tensor(entropies, dtype=torch.float64)
@@ -91,11 +106,9 @@ def reports_logps():
             self.use_vllm = self._probing is None
             if self._probing:
                 return ids, None
-            self.model.eval()
-            rows = zip(prompts, ids, strict=True)
-            found = [loglikelihoods(self.model, p, c, self.trace_policy, self.temperature)[0].tolist() for p, c in rows]
-            self.model.train()
-            return ids, found
+            rollouts = list(zip(prompts, ids, strict=True))
+            found = loglikelihoods(self.model, rollouts, self.trace_policy, self.temperature)
+            return ids, [logps.tolist() for logps, _ in found]
 
         def probe(self):
             self.use_vllm = False
@@ -105,31 +118,28 @@ def reports_logps():
 
 
 def started(folder: Path) -> tuple[Path, Dataset]:
-    """A model that answers sums mod 5 half right after random traces, which it was never taught to write."""
-    examples = chain_arithmetic(128, 2, 5, seed=1)
+    """
+    Is the first number odd? A model that answers by the first code of its trace (the upper half means 1), was never
+    taught to write one, and so is right half the time; A holds about half of the mass where a trace is written.
+    """
+    examples = [replace(e, gold=str(int(e.prompt[0]["content"][0]) % 2)) for e in chain_arithmetic(128, 2, 5, seed=1)]
     if folder.exists():
         return folder, columns(examples)
     make_checkpoint(folder)
     tokenizer, vocabulary = AutoTokenizer.from_pretrained(folder), AbstractVocabulary.load(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     begin, end, codebook = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer), vocabulary.ids(tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    rng, optimizer = np.random.default_rng(0), torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(150):
-        picked = torch.randint(len(examples), (32,), generator=generator).tolist()
-        rows, labels = [], []
-        for i in picked:
-            m = int(torch.randint(1, 7, (), generator=generator))
-            trace = [codebook[k] for k in torch.randint(8, (m,), generator=generator).tolist()]
-            head = [*prompt_ids(examples[i].prompt, tokenizer), begin, *trace, end]
-            answer = answer_ids(examples[i].answer, tokenizer)
-            rows.append(head + answer)
-            labels.append([-100] * len(head) + answer)
-        width = max(map(len, rows))
-        ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-        target = torch.tensor([r + [-100] * (width - len(r)) for r in labels])
-        loss = model(ids, labels=target).loss
-        loss.backward()
+        ids, labels = [], []
+        for i in rng.choice(len(examples), 32, replace=False):
+            trace = rng.integers(8, size=rng.integers(1, 7)).tolist()
+            head = [*prompt_ids(examples[i].prompt, tokenizer), begin, *(codebook[code] for code in trace), end]
+            answer = answer_ids(f"\\boxed{{{trace[0] // 4}}}", tokenizer)
+            ids.append(torch.tensor(head + answer))
+            labels.append(torch.tensor([IGNORE] * len(head) + answer))
+        ids, labels = (pad_sequence(rows, True, value) for rows, value in ((ids, 0), (labels, IGNORE)))
+        model(ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     save_checkpoint(model, tokenizer, vocabulary, folder)

@@ -49,6 +49,7 @@ TRAINERS = {"bottleneck": BottleneckSFTTrainer, "distill": SelfDistillationTrain
 # What a recipe asks of a GPU, as a machine without one can be asked it.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--use_liger_kernel", "false", "--attn_implementation", "sdpa"]
 ON_CPU += ["--compile_layers", "false", "--dataloader_num_workers", "0"]
+
 SPEED = {"gradient_checkpointing", "compile_layers", "use_liger_kernel"}  # say how fast, not what is trained
 
 # The shapes of the real models, from their config.json.
@@ -138,6 +139,13 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def on_cpu(phase: str) -> list[str]:
+    """What of `ON_CPU` the phase has a field for, where it trains."""
+    names = {f"--{field.name}" for cls in PHASES[phase].classes for field in fields(cls)}
+    pairs = zip(ON_CPU[::2], ON_CPU[1::2], strict=True)
+    return [part for pair in pairs if pair[0] in names for part in pair] if phase in TRAINING else []
+
+
 def own_arguments(path: Path) -> list[str]:
     """The command that a recipe shows for itself, without its first two words."""
     shown = [shlex.split(command) for command in commands(path) if f"--config {path}" in command]
@@ -146,7 +154,7 @@ def own_arguments(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", MODELS, ids=str)
 def test_a_recipe_shows_its_own_command(path):
-    parsed = parse_phase(phase_of(path), [*own_arguments(path), *(ON_CPU if phase_of(path) in TRAINING else [])])
+    parsed = parse_phase(phase_of(path), [*own_arguments(path), *on_cpu(phase_of(path))])
     if path in TRAINED:
         _, training, model = parsed
         recipe = read_yaml(path)
@@ -175,6 +183,8 @@ def test_a_folder_is_whole_and_its_numbers_agree(folder):
     forms = {"paper"} if folder.name == "production" else {"paper", "informed"}
     tunings = {"lora", "full"}
     others = {"evaluate.verbal.yaml"} if folder.name == "production" else {"baselines.yaml", "concise.yaml"}
+    if folder.name != "production":
+        others |= {f"grpo.{tuning}.yaml" for tuning in tunings}
     assert names == {"init.yaml", "data.yaml", "evaluate.yaml"} | others | {
         *(f"{phase}.{form}.yaml" for phase in ("traces", "warmup") for form in forms),
         *(f"{phase}.{tuning}.yaml" for phase in TRAINERS for tuning in tunings),
@@ -499,7 +509,7 @@ def test_a_command_that_is_shown_parses_as_it_stands(path, command):
             return  # make install, make test
         words = calls[-1]
     _, phase, *arguments = as_abscot(words)
-    parsed = parse_phase(phase, [*arguments, *(ON_CPU if phase in TRAINING else [])])
+    parsed = parse_phase(phase, [*arguments, *on_cpu(phase)])
     if phase == "warmup":
         assert list(stages(parsed[0])) and accelerate_config_path(parsed[0].accelerate_config)
 

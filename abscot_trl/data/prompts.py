@@ -54,6 +54,10 @@ class PromptArguments:
     prompts_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
     prompts_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset, e.g. main."})
     max_prompt_tokens: int = field(default=2048, metadata={"help": "Longer prompts are left out and counted."})
+    instruction: bool = field(
+        default=True,
+        metadata={"help": "Append abstract mode's instruction to prompts with a gold, as evaluation does."},
+    )
     prompt_rows: int | None = field(default=None, metadata={"help": "Keep this many prompts at most."})
     not_in: list[str] = field(default_factory=list, metadata={"help": NOT_IN_HELP})
     overlap: OnOverlap = field(default="error", metadata={"help": OVERLAP_HELP})
@@ -92,7 +96,8 @@ def load_prompts(args: PromptArguments, tokenizer: PreTrainedTokenizerBase) -> t
     Rows may be those of `problem_to_example`; open-instruct's (`prompt` or `messages`, `ground_truth`, `dataset`:
     allenai/Dolci-Think-RL-7B), of which maths has a gold; others with `prompt` (text or messages) or `messages`, and
     `gold`, which may be null. A prompt with gold is asked as an evaluation in abstract mode asks it
-    (`with_instruction`), unless it names the form already (`\boxed`, for HotpotQA `Answer:`); others stay as they are.
+    (`with_instruction`), unless it names the form already (`\boxed`, for HotpotQA `Answer:`) or `instruction` is off;
+    others stay as they are.
 
     Returns:
         The dataset: `prompt` (messages with `role` and `content`), `gold` (null where nothing is held against
@@ -173,15 +178,15 @@ def _candidates(args: PromptArguments, malformed: Counter[str]) -> Iterator[_Can
         for number, row in enumerate(problem_rows(name, args.prompts_split, args.prompts_config), 1):
             try:
                 example = row_to_prompt(row)
-                yield _candidate(example, f"{example.source or 'row'}-{number}", f"{name}: row {number}")
+                yield _candidate(args, example, f"{example.source or 'row'}-{number}", f"{name}: row {number}")
             except RowRejected as rejection:
                 malformed[str(rejection).removeprefix(f"{rejection.reason}: ")] += 1
 
 
-def _candidate(example: Example, identifier: str, where: str, entry: str = "") -> _Candidate:
+def _candidate(args: PromptArguments, example: Example, identifier: str, where: str, entry: str = "") -> _Candidate:
     messages, text = example.prompt, asked(example.prompt)
     named = "Answer:" in text if kind_of(example.source) == HOTPOTQA else "\\boxed" in text
-    if example.gold is not None and not named:
+    if args.instruction and example.gold is not None and not named:
         messages = with_instruction(example, "abstract")
     name = example.id or identifier
     try:

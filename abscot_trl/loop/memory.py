@@ -203,7 +203,7 @@ def stage_disk(phase: str, settings: dict, launcher: dict | None = None) -> int:
         splits = json.loads(Path(settings["splits"]).read_text())["splits"]
         m_max = AbstractVocabulary.load(settings["model"]).m_max
         return 2 * len(splits[settings["part"]]) * (4 * m_max + 150)
-    if phase not in ("bottleneck", "distill", "baseline"):
+    if phase not in ("bottleneck", "distill", "baseline", "grpo"):
         return 0
     path = settings["model_name_or_path"]
     shape, size = shape_of(str(path)), AbstractVocabulary.load(path).size

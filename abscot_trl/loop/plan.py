@@ -131,6 +131,8 @@ def plan(args: PlanArguments) -> dict:
         line = {"name": stage.name, "phase": stage.phase}
         if stage.phase == "traces":
             line |= _sampling(stage.settings, setting)
+        elif stage.phase == "grpo":
+            warnings.append(f"{stage.name}: what rollouts take is not reckoned here")
         elif stage.phase in TRAINING:
             line |= _training(stage, setting)
             warnings += _recipe_warnings(line, stage.settings, setting)

@@ -49,6 +49,8 @@ class WarmupArguments(SamplerArguments, RunArguments):
             are not counted in `ratio`.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided); or `content`:
             all traces are made as phase A's first ones, by the same codes, and nothing is sampled.
+        grpo (`str`, *optional*): recipe of stage 2, `{tuning}` as in the phases': after the last round its model is
+            trained on by `abscot grpo` and evaluated once more, as `<name>-grpo`.
         stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
             loss after the own is not 2 standard errors, paired by row, below those after random tokens, another row's
             trace and none. The same command without it goes on.
@@ -72,6 +74,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
+    grpo: str | None = field(default=None, metadata={"help": "Recipe of GRPO after the last round."})
     stop_when_empty: bool = field(
         default=False, metadata={"help": "Stop after a phase B whose answers do not read their traces, by its gauges."}
     )
@@ -79,6 +82,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
     def __post_init__(self):
         SamplerArguments.__post_init__(self)
         RunArguments.__post_init__(self)
+        self.grpo = self.grpo and self.grpo.replace("{tuning}", self.tuning)
         if self.backend == "vllm" and self.launch == "inline":
             raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
         if self.steps_apart and self.initial != "content":
@@ -108,7 +112,8 @@ def trace_making(args: WarmupArguments, phase: str, policy: str, first: bool) ->
 def stages(args: WarmupArguments) -> Iterator[Stage]:
     """The stages in order. Reads the phase recipes; what a stage needs of an earlier one is a path."""
     check_folder(args.run_dir)
-    recipes = {phase: read_yaml(getattr(args, phase)) for phase in (*PARTS, "evaluate") if getattr(args, phase)}
+    wanted = (*PARTS, "evaluate", "grpo")
+    recipes = {phase: read_yaml(getattr(args, phase)) for phase in wanted if getattr(args, phase)}
     for phase, recipe in recipes.items():
         check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
     run, policy = Path(args.run_dir), args.model
@@ -143,26 +148,48 @@ def stages(args: WarmupArguments) -> Iterator[Stage]:
             }
             if phase == "distill":
                 settings["rehearsal"] = args.rehearsal
-            yield Stage(f"round{t}/{phase}", phase, settings)
-            if recipes[phase].get("use_peft"):
-                merged = run / f"round{t}" / f"{phase}-merged"
-                yield Stage(f"round{t}/{phase}-merge", "merge", {"adapter": str(model), "output_dir": str(merged)})
-                model = merged
-            policy = str(model)
+            yield from merged(stage := Stage(f"round{t}/{phase}", phase, settings))
+            policy = trained(stage)
         if args.evaluate:
-            output = run / f"round{t}" / "evaluate"
-            settings = recipes["evaluate"] | {"model": policy, "output_dir": str(output), "name": args.name}
-            yield Stage(f"round{t}/evaluate", "evaluate", settings)
+            yield evaluation(recipes["evaluate"], policy, run / f"round{t}", args.name)
+    if args.grpo:
+        settings = recipes["grpo"] | {
+            "model_name_or_path": policy,
+            "output_dir": str(run / "grpo" / "train"),
+            "resume_from_checkpoint": True,
+            "seed": args.seed,
+        }
+        yield from merged(stage := Stage("grpo/train", "grpo", settings))
+        if args.evaluate:
+            yield evaluation(recipes["evaluate"], trained(stage), run / "grpo", f"{args.name}-grpo")
+
+
+def trained(stage: Stage) -> str:
+    """The full checkpoint that a training stage ends in."""
+    return f"{stage.output}-merged" if stage.settings.get("use_peft") else str(stage.output)
+
+
+def merged(stage: Stage) -> Iterator[Stage]:
+    """A training stage and, where it trains an adapter, the merge of it."""
+    yield stage
+    if stage.settings.get("use_peft"):
+        yield Stage(f"{stage.name}-merge", "merge", {"adapter": str(stage.output), "output_dir": trained(stage)})
+
+
+def evaluation(recipe: dict, model: str, folder: Path, name: str) -> Stage:
+    settings = recipe | {"model": model, "output_dir": str(folder / "evaluate"), "name": name}
+    return Stage(f"{folder.name}/evaluate", "evaluate", settings)
 
 
 def collect_results(args: WarmupArguments) -> list[dict]:
-    """Rows of all evaluated rounds, each with its `round`."""
+    """Rows of all evaluated rounds, each with its `round`, and of GRPO."""
     results = []
     for t in range(1, args.rounds + 1):
         path = Path(args.run_dir) / f"round{t}" / "evaluate" / "results.json"
         if path.is_file():
             results += [{**row, "round": t} for row in read_results(path)]
-    return results
+    path = Path(args.run_dir) / "grpo" / "evaluate" / "results.json"
+    return results + (read_results(path) if path.is_file() else [])
 
 
 def lost_rounds(args: WarmupArguments) -> list[str]:

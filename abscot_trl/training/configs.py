@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig
@@ -199,15 +199,8 @@ def _check_flash(attention: str | None, packing: bool) -> None:
         raise Refused("flex_kernels: flash needs a Hopper card (H100, H200) or a newer one; take triton")
 
 
-def check_settings(training_args: BottleneckConfig, model_args: ModelConfig) -> None:
-    """
-    What the libraries would say later, or never.
-
-    Raises:
-        Refused: an attention implementation that carries no mask, a `report_to` that is not installed, a field of
-            trl's that has no effect here, or compiled layers under ZeRO-3.
-    """
-    attention = model_args.attn_implementation
+def _check_mask(training_args: BottleneckConfig, attention: str | None) -> None:
+    """Whether the attention implementation and its kernels can carry the mask."""
     if attention not in (None, *IMPLEMENTATIONS):
         raise Refused(f"attn_implementation {attention!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if attention == "flex_attention" and training_args.device.type == "cpu":
@@ -219,6 +212,18 @@ def check_settings(training_args: BottleneckConfig, model_args: ModelConfig) -> 
             "compile_layers does not go with DeepSpeed ZeRO-3, which gathers weights inside of a layer; "
             "set use_liger_kernel: true instead, or train on the single, ddp, zero2 or fsdp2 configuration"
         )
+
+
+def check_settings(training_args: TrainingArguments, model_args: ModelConfig) -> None:
+    """
+    What the libraries would say later, or never.
+
+    Raises:
+        Refused: an attention implementation that carries no mask (of the SFT phases), a `report_to` that is not
+            installed, a field of trl's that has no effect here, or compiled layers under ZeRO-3.
+    """
+    if isinstance(training_args, BottleneckConfig):
+        _check_mask(training_args, model_args.attn_implementation)
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name):
             raise Refused(f"{name} has no effect here; leave it out")

@@ -2,13 +2,14 @@
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, List, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig
 
 from abscot_trl.checkpoint import check_model, load_tokenizer, verify_checkpoint, write_model_card
@@ -21,7 +22,14 @@ from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig, built, check_settings
 from abscot_trl.training.distillation import SelfDistillationTrainer
-from abscot_trl.training.resume import FINAL, LOG_FILE, begin_output, check_output, last_checkpoint
+from abscot_trl.training.resume import (
+    FINAL,
+    LOG_FILE,
+    SealedTrainer,
+    begin_output,
+    check_output,
+    last_checkpoint,
+)
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
@@ -73,9 +81,9 @@ def training_rows(
 
 
 def train(
-    trainer_class: type[BottleneckSFTTrainer],
-    args: TrainArguments | BaselineArguments,
-    training_args: BottleneckConfig,
+    trainer_class: type[SealedTrainer],
+    inputs: Callable[[AbstractVocabulary, PreTrainedTokenizerBase], dict],
+    training_args: TrainingArguments,
     model_args: ModelConfig,
 ) -> dict:
     """
@@ -83,6 +91,10 @@ def train(
 
     With `resume_from_checkpoint: true` a killed phase goes on from its last sealed checkpoint (see `resume.py`) and
     ends in the same files; without one it begins.
+
+    Args:
+        inputs (`Callable`): what the trainer gets of the phase's data, and `row_counts` for its log; read when all
+            else has been looked at.
 
     Returns:
         `dict`: the trainer's final metrics.
@@ -105,11 +117,13 @@ def train(
         "attn_implementation": model_args.attn_implementation or "sdpa",
     }
     peft_config = lora_config(model_args, token_ids)  # refuses before rows are read
+    given = inputs(vocabulary, tokenizer)
+    counts = given.pop("row_counts", None)
     trainer = built(
         trainer_class,
         model=path,
         args=training_args,
-        train_dataset=training_rows(args, vocabulary, tokenizer),
+        **given,
         vocabulary=vocabulary,
         processing_class=tokenizer,
         peft_config=peft_config,
@@ -124,7 +138,7 @@ def train(
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody reads it
         log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        log = {"rows": trainer.row_counts, "steps": trainer.state.global_step, "log": log}
+        log = {"rows": counts or trainer.row_counts, "steps": trainer.state.global_step, "log": log}
         (final / LOG_FILE).write_text(json.dumps(log, indent=2, sort_keys=True) + "\n")
         if not model_args.use_peft:
             verify_checkpoint(final)
@@ -136,28 +150,32 @@ def train(
     return trainer.state.log_history[-1]
 
 
-def _train_alone(*inputs) -> dict:
+def train_alone(trainer_class: type[SealedTrainer], inputs: Callable, training_args, model_args: ModelConfig) -> dict:
     """`train`, one job at a time: each of its processes holds the folder's lock, so that none is overlooked."""
-    output, state = inputs[2].output_dir, PartialState()
+    output, state = training_args.output_dir, PartialState()
     with ExitStack() as held:
         if state.is_main_process:
             held.enter_context(at_work(output))
         state.wait_for_everyone()
         if not state.is_main_process:
             held.enter_context(at_work(output, beside=True))
-        return train(*inputs)
+        return train(trainer_class, inputs, training_args, model_args)
+
+
+def rows_of(args: TrainArguments | BaselineArguments) -> Callable:
+    return lambda vocabulary, tokenizer: {"train_dataset": training_rows(args, vocabulary, tokenizer)}
 
 
 def train_bottleneck(args: TrainArguments, training_args: BottleneckConfig, model_args: ModelConfig) -> dict:
     """`abscot bottleneck`: phase A (eq. 3)."""
-    return _train_alone(BottleneckSFTTrainer, args, training_args, model_args)
+    return train_alone(BottleneckSFTTrainer, rows_of(args), training_args, model_args)
 
 
 def train_distill(args: TrainArguments, training_args: DistillationConfig, model_args: ModelConfig) -> dict:
     """`abscot distill`: phase B (eq. 4)."""
-    return _train_alone(SelfDistillationTrainer, args, training_args, model_args)
+    return train_alone(SelfDistillationTrainer, rows_of(args), training_args, model_args)
 
 
 def train_baseline(args: BaselineArguments, training_args: BaselineConfig, model_args: ModelConfig) -> dict:
     """`abscot baseline`: what a warm-up is compared with."""
-    return _train_alone(BaselineTrainer, args, training_args, model_args)
+    return train_alone(BaselineTrainer, rows_of(args), training_args, model_args)

@@ -1,0 +1,62 @@
+"""`abscot grpo`: its inputs, and how they come to the trainer."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from abscot_trl.data.prompts import PromptArguments, load_prompts
+from abscot_trl.errors import Refused
+from abscot_trl.rewards.arguments import RewardArguments, reward_functions
+from abscot_trl.training.grpo import AbstractGRPOTrainer
+from abscot_trl.training.grpo_config import AbstractGRPOConfig
+from abscot_trl.training.phase import train_alone
+from abscot_trl.vocabulary import AbstractVocabulary
+
+
+@dataclass
+class GRPOArguments(RewardArguments, PromptArguments):
+    """What answers are sampled to, and what is rewarded: the fields of [`PromptArguments`] and [`RewardArguments`]."""
+
+    def __post_init__(self):
+        PromptArguments.__post_init__(self)
+        RewardArguments.__post_init__(self)
+
+
+def rollout_inputs(
+    args: GRPOArguments,
+    training_args: AbstractGRPOConfig,
+    vocabulary: AbstractVocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict:
+    """
+    The trainer's prompts, probes and rewards, and what became of the rows.
+
+    Raises:
+        Refused: as [`load_prompts`] and [`reward_functions`]; fewer prompts than one generation takes.
+    """
+    prompts, counts = load_prompts(args, tokenizer)
+    golden = [i for i, gold in enumerate(prompts["gold"]) if gold is not None]
+    probes = {*golden[: min(training_args.probe_rows, len(golden) // 2)]}
+    rows = prompts.select([i for i in range(len(prompts)) if i not in probes])
+    needed = training_args.generation_batch_size // training_args.num_generations
+    if len(rows) < needed:
+        raise Refused(
+            f"prompts: {len(rows)} are left to train on, and one generation takes {needed} (generation_batch_size "
+            f"{training_args.generation_batch_size} / num_generations {training_args.num_generations}); give more "
+            "prompts or lower the batch"
+        )
+    m_max = vocabulary.m_max
+    room = training_args.max_completion_length - m_max - 1
+    return {
+        "train_dataset": rows,
+        "probes": prompts.select(sorted(probes)) if probes else None,
+        "reward_funcs": reward_functions(args, vocabulary.end_id(tokenizer), m_max, room),
+        "row_counts": counts | {"rows": len(rows), "held_out": len(probes)},
+    }
+
+
+def train_grpo(args: GRPOArguments, training_args: AbstractGRPOConfig, model_args: ModelConfig) -> dict:
+    """`abscot grpo`: stage 2 (eq. 5)."""
+    return train_alone(AbstractGRPOTrainer, partial(rollout_inputs, args, training_args), training_args, model_args)
