@@ -68,6 +68,17 @@ def train(checkpoint: str, folder: str, fields: dict, with_lora: bool = False) -
         Path(folder, "found.json").write_text(json.dumps(found))
 
 
+def rollouts(checkpoint: str, folder: str, fields: dict, with_lora: bool = False) -> None:
+    """GRPO, and its log."""
+    import grpo_runs
+
+    trainer = grpo_runs.grpo(checkpoint, folder, peft_config=lora(checkpoint) if with_lora else None, **fields)
+    if trainer.is_world_process_zero():
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found = {"log": log, "processes": trainer.accelerator.num_processes}
+        Path(folder, "found.json").write_text(json.dumps(found | {"probes": len(trainer.probes)}))
+
+
 def refusal(call, *args, **fields) -> str | None:
     try:
         call(*args, **fields)
@@ -133,6 +144,6 @@ if __name__ == "__main__":
 
         # For inference on CPU: training never calls it, and compiling it takes both cores for over a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    jobs = {"train": train, "together": together, "command": command, "refused": refused, "one_card": one_card}
+    jobs = {"train": train, "rollouts": rollouts, "together": together, "command": command, "refused": refused, "one_card": one_card}
     for name, args in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         jobs[name](*json.loads(args))

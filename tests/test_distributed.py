@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from launched import ROOT, accelerate, launch, train, trained
+from launched import ROOT, accelerate, launch, rollouts, train, trained
 from trainers import build, contents, foreign
 
 from abscot_trl.checkpoint import verify_checkpoint
@@ -34,6 +34,9 @@ FIELDS = {
 GAUGED = {"rows": 200, "gauge_rows": 4, "gauge_steps": 1, "max_steps": 2, "per_device_train_batch_size": 1}
 GAUGED |= {"global_batch_size": 4}
 
+ROLLOUTS = {"max_steps": 4, "per_device_train_batch_size": 4, "global_batch_size": 16, "learning_rate": 1e-3}
+ROLLOUTS |= {"num_iterations": 2, "probe_steps": 2}
+
 ICOT = {"max_steps": 8, "removal_stages": 3, "adam_epsilon": 1e-4, "baseline": "icot"}
 ICOT |= {"per_device_train_batch_size": 2, "global_batch_size": 4}
 
@@ -45,8 +48,10 @@ def ddp(checkpoint, inputs, tmp_path_factory):
     before = foreign(folder / "foreign")
     jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "lora", FIELDS, True)]
     jobs.append(("train", checkpoint, folder / "gauged", GAUGED))
+    jobs.append(("rollouts", checkpoint, folder / "rollouts", ROLLOUTS))
     launch(accelerate("ddp"), *jobs, ("together", checkpoint, folder, inputs))
     found = {name: trained(folder / name) for name in ("full", "lora", "gauged")}
+    found["rollouts"] = json.loads((folder / "rollouts" / "found.json").read_text())
     return SimpleNamespace(**found, folder=folder, before=before)
 
 
@@ -63,12 +68,13 @@ def zero3(checkpoint, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero3")
     jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "icot", ICOT)]
     jobs.append(("train", checkpoint, folder / "gauged", GAUGED | {"packing": True, "max_length": 300}))
+    jobs.append(("rollouts", checkpoint, folder / "rollouts", ROLLOUTS))
     launch(accelerate("zero3"), *jobs, ("refused", folder, with_lora(checkpoint, inputs, folder / "out")))
     full, icot, gauged = (trained(folder / name) for name in ("full", "icot", "gauged"))
     said = {(folder / f"said{rank}.txt").read_text() for rank in range(2)}
-    return SimpleNamespace(
-        full=full, icot=icot, gauged=gauged, said=said, models=list((folder / "out").glob("*model*"))
-    )
+    found = {"rollouts": json.loads((folder / "rollouts" / "found.json").read_text())}
+    found |= {"full": full, "icot": icot, "gauged": gauged, "said": said}
+    return SimpleNamespace(**found, models=list((folder / "out").glob("*model*")))
 
 
 def with_lora(checkpoint, inputs: dict, output: Path) -> list[str]:
@@ -238,3 +244,17 @@ def test_accelerate_reads_each_configuration_as_it_is_meant(name, monkeypatch):
         assert (args.multi_gpu, args.num_processes) == {"cpu": (False, 1), "single": (False, 1), "ddp": (True, 2)}[
             name
         ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_rollouts_of_two_processes_are_those_of_one(request, checkpoint, tmp_path, kind):
+    """The same draws, rewards and probes, and losses that the order of sums alone tells apart."""
+    rollouts(checkpoint, tmp_path / "one", ROLLOUTS)
+    one = json.loads((tmp_path / "one" / "found.json").read_text())
+    two = request.getfixturevalue(kind).rollouts
+    assert (one["processes"], two["processes"]) == (1, 2) and len(one["log"]) == 4
+    for here, there in zip(one["log"], two["log"], strict=True):
+        assert here.get("codebook_counts") == there.get("codebook_counts")
+        for name in ("loss", "kl", "grad_norm", "reward", "trace/length", "probe/own", "probe/random"):
+            assert there.get(name) == pytest.approx(here.get(name), rel=1e-3, abs=1e-6), name

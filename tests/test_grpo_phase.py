@@ -1,0 +1,105 @@
+"""`abscot grpo` as a user runs it, alone and after a warm-up."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from grpo_runs import data
+from warmups import toy_fields
+
+from abscot_trl.checkpoint import verify_checkpoint
+from abscot_trl.data.toy import chain_arithmetic, write_problems
+from abscot_trl.errors import Refused
+from abscot_trl.evaluation.results import read_results
+from abscot_trl.loop.warmup import WarmupArguments, warmup
+from abscot_trl.phases import run_phase
+from abscot_trl.training.resume import LOG_FILE, SealCheckpoints
+
+RECIPE = {"dtype": "float32", "num_generations": 4, "max_completion_length": 16, "instruction": False}
+RECIPE |= {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "bf16": False, "use_cpu": True}
+RECIPE |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True, "probe_rows": 4}
+RECIPE |= {"rewards": ["accuracy", "trace_length"], "gradient_checkpointing": False, "lr_scheduler_type": "constant"}
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+
+
+def recipe(folder: Path, **fields) -> str:
+    prompts = write_problems(folder / "prompts.jsonl", chain_arithmetic(24, 3, 5, seed=1))
+    path = folder / "grpo.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"prompts": [prompts]} | fields))
+    return str(path)
+
+
+def run(checkpoint, folder: Path, output: Path, *arguments: str, **fields) -> dict:
+    given = ["--config", recipe(folder, **fields), "--model_name_or_path", str(checkpoint), "--output_dir", str(output)]
+    return run_phase("grpo", [*given, *arguments])
+
+
+def log(output: Path) -> list[dict]:
+    clock = ("step_time", "epoch")
+    entries = json.loads((output / LOG_FILE).read_text())["log"]
+    return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
+
+
+def test_a_checkpoint_and_a_log(checkpoint, tmp_path):
+    run(checkpoint, tmp_path, tmp_path / "out")
+    verify_checkpoint(tmp_path / "out")
+    found = json.loads((tmp_path / "out" / LOG_FILE).read_text())
+    assert found["steps"] == 4 and found["rows"]["rows"] == 20 and found["rows"]["held_out"] == 4
+    first = found["log"][0]
+    assert first["kl"] == 0.0 and sum(first["codebook_counts"]) == pytest.approx(8 * first["trace/length"])
+    assert first["rewards/trace_length/mean"] == pytest.approx(-first["trace/length"] / 6)
+    assert {"probe/own", "probe/random", "trace/forced_end", "answer/length"} <= {*first}
+    (rollout, *_) = first["rollouts"]
+    assert rollout["trace"].startswith("<TOKEN_") and {*rollout["rewards"]} == {"accuracy", "trace_length"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 3])
+def test_killed_after_a_checkpoint_it_ends_in_the_same_log(checkpoint, tmp_path, monkeypatch, step):
+    run(checkpoint, tmp_path, tmp_path / "whole")
+    sealed = SealCheckpoints.on_save
+
+    def dying(self, args, state, *rest, **kwargs):
+        sealed(self, args, state, *rest, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(SealCheckpoints, "on_save", dying)
+        run(checkpoint, tmp_path, tmp_path / "killed")
+    with pytest.raises(Refused, match="resume_from_checkpoint true"):
+        run(checkpoint, tmp_path, tmp_path / "killed")
+    run(checkpoint, tmp_path, tmp_path / "killed", "--resume_from_checkpoint", "true")
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"prompt_rows": 5}, "3 are left to train on, and one generation takes 4"),
+        ({"rewards": ["nothing.here:mine"]}, "nothing.here:mine' cannot be imported"),
+        ({"max_prompt_tokens": 1}, "too_long"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(checkpoint, tmp_path, fields, words):
+    batch = {"per_device_train_batch_size": 16} if "prompt_rows" in fields else {}
+    with pytest.raises(Refused, match=words):
+        run(checkpoint, tmp_path, tmp_path / "out", **fields | batch)
+
+
+@pytest.mark.slow
+def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
+    fields = toy_fields(checkpoint, tmp_path) | {"rounds": 1, "tuning": "lora"}
+    fields["grpo"] = recipe(tmp_path, **LORA).replace("grpo.yaml", "grpo.{tuning}.yaml")
+    (tmp_path / "grpo.yaml").rename(tmp_path / "grpo.lora.yaml")
+    rows = warmup(WarmupArguments(**fields))
+    found = [row for row in rows if row["model"] == "informed-grpo"]
+    assert found and "round" not in found[0] and any(row["model"] == "informed" for row in rows)
+    run = Path(fields["run_dir"])
+    assert read_results(run / "results.json") == rows
+    verify_checkpoint(run / "grpo" / "train-merged")
+    assert log(run / "grpo" / "train")[0]["kl"] == 0.0
+    assert data(3).num_rows == 3
