@@ -329,7 +329,7 @@ def test_reasoning_gym_scores_its_own_problems():
     with pytest.raises(Refused, match="no entry of reasoning-gym"):
         score_puzzle("chain_sum", "1", "{")
     with pytest.raises(Refused, match="cannot score its own answer"):
-        score_puzzle("prime_factorization", "1", '{"answer": "139", "metadata": {}}')
+        score_puzzle("complex_arithmetic", "1", '{"answer": "1 + 3i", "metadata": {}}')
 
 
 @pytest.mark.slow
