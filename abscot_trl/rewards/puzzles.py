@@ -4,19 +4,16 @@ Problems of reasoning-gym, scored by the task that made them, in a child process
 Some tasks hand the answer to `eval` or to sympy's `parse_expr`: `9**9**9**9` would stop a training run for good.
 """
 
-import json
 import logging
-from functools import cache
 
 from abscot_trl.data.problems import last_boxed
 from abscot_trl.errors import Refused
-from abscot_trl.evaluation.child import LIMITS, Child, limited, serve
+from abscot_trl.evaluation.child import LIMITS, Child
 
 SOURCE = "reasoning_gym/"  # how the `source` of such a problem begins; its task follows
-AS_TUPLES = ("arc_agi", "rearc")  # their grids equal an answer's only as tuples, which JSON does not know
 
 logger = logging.getLogger(__name__)
-_child = Child(__name__)
+_child = Child("abscot_trl.rewards.puzzle_child")
 
 
 def score_puzzle(task: str, response: str, entry: str) -> float:
@@ -49,45 +46,3 @@ def puzzle_answer(response: str) -> str:
     if boxed is not None or "\\boxed" in response:
         return boxed or ""
     return (response.strip().splitlines() or [""])[-1].strip()
-
-
-@cache
-def _scorer(task: str):
-    from reasoning_gym import get_score_answer_fn
-
-    return get_score_answer_fn(task)
-
-
-def _tuples(value):
-    if isinstance(value, dict):
-        return {key: _tuples(each) for key, each in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _score(task: str, answer: str, entry: str) -> float | str:
-    """Where there is no score, why."""
-    try:
-        scorer = _scorer(task)
-    except ImportError as error:
-        return f"source: {SOURCE}{task} needs reasoning-gym ({error}); run `pip install reasoning-gym`"
-    except Exception as error:  # noqa: BLE001 (of a third party's registry, any)
-        return f"source: reasoning-gym has no task {task!r} ({error}); see its GALLERY.md for their names"
-    try:
-        content = json.loads(entry)
-        content = _tuples(content) if task in AS_TUPLES else content
-        right = content["answer"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"entry: {entry!r:.80} of {task} is no entry of reasoning-gym in JSON ({error!r:.80}); prepare it again"
-    try:
-        return min(max(float(limited(scorer, answer, content)), 0.0), 1.0)
-    except Exception:  # noqa: BLE001 (tasks raise on what they cannot read: the answer, or the entry)
-        pass
-    try:
-        limited(scorer, right, content)
-    except Exception as error:  # noqa: BLE001
-        return f"entry: {task} cannot score its own answer {right!r:.80} ({error!r:.80}); prepare it again"
-    return 0.0
-
-
-if __name__ == "__main__":
-    serve(lambda request: _score(*request))
