@@ -144,6 +144,13 @@ if __name__ == "__main__":
 
         # For inference on CPU: training never calls it, and compiling it takes both cores for over a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    jobs = {"train": train, "rollouts": rollouts, "together": together, "command": command, "refused": refused, "one_card": one_card}
+    jobs = {
+        "train": train,
+        "rollouts": rollouts,
+        "together": together,
+        "command": command,
+        "refused": refused,
+        "one_card": one_card,
+    }
     for name, args in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         jobs[name](*json.loads(args))

@@ -122,6 +122,21 @@ def test_what_is_not_trained_has_no_gradient(checkpoint, tmp_path, part):
         assert not logps.grad[~wanted].any() and (logps.grad[wanted] != 0).float().mean() > 0.8
 
 
+def test_a_reward_that_is_missing_is_no_zero(checkpoint, tmp_path, monkeypatch):
+    """A row without the judge's part trains nothing; rewards that none of a group has take no row out."""
+    trainer, seen = grpo(checkpoint, tmp_path, train=False), []
+    columns = [[1.0, 0.0, None, 1.0, 0.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5, None, None, None, None]]
+    trainer.reward_funcs = [lambda column=column, **_: column for column in columns]
+    trainer.reward_func_names, trainer.reward_processing_classes = ["judge", "accuracy"], [None, None]
+    trainer.reward_weights = torch.ones(2)
+    inner = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: seen.append(inner(inputs)) or seen[-1]
+    trainer.train()
+    advantages = seen[0]["advantages"]
+    assert advantages[2] == 0 and (advantages[[0, 1, 3, 4, 5, 6, 7]].abs() > 0.4).all()
+    assert advantages[0] == advantages[3] > 0  # the mean is of those that have it
+
+
 def test_ratio_is_one_with_the_samplers_own_logps(checkpoint, tmp_path):
     trainer = grpo(checkpoint, tmp_path, trainer=reports_logps(), max_steps=4, learning_rate=1e-3)
     steps = [entry for entry in trainer.state.log_history if "ratio/mean" in entry]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from grpo_runs import data
-from warmups import toy_fields
+from warmups import recipes, toy_fields
 
 from abscot_trl.checkpoint import verify_checkpoint
 from abscot_trl.data.toy import chain_arithmetic, write_problems
@@ -31,7 +30,14 @@ def recipe(folder: Path, **fields) -> str:
 
 
 def run(checkpoint, folder: Path, output: Path, *arguments: str, **fields) -> dict:
-    given = ["--config", recipe(folder, **fields), "--model_name_or_path", str(checkpoint), "--output_dir", str(output)]
+    given = [
+        "--config",
+        recipe(folder, **fields),
+        "--model_name_or_path",
+        str(checkpoint),
+        "--output_dir",
+        str(output),
+    ]
     return run_phase("grpo", [*given, *arguments])
 
 
@@ -93,6 +99,7 @@ def test_refused_before_a_model_is_loaded(checkpoint, tmp_path, fields, words):
 @pytest.mark.slow
 def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
     fields = toy_fields(checkpoint, tmp_path) | {"rounds": 1, "tuning": "lora"}
+    fields |= recipes(tmp_path, str(tmp_path / "test.jsonl"))
     fields["grpo"] = recipe(tmp_path, **LORA).replace("grpo.yaml", "grpo.{tuning}.yaml")
     (tmp_path / "grpo.yaml").rename(tmp_path / "grpo.lora.yaml")
     rows = warmup(WarmupArguments(**fields))
@@ -102,4 +109,3 @@ def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
     assert read_results(run / "results.json") == rows
     verify_checkpoint(run / "grpo" / "train-merged")
     assert log(run / "grpo" / "train")[0]["kl"] == 0.0
-    assert data(3).num_rows == 3

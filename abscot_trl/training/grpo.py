@@ -177,6 +177,17 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         answers = sampler.complete_answers(given, self.max_completion_length - m_max - 1, hot[1], seed, rows)
         return [head + ids for head, ids in zip(heads, answers, strict=True)]
 
+    def _calculate_rewards(self, *args, **kwargs) -> Tensor:
+        """
+        trl's, of all processes, shape (rows, rewards). A reward that some of a group have and others lack (its judge
+        did not answer) would count as 0 in their sum: those rows are left out, as if no reward had been given.
+        """
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        lacking = rewards.isnan().view(-1, self.num_generations, rewards.shape[1])
+        missing = lacking & lacking.any(1, keepdim=True) & ~lacking.all(1, keepdim=True)
+        rewards[missing.any(2).flatten()] = torch.nan
+        return rewards
+
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         """trl's, with the mask of what is trained, and this package's metrics."""
         output = super()._generate_and_score_completions(inputs)
