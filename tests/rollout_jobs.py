@@ -175,24 +175,24 @@ def unknown(generation, checkpoint) -> str:
 
 
 def trained(checkpoint, folder: Path, **fields):
-    """TRL's own GRPO trainer after two steps, and the completions that it saw."""
-    from trl import GRPOConfig, GRPOTrainer
-    from trl.trainer import grpo_trainer
+    """This package's GRPO trainer after three steps, its weights moved far each time, and what it saw."""
+    from abscot_trl.training.grpo import AbstractGRPOTrainer
+    from abscot_trl.training.grpo_config import AbstractGRPOConfig
 
-    from abscot_trl.traces.rollout import AbstractVLLMGeneration
-
-    grpo_trainer.VLLMGeneration, seen = AbstractVLLMGeneration, []
+    seen = []
 
     def reward(completion_ids, **_):
         seen.extend(completion_ids)
         return [float(sum(ids) % 5) for ids in completion_ids]
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     fields |= {"use_vllm": True, "vllm_max_model_length": 256, "vllm_gpu_memory_utilization": SHARE}
-    fields |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2, "max_completion_length": ROOM}
-    args = GRPOConfig(str(folder), use_cpu=not ON_GPU, bf16=False, report_to="none", save_strategy="no", **fields)
-    data = Dataset.from_dict({"prompt": tokenizer.batch_decode(prompts(checkpoint, 9))})
-    trainer = GRPOTrainer(str(checkpoint), reward, args, train_dataset=data, processing_class=tokenizer)
+    fields |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 3, "max_completion_length": ROOM}
+    fields |= {"use_cpu": not ON_GPU, "bf16": False, "save_strategy": "no", "logging_steps": 1, "probe_steps": 2}
+    args = AbstractGRPOConfig(str(folder), learning_rate=fields.pop("learning_rate", 3e-3), **fields)
+    rows = [e for steps in (2, 4, 8) for e in chain_arithmetic(3, steps, 5, seed=0)]
+    names = ("prompt", "gold", "source")
+    data = Dataset.from_dict({name: [getattr(e, name) for e in rows] for name in names})
+    trainer = AbstractGRPOTrainer(str(checkpoint), [reward], args, data, probes=data)
     trainer.train()
     return trainer, seen
 
@@ -225,7 +225,9 @@ def alone(checkpoint: str, folder: str) -> dict:
     found["unknown"] = unknown(generation, checkpoint)
     # An engine that goes takes vLLM's process groups with it: those of others come last.
     found["offline"] = offline(checkpoint, given, m_max=TRACE, m_min=1, seed=row_seed(3, 1))
-    found["trained"] = trained(checkpoint, Path(folder) / "grpo", vllm_enable_sleep_mode=ON_GPU)[1]
+    fields = {"vllm_enable_sleep_mode": ON_GPU, "temperature": 0.7, "trace_temperature": 1.2}
+    trainer, found["trained"] = trained(checkpoint, Path(folder) / "grpo", **fields)
+    found["log"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     return found
 
 

@@ -255,6 +255,7 @@ def test_rollouts_of_two_processes_are_those_of_one(request, checkpoint, tmp_pat
     two = request.getfixturevalue(kind).rollouts
     assert (one["processes"], two["processes"]) == (1, 2) and len(one["log"]) == 4
     for here, there in zip(one["log"], two["log"], strict=True):
-        assert here.get("codebook_counts") == there.get("codebook_counts")
-        for name in ("loss", "kl", "grad_norm", "reward", "trace/length", "probe/own", "probe/random"):
-            assert there.get(name) == pytest.approx(here.get(name), rel=1e-3, abs=1e-6), name
+        assert here.keys() == there.keys() and here["codebook_counts"] == there["codebook_counts"]
+        for name in {"loss", "grad_norm", "reward", "trace/length", "probe/own", "probe/random"} & here.keys():
+            assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-6), name
+        assert there["kl"] == pytest.approx(here["kl"], rel=0.1, abs=1e-6)  # a mean of micro-batches' means

@@ -300,7 +300,13 @@ def test_tensor_parallel_pair_after_a_sync(checkpoint, beside, allowed):
     check_logps(adapted(checkpoint), beside["parallel"], allowed)
 
 
-def test_grpo_trainer_takes_it(found, allowed):
-    """trl's own trainer, two steps of 8 completions, with the class put in the place of its backend."""
-    assert len(found["alone"]["trained"]) == 16
-    check_legal(found["alone"]["trained"], allowed)
+def test_grpo_samples_by_vllm_what_it_scores(found, allowed):
+    """Three steps of colocate mode, weights synced between them: the trainer's log-probabilities are the engine's."""
+    job = found["alone"]
+    assert len(job["trained"]) == 24 and len(job["log"]) == 3
+    check_legal(job["trained"], allowed)
+    for entry in job["log"]:
+        assert entry["sampling/sampling_logp_difference/max"] < 1e-3
+        assert entry["ratio/mean"] == pytest.approx(1.0, abs=1e-3) and entry["ratio/outside"] == 0.0
+    assert job["log"][0]["kl"] == 0.0 and job["log"][2]["kl"] > 1e-3  # the weights did move
+    assert all({"probe/own", "probe/random"} <= {*job["log"][step]} for step in (0, 1))
