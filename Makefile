@@ -24,7 +24,7 @@ named    = $(if $(TUNING)$(ACCELERATE),$(addprefix --tuning ,$(tuning)) $(addpre
 by       = $(addprefix --accelerate_config ,$(launcher))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines test test-fast lint init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
+.PHONY: help install demo demo-baselines rl-demo test test-fast lint init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's 
 	$(if $(findstring --output_dir,$(ARGS)),,rm -rf runs/demo-baselines)
 	$(ABSCOT) demo --config recipes/demo/demo.yaml --rounds $(ROUNDS) --output_dir runs/demo-baselines \
 	    --models sft cot pause icot cut-cot concise paper informed $(ARGS)
+
+rl-demo: $(READY) ## GRPO on the demo's models, once `make demo` has ended: informed, paper and a cold start
+	$(BIN)/python recipes/demo/rl.py $(ARGS)
 
 test: $(READY) ## all tests, JOBS=2 files at once (some twenty minutes on two cores)
 	$(PYTEST) $(ARGS)

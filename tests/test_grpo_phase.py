@@ -1,6 +1,7 @@
 """`abscot grpo` as a user runs it, alone and after a warm-up."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_a_checkpoint_and_a_log(checkpoint, tmp_path):
     assert first["kl"] == 0.0 and sum(first["codebook_counts"]) == pytest.approx(8 * first["trace/length"])
     assert first["rewards/trace_length/mean"] == pytest.approx(-first["trace/length"] / 6)
     assert {"probe/own", "probe/random", "trace/forced_end", "answer/length"} <= {*first}
+    assert 0 < first["trace/entropy"] < math.log(9)
     (rollout, *_) = first["rollouts"]
     assert rollout["trace"].startswith("<TOKEN_") and {*rollout["rewards"]} == {"accuracy", "trace_length"}
 

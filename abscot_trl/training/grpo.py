@@ -42,7 +42,8 @@ class EpochSampler(RepeatSampler):
     """trl's, with an order for each epoch that a resumed run finds again."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
 
 
 class Probe(TrainerCallback):
@@ -133,9 +134,10 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.add_callback(Probe(self))
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        sampler = super()._get_train_sampler(dataset)
-        sampler.__class__ = EpochSampler
-        return sampler
+        its = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            its.data_source, its.mini_repeat_count, its.batch_size, its.repeat_count, its.shuffle, its.seed
+        )
 
     def _tokenize_prompts(self, prompts: list[list[dict[str, str]]]):
         """As everywhere in this package; a rollout begins after `<beginabstract>`."""
@@ -210,6 +212,17 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
             self._counts.update(part)
         self._shown = [self._tokenizer.decode(row[where]) for row, where in zip(ids[:SHOWN], codes, strict=False)]
         return output
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """trl's, by the head that `renormalise_traces` has changed; here the traces' entropy is logged."""
+        found = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if kwargs.get("compute_entropy"):
+            ids, present = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:].bool()
+            trace = self.trace_policy.positions(ids, present)
+            self._log_means("trace/entropy", found[1].detach()[trace & ~self.trace_policy.forced(trace)])
+        return found
 
     def _log_means(self, name: str, values: Tensor) -> None:
         """The mean over all processes, which may hold different numbers of them."""
