@@ -36,11 +36,13 @@ INPUTS = (
     "splits",
     "problems",
     "not_in",
+    "prompts",
 )
 WITH_FOLDERS = (
     "data",
     "problems",
     "not_in",
+    "prompts",
 )  # read with all folders below; a model's hold its checkpoints, which come and go
 WHERE = ("server", "batch_tokens")  # on what a phase's work is done: not what it makes
 # The same of vLLM's arguments. All others are part of what is made: lengths, dtypes, quantisation, seeds, kernels.

@@ -74,9 +74,9 @@ def rollouts(checkpoint: str, folder: str, fields: dict, with_lora: bool = False
 
     trainer = grpo_runs.grpo(checkpoint, folder, peft_config=lora(checkpoint) if with_lora else None, **fields)
     if trainer.is_world_process_zero():
-        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
         found = {"log": log, "processes": trainer.accelerator.num_processes}
-        Path(folder, "found.json").write_text(json.dumps(found | {"probes": len(trainer.probes)}))
+        Path(folder, "found.json").write_text(json.dumps(found))
 
 
 def refusal(call, *args, **fields) -> str | None:

@@ -228,6 +228,7 @@ def alone(checkpoint: str, folder: str) -> dict:
     fields = {"vllm_enable_sleep_mode": ON_GPU, "temperature": 0.7, "trace_temperature": 1.2}
     trainer, found["trained"] = trained(checkpoint, Path(folder) / "grpo", **fields)
     found["log"] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found["probes"] = [entry for entry in trainer.state.log_history if "probe/own" in entry]
     return found
 
 

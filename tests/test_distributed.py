@@ -253,9 +253,10 @@ def test_rollouts_of_two_processes_are_those_of_one(request, checkpoint, tmp_pat
     rollouts(checkpoint, tmp_path / "one", ROLLOUTS)
     one = json.loads((tmp_path / "one" / "found.json").read_text())
     two = request.getfixturevalue(kind).rollouts
-    assert (one["processes"], two["processes"]) == (1, 2) and len(one["log"]) == 4
+    assert (one["processes"], two["processes"]) == (1, 2) and len(one["log"]) == len(two["log"]) == 7
     for here, there in zip(one["log"], two["log"], strict=True):
-        assert here.keys() == there.keys() and here["codebook_counts"] == there["codebook_counts"]
+        assert here.keys() == there.keys() and here.get("codebook_counts") == there.get("codebook_counts")
         for name in {"loss", "grad_norm", "reward", "trace/length", "probe/own", "probe/random"} & here.keys():
             assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-6), name
-        assert there["kl"] == pytest.approx(here["kl"], rel=0.1, abs=1e-6)  # a mean of micro-batches' means
+        if "kl" in here:  # a mean of micro-batches' means
+            assert there["kl"] == pytest.approx(here["kl"], rel=0.1, abs=1e-6)

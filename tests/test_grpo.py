@@ -86,7 +86,8 @@ def test_only_the_first_end_ends_a_trace():
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_reference_is_the_policy_before_the_first_step(checkpoint, tmp_path, adapter):
-    log = grpo(checkpoint, tmp_path, peft_config=lora(checkpoint) if adapter else None).state.log_history
+    trainer = grpo(checkpoint, tmp_path, peft_config=lora(checkpoint) if adapter else None)
+    log = [entry for entry in trainer.state.log_history if "kl" in entry]
     assert log[0]["kl"] == 0.0 and log[1]["kl"] > 0.0
 
 
@@ -193,7 +194,10 @@ def test_resumed_as_if_never_killed(checkpoint, tmp_path, step):
         ({"top_p": 0.9}, "top_p: 0.9 changes what is sampled"),
         ({"trace_temperature": 0.0}, "trace_temperature must be over 0"),
         ({"save_strategy": "steps", "save_steps": 3, "num_iterations": 2}, "save_steps 3: .* serve 2 steps"),
+        ({"save_strategy": "epoch", "gradient_accumulation_steps": 4, "steps_per_generation": 1}, "multiple of the 4"),
         ({"eval_strategy": "steps"}, "eval_strategy"),
+        ({"sync_ref_model": True}, "sync_ref_model: the reference is the warm start"),
+        ({"generation_kwargs": {"top_k": 20}}, "generation_kwargs has no effect"),
         ({"global_batch_size": 12}, "global_batch_size 12 is no multiple"),
     ],
 )

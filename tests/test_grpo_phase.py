@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import kill_grpo
 import pytest
 import yaml
 from warmups import recipes, toy_fields
@@ -53,10 +54,11 @@ def test_a_checkpoint_and_a_log(checkpoint, tmp_path):
     verify_checkpoint(tmp_path / "out")
     found = json.loads((tmp_path / "out" / LOG_FILE).read_text())
     assert found["steps"] == 4 and found["rows"]["rows"] == 20 and found["rows"]["held_out"] == 4
-    first = found["log"][0]
+    before, first, *_ = found["log"]
+    assert before["step"] == 0 and {"probe/own", "probe/random"} <= {*before}
     assert first["kl"] == 0.0 and sum(first["codebook_counts"]) == pytest.approx(8 * first["trace/length"])
     assert first["rewards/trace_length/mean"] == pytest.approx(-first["trace/length"] / 6)
-    assert {"probe/own", "probe/random", "trace/forced_end", "answer/length"} <= {*first}
+    assert {"trace/forced_end", "answer/length"} <= {*first}
     assert 0 < first["trace/entropy"] < math.log(9)
     (rollout, *_) = first["rollouts"]
     assert rollout["trace"].startswith("<TOKEN_") and {*rollout["rewards"]} == {"accuracy", "trace_length"}
@@ -84,6 +86,11 @@ def test_killed_after_a_checkpoint_it_ends_in_the_same_log(checkpoint, tmp_path,
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    assert kill_grpo.main(tmp_path, kills=2) == 2
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -104,10 +111,14 @@ def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
     fields |= recipes(tmp_path, str(tmp_path / "test.jsonl"))
     fields["grpo"] = recipe(tmp_path, **LORA).replace("grpo.yaml", "grpo.{tuning}.yaml")
     (tmp_path / "grpo.yaml").rename(tmp_path / "grpo.lora.yaml")
+    for wrong, words in (({"prompts": ["nowhere.jsonl"]}, "nowhere"), ({"rewards": ["judge"]}, "needs judge_url")):
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(RECIPE | wrong))
+        with pytest.raises(Refused, match=f"wrong.yaml: .*{words}"):
+            warmup(WarmupArguments(**fields | {"grpo": str(tmp_path / "wrong.yaml")}))
     rows = warmup(WarmupArguments(**fields))
     found = [row for row in rows if row["model"] == "informed-grpo"]
     assert found and "round" not in found[0] and any(row["model"] == "informed" for row in rows)
     run = Path(fields["run_dir"])
     assert read_results(run / "results.json") == rows
     verify_checkpoint(run / "grpo" / "train-merged")
-    assert log(run / "grpo" / "train")[0]["kl"] == 0.0
+    assert next(entry["kl"] for entry in log(run / "grpo" / "train") if "kl" in entry) == 0.0

@@ -305,4 +305,4 @@ def _generated(name: str, args: PromptArguments) -> Iterator[_Candidate]:
         messages = [{"role": "user", "content": entry["question"]}]
         source, identifier = f"reasoning_gym/{task}", f"{task}-{seed}-{number}"
         example = Example(messages, "", "", entry["answer"], identifier, source)
-        yield _candidate(example, identifier, f"{name}: entry {number}", text)
+        yield _candidate(args, example, identifier, f"{name}: entry {number}", text)

@@ -10,11 +10,13 @@ Every stage reads files and writes a folder; it is done when its `manifest.json`
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 
+from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.prepare import load_prepared, row_lengths
+from abscot_trl.data.prompts import load_prompts
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import run_splits
 from abscot_trl.errors import Refused
@@ -82,6 +84,8 @@ class WarmupArguments(SamplerArguments, RunArguments):
     def __post_init__(self):
         SamplerArguments.__post_init__(self)
         RunArguments.__post_init__(self)
+        if self.grpo == "":
+            raise Refused("grpo names no recipe")
         self.grpo = self.grpo and self.grpo.replace("{tuning}", self.tuning)
         if self.backend == "vllm" and self.launch == "inline":
             raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
@@ -221,6 +225,24 @@ def check_gauges(todo: list[Stage], rows: int) -> None:
         )
 
 
+def check_grpo(args: WarmupArguments, recipe: dict) -> None:
+    """
+    What stage 2 would refuse of its prompts and rewards when the warm-up has ended.
+
+    Raises:
+        Refused: as `abscot grpo`, of the fields that need no GPU to be looked at; the message names the recipe.
+    """
+    from abscot_trl.training.grpo_phase import GRPOArguments  # with trl's GRPO trainer
+
+    names = {field.name for field in fields(GRPOArguments)}
+    try:
+        load_prompts(GRPOArguments(**{key: recipe[key] for key in names & recipe.keys()}), load_tokenizer(args.model))
+    except (Refused, TypeError) as error:
+        raise Refused(f"{args.grpo}: {error}") from error
+    if recipe.get("use_vllm") and args.launch == "inline":
+        raise Refused(f"{args.grpo}: use_vllm hangs in a process that has trained; use launch: accelerate")
+
+
 def judge(stage: Stage, stop_when_empty: bool) -> None:
     """
     Say what the gauges of a training stage were at its end.
@@ -252,6 +274,8 @@ def warmup(args: WarmupArguments) -> list[dict]:
     todo = list(stages(args))
     check_launch(todo, args)
     check_stages(todo, args)
+    if args.grpo:
+        check_grpo(args, read_yaml(args.grpo))
     if args.stop_when_empty:
         check_gauges(todo, args.rows_per_phase)
     data, _ = load_prepared(args.data)

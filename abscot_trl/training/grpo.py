@@ -7,6 +7,8 @@ with the clipped ratios of log pi_abs on z~ and of log pi on y (`training/policy
 """
 
 import copy
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,13 +19,14 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
+from abscot_trl.errors import Refused
 from abscot_trl.examples import prompt_ids
 from abscot_trl.rewards.accuracy import accuracy
 from abscot_trl.traces.hf import HFTraceSampler
@@ -105,6 +108,11 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.begin, self.end = self.vocabulary.begin_id(tokenizer), self.vocabulary.end_id(tokenizer)
         self.codebook = self.vocabulary.ids(tokenizer)
         check_room(args.max_completion_length, self.vocabulary.m_max)
+        if not args.use_vllm and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise Refused(
+                "rollouts by transformers would hang under FSDP, whose processes must take the same steps; set "
+                "use_vllm: true, or train under zero3"
+            )
         if isinstance(model, str):  # trl's own device_map would spread the model over all cards
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         keep, args.save_total_limit = args.save_total_limit, None  # transformers' own would run before the seal
@@ -135,9 +143,16 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         its = super()._get_train_sampler(dataset)
-        return EpochSampler(
+        self._order = EpochSampler(
             its.data_source, its.mini_repeat_count, its.batch_size, its.repeat_count, its.shuffle, its.seed
         )
+        return self._order
+
+    def _run_epoch(self, **kwargs):
+        self._order.set_epoch(
+            kwargs["epoch"]
+        )  # accelerate reaches it through two wrappers, and a resumed run has three
+        super()._run_epoch(**kwargs)
 
     def _tokenize_prompts(self, prompts: list[list[dict[str, str]]]):
         """As everywhere in this package; a rollout begins after `<beginabstract>`."""
@@ -203,9 +218,9 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         self._log_means("trace/length", codes.sum(1))
         self._log_means("trace/forced_end", forced.any(1))
         self._log_means("answer/length", answer.sum(1))
-        if "sampling_per_token_logps" in output:
+        if {"sampling_per_token_logps", "old_per_token_logps"} <= output.keys():
             logps = output["old_per_token_logps"] - output["sampling_per_token_logps"]
-            ratio = logps.exp()[present & ~forced]
+            ratio = logps.exp()[present & ~forced & logps.isfinite()]
             self._log_means("ratio/mean", ratio)
             self._log_means("ratio/outside", (ratio < 0.9) | (ratio > 1.1))
         for part in gather_object([Counter(ids[codes].tolist())]):
@@ -225,10 +240,13 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         return found
 
     def _log_means(self, name: str, values: Tensor) -> None:
-        """The mean over all processes, which may hold different numbers of them."""
+        """The mean over all processes, which may hold different numbers of them; of nothing, nothing is logged."""
+        self._metrics["train"][name].append(self._mean(values))
+
+    def _mean(self, values: Tensor) -> float:
         totals = torch.stack([values.float().sum(), torch.tensor(float(values.numel()), device=values.device)])
         total, count = self.accelerator.reduce(totals, reduction="sum").tolist()
-        self._metrics["train"][name].append(total / max(count, 1.0))
+        return total / count if count else math.nan
 
     @contextmanager
     def _greedy(self, trace: str) -> Iterator[None]:
@@ -241,7 +259,7 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
             self._probing = None
 
     def probe(self) -> None:
-        """Accuracy on `probes`, in points, greedily, after the own trace and after a random one; logged."""
+        """Accuracy on `probes`, in points, greedily, after the own trace and a random one: an entry of the log."""
         if not self.probes:
             return
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -249,12 +267,14 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         rows = self.probes.select(range(rank * each, (rank + 1) * each))
         prompts, _, _ = self._tokenize_prompts(rows["prompt"][:])
         columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
+        found = {}
         for trace in ("own", "random"):
             with self._greedy(trace):
                 ids, _ = self._generate_single_turn(prompts, None, {}, 1)
             answers = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
             scores = accuracy(completions=answers, **columns)
-            self._log_means(f"probe/{trace}", 100 * torch.tensor(scores, device=self.accelerator.device))
+            found[f"probe/{trace}"] = self._mean(100 * torch.tensor(scores, device=self.accelerator.device))
+        Trainer.log(self, found)  # trl's would take the other figures along
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_loss(logs)
@@ -271,6 +291,6 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         for i, trace in enumerate(self._shown):
             texts = {"prompt": logs["prompt"][i][-1]["content"], "trace": trace}
             texts["answer"] = logs["completion"][i][-1]["content"]
-            rewards = {name: values[i] for name, values in logs["rewards"].items()}
+            rewards = {name: None if math.isnan(values[i]) else values[i] for name, values in logs["rewards"].items()}
             rollouts.append({name: text[:LETTERS] for name, text in texts.items()} | {"rewards": rewards})
         return rollouts

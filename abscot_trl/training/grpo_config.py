@@ -66,6 +66,11 @@ class AbstractGRPOConfig(GRPOConfig):
                 "eval_strategy, log_completions and use_transformers_continuous_batching have no effect here: the "
                 "probe, the log's rollouts and use_vllm are there; leave them out"
             )
+        for name in ("chat_template_kwargs", "generation_kwargs", "cache_implementation", "num_generations_eval"):
+            if getattr(self, name) is not None:
+                raise Refused(f"{name} has no effect here; leave it out")
+        if self.sync_ref_model:
+            raise Refused("sync_ref_model: the reference is the warm start (eq. 5), and a moved one is not saved")
         for name, neutral in {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}.items():
             if getattr(self, name) != neutral:
                 raise Refused(
@@ -79,6 +84,12 @@ class AbstractGRPOConfig(GRPOConfig):
         if self.probe_rows < 0 or self.probe_steps < 1:
             raise Refused(f"probe_rows {self.probe_rows} must be 0 or more, probe_steps {self.probe_steps} 1 or more")
         period = self.steps_per_generation * self.num_iterations  # micro-batches that one generation serves
+        if self.save_strategy != "no" and period % self.gradient_accumulation_steps:
+            raise Refused(
+                f"steps_per_generation {self.steps_per_generation} x num_iterations {self.num_iterations} must be a "
+                f"multiple of the {self.gradient_accumulation_steps} micro-batches of a step, or checkpoints would "
+                'lie within a generation; set save_strategy: "no" to do without'
+            )
         if self.save_strategy == "steps" and (self.save_steps * self.gradient_accumulation_steps) % period:
             raise Refused(
                 f"save_steps {self.save_steps}: the rollouts of one generation serve "

@@ -14,6 +14,8 @@ from abscot_trl.training.grpo_config import AbstractGRPOConfig
 from abscot_trl.training.phase import train_alone
 from abscot_trl.vocabulary import AbstractVocabulary
 
+NEED_GOLD = {"accuracy", "answer_length", "trace_length"}  # rewards that alone say nothing of a prompt without a gold
+
 
 @dataclass
 class GRPOArguments(RewardArguments, PromptArguments):
@@ -38,8 +40,10 @@ def rollout_inputs(
     """
     prompts, counts = load_prompts(args, tokenizer)
     golden = [i for i, gold in enumerate(prompts["gold"]) if gold is not None]
-    probes = {*golden[: min(training_args.probe_rows, len(golden) // 2)]}
-    rows = prompts.select([i for i in range(len(prompts)) if i not in probes])
+    probes = min(training_args.probe_rows, len(golden) // 2)
+    probes = {*golden[: probes - probes % training_args.world_size]}  # as many on each process
+    chosen = golden if set(args.rewards) <= NEED_GOLD else range(len(prompts))  # nothing is held against the others
+    rows = prompts.select([i for i in chosen if i not in probes])
     needed = training_args.generation_batch_size // training_args.num_generations
     if len(rows) < needed:
         raise Refused(
@@ -53,7 +57,8 @@ def rollout_inputs(
         "train_dataset": rows,
         "probes": prompts.select(sorted(probes)) if probes else None,
         "reward_funcs": reward_functions(args, vocabulary.end_id(tokenizer), m_max, room),
-        "row_counts": counts | {"rows": len(rows), "held_out": len(probes)},
+        "row_counts": counts
+        | {"rows": len(rows), "held_out": len(probes), "without_gold": len(prompts) - len(rows) - len(probes)},
     }
 
 

@@ -1,0 +1,97 @@
+"""
+`abscot grpo` killed (SIGKILL) at random moments and started again with the same command, until it ends: its log and
+its weights must be those of a run that was not killed.
+
+    python tests/kill_grpo.py FOLDER 10         # so many kills; a start takes some ten seconds
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from tiny import make_checkpoint
+
+from abscot_trl.data.toy import chain_arithmetic, write_problems
+from abscot_trl.training.resume import LOG_FILE
+
+RECIPE = {
+    "dtype": "float32",
+    "num_generations": 4,
+    "num_iterations": 2,
+    "max_completion_length": 16,
+    "instruction": False,
+    "rewards": ["accuracy", "trace_length"],
+    "max_steps": 24,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1.0e-3,
+    "lr_scheduler_type": "cosine",
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "disable_tqdm": True,
+    "probe_rows": 4,
+    "probe_steps": 6,
+    "resume_from_checkpoint": True,
+}
+
+
+def start(folder: Path, name: str) -> subprocess.Popen:
+    command = ["-m", "abscot_trl.cli", "grpo", "--config", folder / "grpo.yaml", "--model_name_or_path"]
+    command = [sys.executable, *map(str, [*command, folder / "model", "--output_dir", folder / name])]
+    with open(folder / f"{name}.txt", "a") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def ended(folder: Path) -> tuple[list[dict], bytes]:
+    log = json.loads((folder / LOG_FILE).read_text())["log"]
+    log = [{key: value for key, value in entry.items() if key not in ("step_time", "epoch")} for entry in log]
+    return log, (folder / "model.safetensors").read_bytes()
+
+
+def main(folder: Path, kills: int, seed: int = 0) -> int:
+    """
+    Returns:
+        How many kills met a run at work.
+
+    Raises:
+        AssertionError: it ends in another log or other weights, or in an error.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    make_checkpoint(folder / "model")
+    prompts = write_problems(folder / "prompts.jsonl", chain_arithmetic(24, 3, 5, seed=1))
+    (folder / "grpo.yaml").write_text(yaml.safe_dump(RECIPE | {"prompts": [prompts]}))
+    begin = time.monotonic()
+    assert start(folder, "whole").wait() == 0, (folder / "whole.txt").read_text()[-2000:]
+    seconds, rng, met = time.monotonic() - begin, random.Random(seed), 0
+    for _ in range(kills):
+        process = start(folder, "killed")
+        try:
+            # Less and less is left to do; a start alone takes two thirds of it.
+            process.wait(rng.uniform(0.5, 0.95) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            met += 1
+        else:
+            break
+        steps = sorted(path.name for path in (folder / "killed").glob("checkpoint-*"))
+        print(f"killed; {', '.join(steps) or 'no checkpoint'}", flush=True)
+    if not (folder / "killed" / LOG_FILE).is_file():
+        assert start(folder, "killed").wait() == 0, (folder / "killed.txt").read_text()[-2000:]
+    (log, weights), (other, others) = ended(folder / "whole"), ended(folder / "killed")
+    assert log == other and weights == others
+    return met
+
+
+if __name__ == "__main__":
+    met = main(Path(sys.argv[1]), int(sys.argv[2]))
+    print(f"{met} kills met the run at work; the same log and the same weights")
