@@ -79,6 +79,22 @@ def rollouts(checkpoint: str, folder: str, fields: dict, with_lora: bool = False
         Path(folder, "found.json").write_text(json.dumps(found))
 
 
+def resumed_rollouts(checkpoint: str, folder: str) -> None:
+    """GRPO from a checkpoint within its second epoch: whether its log is the whole run's."""
+    import grpo_runs
+
+    fields = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    fields |= {"rows": grpo_runs.data(8), "learning_rate": 1e-3}  # 4 steps an epoch
+    whole = grpo_runs.grpo(checkpoint, folder, **fields)
+    again = grpo_runs.grpo(checkpoint, folder, train=False, **fields)
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-6")
+    kept = ("loss", "kl", "rollouts", "codebook_counts", "probe/own", "step")
+    logs = [[{k: e.get(k) for k in kept} for e in t.state.log_history] for t in (whole, again)]
+    prompts = [entry["rollouts"][0]["prompt"] for entry in whole.state.log_history if "rollouts" in entry]
+    if whole.is_world_process_zero():  # whose log is kept
+        Path(folder, "found.json").write_text(json.dumps({"same": logs[0] == logs[1], "prompts": prompts}))
+
+
 def refusal(call, *args, **fields) -> str | None:
     try:
         call(*args, **fields)
@@ -144,13 +160,7 @@ if __name__ == "__main__":
 
         # For inference on CPU: training never calls it, and compiling it takes both cores for over a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    jobs = {
-        "train": train,
-        "rollouts": rollouts,
-        "together": together,
-        "command": command,
-        "refused": refused,
-        "one_card": one_card,
-    }
+    known = (train, rollouts, resumed_rollouts, together, command, refused, one_card)
+    jobs = {job.__name__: job for job in known}
     for name, args in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         jobs[name](*json.loads(args))

@@ -49,6 +49,7 @@ def ddp(checkpoint, inputs, tmp_path_factory):
     jobs = [("train", checkpoint, folder / "full", FIELDS), ("train", checkpoint, folder / "lora", FIELDS, True)]
     jobs.append(("train", checkpoint, folder / "gauged", GAUGED))
     jobs.append(("rollouts", checkpoint, folder / "rollouts", ROLLOUTS))
+    jobs.append(("resumed_rollouts", checkpoint, folder / "resumed"))
     launch(accelerate("ddp"), *jobs, ("together", checkpoint, folder, inputs))
     found = {name: trained(folder / name) for name in ("full", "lora", "gauged")}
     found["rollouts"] = json.loads((folder / "rollouts" / "found.json").read_text())
@@ -244,6 +245,13 @@ def test_accelerate_reads_each_configuration_as_it_is_meant(name, monkeypatch):
         assert (args.multi_gpu, args.num_processes) == {"cpu": (False, 1), "single": (False, 1), "ddp": (True, 2)}[
             name
         ]
+
+
+@pytest.mark.slow
+def test_rollouts_of_a_resumed_second_epoch(ddp):
+    """Its own order of prompts, which is not the first epoch's."""
+    found = json.loads((ddp.folder / "resumed" / "found.json").read_text())
+    assert found["same"] and found["prompts"][:4] != found["prompts"][4:]
 
 
 @pytest.mark.slow

@@ -62,7 +62,9 @@ class Probe(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.probe_steps == 0 or state.global_step == state.max_steps:
+            due = control.should_log
             self.trainer.probe()
+            control.should_log = due  # its own entry has cleared it
 
 
 class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
