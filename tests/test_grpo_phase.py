@@ -112,7 +112,8 @@ def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
     fields["grpo"] = recipe(tmp_path, **LORA).replace("grpo.yaml", "grpo.{tuning}.yaml")
     (tmp_path / "grpo.yaml").rename(tmp_path / "grpo.lora.yaml")
     for wrong, words in (({"prompts": ["nowhere.jsonl"]}, "nowhere"), ({"rewards": ["judge"]}, "needs judge_url")):
-        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(RECIPE | wrong))
+        prompts = {"prompts": [str(tmp_path / "prompts.jsonl")]}
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(RECIPE | prompts | wrong))
         with pytest.raises(Refused, match=f"wrong.yaml: .*{words}"):
             warmup(WarmupArguments(**fields | {"grpo": str(tmp_path / "wrong.yaml")}))
     rows = warmup(WarmupArguments(**fields))
