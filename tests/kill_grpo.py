@@ -17,7 +17,7 @@ import yaml
 from tiny import make_checkpoint
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
-from abscot_trl.training.resume import LOG_FILE
+from abscot_trl.training.resume import LOG_FILE, sealed_checkpoints
 
 RECIPE = {
     "dtype": "float32",
@@ -26,7 +26,6 @@ RECIPE = {
     "max_completion_length": 16,
     "instruction": False,
     "rewards": ["accuracy", "trace_length"],
-    "max_steps": 24,
     "per_device_train_batch_size": 8,
     "learning_rate": 1.0e-3,
     "lr_scheduler_type": "cosine",
@@ -51,6 +50,10 @@ def start(folder: Path, name: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def last_step(folder: Path) -> int:
+    return max((int(path.name.rpartition("-")[2]) for path in sealed_checkpoints(folder)), default=0)
+
+
 def ended(folder: Path) -> tuple[list[dict], bytes]:
     log = json.loads((folder / LOG_FILE).read_text())["log"]
     log = [{key: value for key, value in entry.items() if key not in ("step_time", "epoch")} for entry in log]
@@ -68,23 +71,19 @@ def main(folder: Path, kills: int, seed: int = 0) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     make_checkpoint(folder / "model")
     prompts = write_problems(folder / "prompts.jsonl", chain_arithmetic(24, 3, 5, seed=1))
-    (folder / "grpo.yaml").write_text(yaml.safe_dump(RECIPE | {"prompts": [prompts]}))
-    begin = time.monotonic()
+    (folder / "grpo.yaml").write_text(yaml.safe_dump(RECIPE | {"prompts": [prompts], "max_steps": 8 * kills + 8}))
     assert start(folder, "whole").wait() == 0, (folder / "whole.txt").read_text()[-2000:]
-    seconds, rng, met = time.monotonic() - begin, random.Random(seed), 0
+    rng, met = random.Random(seed), 0
     for _ in range(kills):
         process = start(folder, "killed")
-        try:
-            # Less and less is left to do; a start alone takes two thirds of it.
-            process.wait(rng.uniform(0.5, 0.95) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            met += 1
-        else:
-            break
-        steps = sorted(path.name for path in (folder / "killed").glob("checkpoint-*"))
-        print(f"killed; {', '.join(steps) or 'no checkpoint'}", flush=True)
+        target = last_step(folder / "killed") + rng.randint(0, 5)
+        while process.poll() is None and last_step(folder / "killed") < target:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))  # in a rollout, a step, or a checkpoint half written
+        met += process.poll() is None
+        process.kill()
+        process.wait()
+        print(f"killed after checkpoint {last_step(folder / 'killed')}", flush=True)
     if not (folder / "killed" / LOG_FILE).is_file():
         assert start(folder, "killed").wait() == 0, (folder / "killed.txt").read_text()[-2000:]
     (log, weights), (other, others) = ended(folder / "whole"), ended(folder / "killed")
