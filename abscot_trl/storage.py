@@ -25,25 +25,10 @@ MANIFEST_KINDS = {"stage": str, "phase": str, "settings": dict, "inputs": dict, 
 SETTINGS = "settings.json"  # in a folder of parts: what they were begun with
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
 TEMPORARY = ".abscot-tmp"  # how a file ends that a kill left unfinished
-INPUTS = (
-    "model",
-    "model_name_or_path",
-    "base_model",
-    "adapter",
-    "data",
-    "traces",
-    "codes",
-    "splits",
-    "problems",
-    "not_in",
-    "prompts",
-)
-WITH_FOLDERS = (
-    "data",
-    "problems",
-    "not_in",
-    "prompts",
-)  # read with all folders below; a model's hold its checkpoints, which come and go
+INPUTS = ("model", "model_name_or_path", "base_model", "adapter", "data", "traces", "codes", "splits")
+INPUTS += ("problems", "not_in", "prompts")
+# Read with all folders below; a model's hold its checkpoints, which come and go.
+WITH_FOLDERS = ("data", "problems", "not_in", "prompts")
 WHERE = ("server", "batch_tokens")  # on what a phase's work is done: not what it makes
 # The same of vLLM's arguments. All others are part of what is made: lengths, dtypes, quantisation, seeds, kernels.
 ENGINE_WHERE = (

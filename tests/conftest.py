@@ -10,19 +10,8 @@ from abscot_trl.phases import run_phase
 from abscot_trl.traces.files import write_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
-LONGEST = (
-    "kill",
-    "serve",
-    "warmup",
-    "distributed",
-    "rollout",
-    "grpo",
-    "grpo_phase",
-    "sweep",
-    "make_traces",
-    "fuzz",
-    "vllm",
-)
+LONGEST = ("kill", "serve", "warmup", "distributed", "rollout", "grpo", "grpo_phase", "sweep", "make_traces", "fuzz")
+LONGEST += ("vllm", "baselines")
 
 
 def pytest_collection_modifyitems(items):

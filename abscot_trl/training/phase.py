@@ -22,14 +22,7 @@ from abscot_trl.training.baselines import BaselineTrainer
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BaselineConfig, BottleneckConfig, DistillationConfig, built, check_settings
 from abscot_trl.training.distillation import SelfDistillationTrainer
-from abscot_trl.training.resume import (
-    FINAL,
-    LOG_FILE,
-    SealedTrainer,
-    begin_output,
-    check_output,
-    last_checkpoint,
-)
+from abscot_trl.training.resume import FINAL, LOG_FILE, SealedTrainer, begin_output, check_output, last_checkpoint
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
