@@ -40,6 +40,7 @@ HELD_OUT = {"gsm-symbolic": "templates", "facts": "longer", "states": "longer"} 
 CLUSTERS = {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7}
 PAPER = {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7}
 SAMPLED = {"distill_from": "cot", "temperature": 0.7}
+APART = {"steps_apart": True, "ratio": 8.5}  # as many tokens a trace as `informed`
 THREE = {"rounds": 3, "rows_per_phase": 30_000}  # a third of the steps each
 STABLE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 400}}
 LARGE = dict.fromkeys(("bottleneck", "distill"), {"per_device_train_batch_size": 4, "global_batch_size": 4})
@@ -68,8 +69,8 @@ GRID = {
     "informed-large-batch": LARGE,
     "informed-large-batch-ratio-4": {"ratio": 4.0, **LARGE},
     "informed-discrete": {"bottleneck": {"channel": "discrete"}},
-    "informed-apart": {"steps_apart": True},
-    "informed-apart-ratio-8.5": {"steps_apart": True, "ratio": 8.5},
+    "informed-apart": APART,
+    "informed-apart-200000-rows": APART | {"rows_per_phase": 200_000},
     "informed-ratio-4": {"ratio": 4.0},
     "informed-ratio-6": {"ratio": 6.0},
     "informed-ratio-12": {"ratio": 12.0},
@@ -78,7 +79,7 @@ GRID = {
     "informed-256-codes": {"init": {"codebook_size": 256}},
     "informed-10000-rows": {"rows_per_phase": 10_000},
     "informed-30000-rows": {"rows_per_phase": 30_000},
-    "informed-300000-rows": {"rows_per_phase": 300_000},
+    "informed-200000-rows": {"rows_per_phase": 200_000},
 }
 
 
