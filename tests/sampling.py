@@ -33,9 +33,10 @@ def need_vllm(gpus: int = 0) -> None:
         pytest.skip(f"needs {gpus} GPUs, {torch.cuda.device_count()} are here")
 
 
-def truncated_softmax(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
-    """By hand: the k likeliest, then the fewest of them that reach p together, renormalised."""
+def truncated_softmax(logits: np.ndarray, temperature: float, top_p: float, top_k: int, barred=()) -> np.ndarray:
+    """By hand: without the `barred`, the k likeliest, then the fewest of them that reach p together, renormalised."""
     p = np.exp((logits - logits.max()) / temperature)
+    p[[*barred]] = 0
     kept = np.argsort(-p, kind="stable")[: top_k or len(p)]
     share = p[kept] / p[kept].sum()
     kept = kept[: 1 + int((np.cumsum(share) < top_p).sum())]

@@ -55,11 +55,12 @@ def sampler(checkpoint):
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.8, 0), (1.0, 5), (0.8, 20), (0.7, 4)])
 def test_answers_follow_the_truncated_softmax(sampler, top_p, top_k):
-    """3000 first tokens against probabilities by hand: chi-square, and none from outside."""
+    """3000 first tokens against probabilities by hand: chi-square, none from outside, and no reserved one."""
     prefix = [3, 6, 31, 15, 4]
     with torch.no_grad():
         logits = sampler.model(torch.tensor([prefix])).logits[0, -1].double().numpy()
-    expected = 3000 * truncated_softmax(logits, 2.5, top_p, top_k)
+    assert top_k or truncated_softmax(logits, 2.5, top_p, top_k)[sampler.reserved].any()  # the ban is met
+    expected = 3000 * truncated_softmax(logits, 2.5, top_p, top_k, sampler.reserved)
     found = sampler.answer([prefix] * 3000, 1, 2.5, seed=5, top_p=top_p, top_k=top_k)
     drawn = np.bincount([(o.token_ids or [1])[0] for o in found], minlength=len(expected))
     assert not drawn[expected == 0].any() and (expected > 0).sum() > 1
@@ -74,7 +75,9 @@ def test_an_answer_s_draw_does_not_depend_on_the_others(sampler):
     tokenizer = AutoTokenizer.from_pretrained(sampler.model.name_or_path)
     prefixes = [prompt_ids(e.prompt, tokenizer) for s in (2, 4, 8) for e in chain_arithmetic(20, s, 5, seed=0)]
     whole = sampler.answer(prefixes, 12, 1.0, seed=3, top_p=0.9)
-    small = HFTraceSampler(sampler.model, tokenizer, None, batch_tokens=60)
+    small = HFTraceSampler(
+        sampler.model, tokenizer, AbstractVocabulary.load(sampler.model.name_or_path), batch_tokens=60
+    )
     assert small.answer(prefixes, 12, 1.0, seed=3, top_p=0.9) == whole
     some = [50, 3, 17]
     assert sampler.answer([prefixes[i] for i in some], 12, 1.0, 3, some, top_p=0.9) == [whole[i] for i in some]

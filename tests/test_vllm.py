@@ -67,6 +67,7 @@ def sampled(checkpoint, given, tmp_path_factory):
         "first": {"prefixes": [one] * 3000, "m_max": 1, "seed": 2},
         "nucleus": {"method": "answer", "prefixes": [one] * 3000, "max_new_tokens": 1, **TRUNCATED},
         "nucleus again": {"method": "answer", "prefixes": [one] * 9, "max_new_tokens": 1, "rows": NINE, **TRUNCATED},
+        "hot": {"method": "answer", "prefixes": given[1:60], "max_new_tokens": 8, "temperature": 2.0},
         "limits": {"prefixes": [one], "m_max": 3, "m_min": 4},
         "long": {"prefixes": [[3] * 300], "m_max": 3},
         "none": {"prefixes": [], "m_max": 3},
@@ -143,9 +144,17 @@ def test_greedy_answers_equal_transformers(checkpoint, sampled):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     calls, found = sampled
     given = calls["answer"]["prefixes"]
-    answers = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint)).answer(given, max_new_tokens=24)
+    hf = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint))
+    answers = hf.answer(given, max_new_tokens=24)
     assert [asdict(answer) for answer in answers] == found["answer"]
     assert {answer.truncated for answer in answers} == {True, False}
+
+
+def test_answers_hold_no_reserved_token(checkpoint, sampled):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    hf, given = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint)), sampled[0]["hot"]["prefixes"]
+    assert {*hf.reserved} & {token for ids in hf.complete_answers(given, 8, 2.0) for token in ids}  # if not barred
+    assert not {*hf.reserved} & {token for answer in sampled[1]["hot"] for token in answer["token_ids"]}
 
 
 def test_draws_follow_the_same_distribution(checkpoint, sampled, given):
@@ -165,7 +174,9 @@ def test_truncated_answers_follow_the_softmax(checkpoint, sampled, given):
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         logits = model(torch.tensor([given[5]])).logits[0, -1].double().numpy()
-    expected = 3000 * truncated_softmax(logits, TRUNCATED["temperature"], TRUNCATED["top_p"], TRUNCATED["top_k"])
+    limits = TRUNCATED["temperature"], TRUNCATED["top_p"], TRUNCATED["top_k"]
+    reserved = AbstractVocabulary.load(checkpoint).all_ids(AutoTokenizer.from_pretrained(checkpoint))
+    expected = 3000 * truncated_softmax(logits, *limits, reserved)
     (eos,) = {model.config.eos_token_id}
     drawn = np.bincount([(o["token_ids"] or [eos])[0] for o in sampled[1]["nucleus"]], minlength=len(expected))
     assert not drawn[expected == 0].any() and 3 < (expected > 0).sum() < 20
@@ -213,7 +224,7 @@ def test_a_codebook_that_would_kill_the_newer_runner_is_refused(checkpoint, monk
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(
-        Refused, match="has 1024 abstract tokens, .* takes 1023 at most; set VLLM_USE_V2_MODEL_RUNNER=0"
+        Refused, match="has 1024 abstract tokens, .* takes 1022 at most; set VLLM_USE_V2_MODEL_RUNNER=0"
     ):
         VLLMTraceSampler(str(checkpoint), AbstractVocabulary(size=1024))
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"  # as the user wants it

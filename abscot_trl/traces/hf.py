@@ -113,9 +113,9 @@ class HFTraceSampler:
     ):
         self.model, self.batch_tokens = model, batch_tokens
         self.positions, self.cache_tokens = model.config.max_position_embeddings, None
-        self.stops = stop_ids(tokenizer, model.generation_config)
+        self.stops, self.reserved = stop_ids(tokenizer, model.generation_config), []
         if vocabulary is not None:
-            self.codebook = vocabulary.ids(tokenizer)
+            self.codebook, self.reserved = vocabulary.ids(tokenizer), vocabulary.all_ids(tokenizer)
             self.begin, self.end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -191,7 +191,8 @@ class HFTraceSampler:
         top_k: int = 0,
     ) -> list[Continuation]:
         """
-        Unconstrained decoding after each prefix of token ids.
+        Decoding after each prefix of token ids, over all tokens but the reserved ones: after an empty trace a model
+        that reasons in its trace would otherwise write it here, where no text shows it.
 
         Args:
             max_new_tokens (`int`): a continuation that reaches it without EOS is marked `truncated`.
@@ -206,7 +207,9 @@ class HFTraceSampler:
             Refused: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
                 `max_new_tokens`.
         """
-        drawn = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
+        drawn = self.complete_answers(
+            prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k, barred=self.reserved
+        )
         return [Continuation.until(ids, self.stops) for ids in drawn]
 
     def complete_answers(
@@ -219,8 +222,9 @@ class HFTraceSampler:
         bar: tqdm | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
+        barred: list[int] | None = None,
     ) -> list[list[int]]:
-        """As `answer`, but ids with EOS, for a trainer."""
+        """As `answer`, but ids with EOS, and of all tokens that are not `barred`, for a trainer."""
         check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)
         rows = range(len(prefixes)) if rows is None else rows
         results: list[list[int]] = [[]] * len(prefixes)
@@ -234,6 +238,7 @@ class HFTraceSampler:
                     torch.tensor(ids, device=self.model.device),
                     attention_mask=torch.tensor(mask, device=self.model.device),
                     logits_processor=[_AnswerProcessor(*draws)] if temperature > 0 else [],
+                    suppress_tokens=barred or None,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     eos_token_id=self.stops,

@@ -46,6 +46,11 @@ def trace_parameters(
     return sampling_parameters(m_max, temperature, [end], seed, **allowed)
 
 
+def without(barred: list[int]) -> dict:
+    """The tokens `barred` are not drawn: a logit's lowest bias in this API, e^-100 of its odds."""
+    return {"logit_bias": dict.fromkeys(barred, -100.0)} if barred else {}
+
+
 def row_seed(*numbers: int) -> int:
     """A request's seed, from the run's, the row's number and the call's."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -157,9 +162,9 @@ class EngineTraceSampler:
         self.complete, self.positions, self.cache_tokens = complete, positions, cache_tokens
         tokenizer = tokenizer or load_tokenizer(model_path)
         self.stops = stop_ids(tokenizer, model_path)
-        self.model_path, self.codebook = model_path, []
+        self.model_path, self.codebook, self.reserved = model_path, [], []
         if vocabulary is not None:
-            self.codebook = vocabulary.ids(tokenizer)
+            self.codebook, self.reserved = vocabulary.ids(tokenizer), vocabulary.all_ids(tokenizer)
             self.begin, self.end = vocabulary.begin_id(tokenizer), vocabulary.end_id(tokenizer)
 
     def sample(
@@ -198,8 +203,10 @@ class EngineTraceSampler:
         top_p: float = 1.0,
         top_k: int = 0,
     ) -> list[Continuation]:
-        """Unconstrained decoding after each prefix: arguments, result and errors as in [`HFTraceSampler.answer`]."""
-        completions = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
+        """Decoding after each prefix: arguments, result and errors as in [`HFTraceSampler.answer`]."""
+        completions = self.complete_answers(
+            prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k, barred=self.reserved
+        )
         return [Continuation.until(ids, self.stops) for ids, _ in completions]
 
     def complete_answers(
@@ -212,13 +219,14 @@ class EngineTraceSampler:
         bar: tqdm | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
+        barred: list[int] | None = None,
     ) -> Completions:
-        """As `answer`, but ids with EOS and their log-probabilities, for a trainer."""
+        """As `answer`, but ids with EOS and their log-probabilities, of all tokens that are not `barred`."""
         check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)
         rows = range(len(prefixes)) if rows is None else rows
-        truncation = {"top_p": top_p, "top_k": top_k}
+        fields = {"top_p": top_p, "top_k": top_k} | without(barred or [])
         parameters = [
-            sampling_parameters(max_new_tokens, temperature, self.stops, row_seed(seed, row, 1), **truncation)
+            sampling_parameters(max_new_tokens, temperature, self.stops, row_seed(seed, row, 1), **fields)
             for row in rows
         ]
         return self._complete(prefixes, parameters, bar)
@@ -263,10 +271,10 @@ class VLLMTraceSampler(EngineTraceSampler):
                 raise
             raise Refused(f"vLLM refuses {model_path} with engine {engine}: {error}") from error
         config = self.llm.llm_engine.vllm_config
-        cache, allowed = config.cache_config, (vocabulary.size if vocabulary else 0) + 1
+        cache, allowed = config.cache_config, (vocabulary.size if vocabulary else 0) + 2
         if config.use_v2_model_runner and allowed > MOST_ALLOWED:  # a request with more would kill the engine
             raise Refused(
-                f"{model_path} has {vocabulary.size} abstract tokens, vLLM's model runner takes {MOST_ALLOWED - 1} at "
+                f"{model_path} has {vocabulary.size} abstract tokens, vLLM's model runner takes {MOST_ALLOWED - 2} at "
                 "most; set VLLM_USE_V2_MODEL_RUNNER=0 for the older one, or use backend: hf"
             )
         super().__init__(

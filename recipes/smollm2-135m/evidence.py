@@ -18,6 +18,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from statistics import fmean
 from threading import Lock
 
 import yaml
@@ -70,7 +71,6 @@ GRID = {
     "informed-large-batch-ratio-4": {"ratio": 4.0, **LARGE},
     "informed-discrete": {"bottleneck": {"channel": "discrete"}},
     "informed-apart": APART,
-    "informed-apart-200000-rows": APART | {"rows_per_phase": 200_000},
     "informed-ratio-4": {"ratio": 4.0},
     "informed-ratio-6": {"ratio": 6.0},
     "informed-ratio-12": {"ratio": 12.0},
@@ -79,7 +79,8 @@ GRID = {
     "informed-256-codes": {"init": {"codebook_size": 256}},
     "informed-10000-rows": {"rows_per_phase": 10_000},
     "informed-30000-rows": {"rows_per_phase": 30_000},
-    "informed-200000-rows": {"rows_per_phase": 200_000},
+    "informed-100000-rows": {"rows_per_phase": 100_000},
+    "informed-300000-rows": {"rows_per_phase": 300_000},
 }
 
 
@@ -260,10 +261,16 @@ def picture(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    own = defaultdict(list)
     for row in (row for row in rows if row["swap"] == "own"):
-        reasoning = row["trace_tokens"]
-        axes.plot(reasoning, row["accuracy"], "o", color="tab:blue" if row["mode"] == "abstract" else "tab:grey")
-        axes.annotate(row["run"], (reasoning, row["accuracy"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        own[row["model"]].append((row["trace_tokens"], row["accuracy"]))
+        axes.plot(*own[row["model"]][-1], "o", color="tab:blue" if row["mode"] == "abstract" else "tab:grey")
+    below = 100.0
+    for name, points in sorted(own.items(), key=lambda item: -fmean(y for _, y in item[1])):
+        x, y = (fmean(values) for values in zip(*points, strict=True))
+        below = min(y, below - 3.5)  # a line a name: the first ones stand where they belong
+        axes.annotate(f"{name}{f' x{len(points)}' * (len(points) > 1)}", (x, y), (x * 1.25 + 0.1, below), fontsize=7,
+                      va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "tab:grey"})  # fmt: skip
     for row in (row for row in rows if row["swap"] == "random"):
         axes.plot(row["trace_tokens"], row["accuracy"], "x", color="tab:red")
     axes.set(xlabel="reasoning tokens a problem", ylabel="accuracy, %", ylim=(0, 100), xlim=(-0.2, 400))
