@@ -3,7 +3,7 @@ Rows with a verbal chain of thought, one step a line, and held-out problems of t
 
     gsm-symbolic   word problems of reasoning-gym with their own CoT. Held out: numbers, and whole templates
     facts          follow 3 to 5 relations through 12 to 20 shuffled facts. Held out: problems, and 6 or 7 relations
-    states         what is in a box after 4 to 6 exchanges. Held out: problems, and 7 or 8 exchanges
+    states         what is in a box after 9 to 12 exchanges. Held out: problems, and 13 or 14 exchanges
 
     python recipes/smollm2-135m/tasks.py gsm-symbolic --rows 220000 --test 1000 --seed 0 \
         --output_dir runs/smollm2-135m/gsm-symbolic/rows
@@ -111,7 +111,7 @@ def states(seed: int, held_out: bool) -> Iterator[Problem]:
     while True:
         held = rng.sample(THINGS, len(BOXES))
         sentences, lines = [f"Box {box} holds the {thing}." for box, thing in zip(BOXES, held, strict=True)], []
-        for _ in range(rng.randint(7, 8) if held_out else rng.randint(4, 6)):
+        for _ in range(rng.randint(13, 14) if held_out else rng.randint(9, 12)):
             if rng.random() < 0.5:
                 one, other = sorted(rng.sample(range(len(BOXES)), 2))
                 sentences.append(f"Swap what boxes {BOXES[one]} and {BOXES[other]} hold.")
