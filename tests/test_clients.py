@@ -217,7 +217,7 @@ def test_a_client_that_leaves_a_stream_takes_all_choices_along(checkpoint):
 
 
 FOR_ANSWERS = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
-FOR_ANSWERS |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "stop": ["x", "y"]}
+FOR_ANSWERS |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "stop": ["x", "y"], "ignore_eos": True}
 
 
 def test_the_answer_is_drawn_as_asked_and_the_trace_as_trained(checkpoint, engine):
@@ -225,6 +225,7 @@ def test_the_answer_is_drawn_as_asked_and_the_trace_as_trained(checkpoint, engin
     assert ask(checkpoint, engine, seed=5).status_code == 200
     [plain, as_asked], [neutral, neither] = engine.answers[::-1], engine.traces
     assert FOR_ANSWERS.items() <= as_asked.items() and as_asked["temperature"] == 0.7
+    assert (plain["stop_token_ids"], as_asked["stop_token_ids"]) == ([1], [])  # EOS is one of them
     assert (neutral, plain["temperature"], plain["top_k"]) == (neither, 0.0, 0)
 
 
@@ -347,7 +348,7 @@ def test_messages_that_mean_the_same(checkpoint, engine):
     system = {"role": "system", "content": "1+1="}
     plain = prompt_of(engine, checkpoint, system, USER)
     assert plain == prompt_of(engine, checkpoint, system | {"role": "developer"}, USER)
-    assert plain == prompt_of(engine, checkpoint, system, USER | {"type": "text"})  # lm_eval's
+    assert plain == prompt_of(engine, checkpoint, system, USER | {"type": "text"})  # as lm_eval's older versions
     parts = [{"type": "text", "text": "7+"}, {"type": "text", "text": "4-2="}]
     assert plain == prompt_of(engine, checkpoint, system, USER | {"content": parts})
 
@@ -367,7 +368,7 @@ def test_a_reply_can_be_sent_back(client, engine):
     assert prompts == prompts[:1] * 4 and len(prompts[0]) > len(engine.traces[0]["prompt"])
 
 
-# Bodies as other programs send them
+# Bodies as other programs send them: lm_eval 0.4.13's and an older one's, lighteval 0.13 by litellm, vllm bench serve
 
 TURN = [{"role": "user", "content": "3+4="}]
 LM_EVAL = {"messages": [TURN[0] | {"type": "text"}], "model": NAME, "max_tokens": 30, "temperature": 0}
@@ -377,7 +378,7 @@ LIGHTEVAL |= {"stop": [], "n": 4, "max_completion_tokens": 30, "temperature": 0.
 LIGHTEVAL |= {"repetition_penalty": 1.05, "frequency_penalty": 0.0}
 VLLM_BENCH = {"model": NAME, "messages": [{"role": "user", "content": [{"type": "text", "text": "3+4="}]}]}
 VLLM_BENCH |= {"max_completion_tokens": 30, "stream": True, "stream_options": {"include_usage": True}}
-VLLM_BENCH |= {"ignore_eos": False, "temperature": 0.0}
+VLLM_BENCH |= {"ignore_eos": True, "temperature": 0.0}
 AGENTS = {"model": NAME, "messages": [{"role": "developer", "content": "3+"}, *TURN], "parallel_tool_calls": False}
 AGENTS |= {"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "verbosity": "medium", "max_tokens": 30}
 PROGRAMS = {"lm_eval": LM_EVAL, "lighteval": LIGHTEVAL, "vllm bench": VLLM_BENCH, "agents": AGENTS}

@@ -321,7 +321,7 @@ def test_log_probabilities_are_those_of_transformers(server, hf):
 
 
 def test_vllms_sampling_is_of_the_answer(server, hf):
-    """top-k 1 is greedy; a repetition penalty changes the answer and leaves the trace."""
+    """top-k 1 is greedy; a repetition penalty changes the answer and leaves the trace; none ends without its end."""
     wanted = expected(hf, [USER], 24)
 
     def create(**extra) -> tuple[str, str]:
@@ -332,6 +332,14 @@ def test_vllms_sampling_is_of_the_answer(server, hf):
     assert create(top_k=1) == create(min_p=1.0) == (wanted.reasoning, wanted.content)
     reasoning, content = create(top_k=1, repetition_penalty=5.0)
     assert reasoning == wanted.reasoning and content != wanted.content
+    fields = {"max_tokens": 200, "n": 8, "temperature": 1.0, "seed": 0}
+    for ignored in (False, True):
+        reply = server.client.chat.completions.create(
+            model=NAME, messages=[USER], **fields, extra_body={"ignore_eos": ignored}
+        )
+        finishes = {choice.finish_reason for choice in reply.choices}
+        assert finishes == {"length"} if ignored else "stop" in finishes
+        assert ignored == (reply.usage.completion_tokens == 8 * 200)
 
 
 def test_endpoints_that_are_passed_on(server, checkpoint):

@@ -42,7 +42,8 @@ PASSED_ON = [("GET", "/health"), ("GET", "/metrics"), ("POST", "/v1/completions"
 # four characters or so, and JSON may write a character in six bytes or twelve.
 TOKEN_BYTES, OTHER_BYTES = 64, 2**16
 # What the second call takes from a request as it is.
-OF_ANSWERS = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop")
+OF_ANSWERS = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+OF_ANSWERS += ("stop", "ignore_eos")
 
 
 @dataclass
@@ -180,8 +181,12 @@ class Chat:
         fields |= {name: getattr(request, name) for name in OF_ANSWERS}
         fields |= {"logprobs": request.top_logprobs if request.logprobs else None, "return_tokens_as_token_ids": True}
         seed = request.seed_of(turn.index, 1)
-        parameters = sampling_parameters(turn.left, request.temperature, self.stops, seed, **fields)
+        parameters = sampling_parameters(turn.left, request.temperature, self.ends(request), seed, **fields)
         return {"model": self.model, "prompt": [*turn.prompt, *turn.trace, self.end], **parameters}
+
+    def ends(self, request: ChatRequest) -> list[int]:
+        """Ids that end the answer."""
+        return [] if request.ignore_eos else self.stops
 
     def text(self, turn: Turn) -> str:
         return "".join(self.names[token] for token in turn.trace)
@@ -190,7 +195,7 @@ class Chat:
         """Of an answer's tokens, if they were asked for, but the one that ends it, which is not of its text."""
         if not request.logprobs:
             return None
-        return (choice.logprobs or NO_TOKENS).as_chat(self.tokenizer, self.stops, request.top_logprobs)
+        return (choice.logprobs or NO_TOKENS).as_chat(self.tokenizer, self.ends(request), request.top_logprobs)
 
     def reply(self, kind: str, **fields) -> dict:
         names = {

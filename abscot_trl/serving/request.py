@@ -32,7 +32,6 @@ NEUTRAL = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "min_tokens": (0,),
-    "ignore_eos": (False,),
     "stop_token_ids": ([],),
     "skip_special_tokens": (True,),
     "include_reasoning": (True,),
@@ -53,7 +52,7 @@ REMEDIES = {
     "prediction": "nothing is drafted here; leave it out",
     "web_search_options": "nothing is searched here; leave it out",
     **dict.fromkeys(("best_of", "use_beam_search", "length_penalty"), "leave it out; n gives several answers"),
-    **dict.fromkeys(("min_tokens", "ignore_eos", "stop_token_ids"), ENDS),
+    **dict.fromkeys(("min_tokens", "stop_token_ids"), ENDS),
     "chat_template_kwargs": "the checkpoint's template has no switch here; leave it out",
     "name": "the model sees no names; leave it out or write it into the content",
 }
@@ -107,7 +106,7 @@ class _Strict(BaseModel):
 class Message(_Strict):
     """One turn. `reasoning_content` of earlier replies is accepted and dropped: training saw no earlier traces."""
 
-    # of what lm_eval sends with each message, and what a reply's message holds when it is sent back
+    # what older versions of lm_eval send with each message, and what a reply's message holds when it is sent back
     neutral: ClassVar[dict[str, tuple]] = {"type": ("text",), "tool_calls": ([],), "annotations": ([],)}
     role: Literal["system", "user", "assistant"]
     content: str
@@ -139,9 +138,9 @@ class StreamOptions(_Strict):
 
 class ChatRequest(_Strict):
     """
-    What of OpenAI's chat API means the same here, three of vLLM's sampling fields, and `trace_temperature`.
+    What of OpenAI's chat API means the same here, four of vLLM's sampling fields, and `trace_temperature`.
 
-    `temperature` to `stop`, and the log-probabilities, are the answer's: the trace is drawn under its constraint.
+    From `temperature` to `top_logprobs` they are of the answer: the trace is drawn under its constraint.
     """
 
     neutral: ClassVar[dict[str, tuple]] = NEUTRAL
@@ -159,6 +158,7 @@ class ChatRequest(_Strict):
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast()] = Field([], max_length=16)
+    ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     seed: int | None = Field(None, ge=0)
