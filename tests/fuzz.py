@@ -730,8 +730,10 @@ BODY = {
     "trace_temperature": 1.0,
     "top_p": 0.9,
     "seed": 3,
-    "n": 1,
+    "n": 2,
 }
+BODY |= {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "logprobs": True, "store": False, "ignore_eos": True}
+BODY |= {"max_completion_tokens": 9, "reasoning_effort": "medium", "modalities": ["text"], "service_tier": "auto"}
 BODY |= {"stop": ["x"], "stream_options": {"include_usage": True}, "presence_penalty": 0.1, "frequency_penalty": 0}
 BODY |= {"user": "me", "metadata": {"a": "b"}, "logit_bias": {}, "response_format": {"type": "text"}, "tools": []}
 PATHS = ["/v1/completions", "/tokenize", "/health", "/v1/models", "/none", "/v1/chat/completions/", "/metrics"]
@@ -768,7 +770,9 @@ class Pieces(httpx.AsyncByteStream):
 
 
 def completion(ids: list[int], text: str = "7", finish: str | None = "stop") -> dict:
-    choice = {"index": 0, "text": text, "token_ids": ids, "finish_reason": finish}
+    names = [f"token_id:{token}" for token in ids]
+    logprobs = {"tokens": names, "token_logprobs": [-0.5] * len(ids), "top_logprobs": [{n: -0.5} for n in names]}
+    choice = {"index": 0, "text": text, "token_ids": ids, "finish_reason": finish, "logprobs": logprobs}
     return {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": len(ids), "total_tokens": 9}}
 
 
@@ -831,13 +835,12 @@ def body_of(rng, odd: float) -> bytes:
 def fuzz_http(rng) -> None:
     """A request to `abscot serve` over a vLLM that may be odd."""
     odd = rng.choice([0.0, 0.6])
-    content, calls = body_of(rng, odd), []
+    content = body_of(rng, odd)
 
     def vllm(request: httpx.Request) -> httpx.Response:
-        calls.append(request)
         ids = rng.choice([[40, 49], [49], [40] * 6, *([[], [3], [10**9]] if odd else [])])
         streamed = b'"stream":true' in request.content.replace(b" ", b"")
-        return odd_reply(ids if len(calls) == 1 else [8, 9, 1], streamed, rng, odd)
+        return odd_reply(ids if b"allowed_token_ids" in request.content else [8, 9, 1], streamed, rng, odd)
 
     async def ask() -> httpx.Response:
         tokenizer, vocabulary, _ = served()

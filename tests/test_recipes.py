@@ -39,7 +39,8 @@ from abscot_trl.vocabulary import AbstractVocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
-DOCUMENTS = FILES + [path.relative_to(ROOT) for path in [ROOT / "README.md", *(ROOT / "recipes").rglob("*.md")]]
+READ = [ROOT / "README.md", ROOT / "abscot_trl/serving/README.md", *(ROOT / "recipes").rglob("*.md")]
+DOCUMENTS = FILES + [path.relative_to(ROOT) for path in READ]
 MODELS = [path for path in FILES if path.parts[1] != "demo"]
 TRAINED = [path for path in MODELS if path.name.startswith(("bottleneck", "distill"))]
 WARMUPS = [path for path in MODELS if path.name.startswith("warmup")]

@@ -205,13 +205,15 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "only parts of type 'text' are supported; send text",
     ),
-    "name": ({"messages": [USER | {"name": "x"}]}, "messages.0.name: 'x' is not supported here; leave it out"),
-    "unknown": ({"top_k": 5}, "top_k: 5 is not supported here; leave it out"),
-    "tools": ({"tools": [{"type": "function"}]}, "tools: [{'type': 'function'}] is not supported by this server"),
+    "name": ({"messages": [USER | {"name": "x"}]}, "messages.0.name: 'x' is not supported: the model sees no names"),
+    "unknown": ({"guided_regex": "x"}, "guided_regex: 'x' is not supported: leave it out"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools: [{'type': 'function'}] is not supported: no tool is called"),
     "format": ({"response_format": {"type": "json_object"}}, "response_format: {'type': 'json_object'} is not supp"),
-    "logprobs": ({"logprobs": True}, "logprobs: True is not supported"),
-    "bias": ({"logit_bias": {"5": 1}}, "logit_bias: {'5': 1} is not supported"),
-    "n": ({"n": 2}, "n: 2 is not supported by this server; leave it out"),
+    "logprobs": ({"logprobs": 3}, "logprobs: 3: Input should be a valid boolean"),
+    "top logprobs": ({"top_logprobs": 3}, "top_logprobs: 3 needs logprobs; set it to true"),
+    "bias": ({"logit_bias": {"5": 1}}, "logit_bias: {'5': 1} is not supported: leave it out"),
+    "n": ({"n": 129}, "n: 129: at most 128 choices a request; send several"),
+    "top_k": ({"top_k": -2}, "top_k: -2: Input should be greater than or equal to -1"),
     "temperature": ({"temperature": -0.5}, "temperature: -0.5: Input should be greater than or equal to 0"),
     "trace temperature": ({"trace_temperature": -1}, "trace_temperature: -1: Input should be greater than or equal"),
     "nan": ({"temperature": float("nan")}, "temperature: nan: Input should be a finite number"),
@@ -222,9 +224,8 @@ BAD = {
     "stop": ({"stop": [""]}, "stop.0: '': String should have at least 1 character"),
     "seed": ({"seed": 1.5}, "seed: 1.5: Input should be a valid integer"),
     "stream": ({"stream": "yes"}, "stream: 'yes': Input should be a valid boolean"),
-    "options": ({"stream_options": {"x": 1}}, "stream_options.x: 1 is not supported here; leave it out"),
+    "options": ({"stream_options": {"x": 1}}, "stream_options.x: 1 is not supported: leave it out"),
     "zero": ({"max_tokens": 0}, "max_tokens: 0: Input should be greater than or equal to 1"),
-    "two limits": ({"max_tokens": 5, "max_completion_tokens": 6}, "differ, 5 and 6; give one of them"),
     "too many": ({"max_tokens": 300}, "a prompt of 7 tokens and max_tokens 300 exceed the model's 256 positions"),
     "long": (
         {"messages": [{"role": "user", "content": "3" * 300}]},
@@ -257,6 +258,88 @@ def test_another_model_is_404_and_neutral_fields_are_fine(server):
     plain, fuller = post(), post(**neutral)
     assert plain.status_code == 200 and fuller.json()["choices"] == plain.json()["choices"]
     assert fuller.json()["usage"] == plain.json()["usage"]
+
+
+SAMPLED = {"temperature": 1.0, "seed": 5, "extra_body": {"trace_temperature": 1.0}}
+
+
+@pytest.mark.parametrize("sampled", [SAMPLED, {}], ids=["sampled", "greedy"])
+def test_choices_and_their_streams(server, hf, sampled):
+    """Legal traces, each its own; choice 0 is that of one request, greedy ones are those of transformers."""
+    tokenizer, vocabulary, _ = hf
+
+    def create(**fields):
+        return server.client.chat.completions.create(model=NAME, messages=[USER], max_tokens=20, **sampled, **fields)
+
+    one, several, again = create(), create(n=16), create(n=16)
+    assert several.choices[0] == one.choices[0] and several.choices == again.choices
+    replies = [(choice.message.reasoning_content, choice.message.content) for choice in several.choices]
+    if sampled:
+        assert len({*replies}) > 12 and len({reasoning for reasoning, _ in replies}) > 6
+    else:
+        wanted = expected(hf, [USER], 20)
+        assert {*replies} == {(wanted.reasoning, wanted.content)}
+        assert counts(several.usage)[1] == 16 * wanted.usage[1] and counts(several.usage)[0] == wanted.usage[0]
+    for reasoning, _ in replies:
+        ids = tokenizer(reasoning, add_special_tokens=False)["input_ids"]
+        assert {*ids} <= {*vocabulary.ids(tokenizer)} and vocabulary.m_min <= len(ids) <= vocabulary.m_max
+    *events, last = create(n=16, stream=True, stream_options={"include_usage": True})
+    assert last.usage == several.usage
+    for choice in several.choices:
+        own = [event.choices[0] for event in events if event.choices[0].index == choice.index]
+        assert own[1].delta.reasoning_content == choice.message.reasoning_content
+        assert "".join(part.delta.content or "" for part in own) == choice.message.content
+        assert own[-1].finish_reason == choice.finish_reason
+
+
+def test_log_probabilities_are_those_of_transformers(server, hf):
+    """Greedy: at temperature 1. Drawn at 2: of that. A token for each of the answer's, streamed as whole."""
+    tokenizer, vocabulary, sampler = hf
+    prefix = prompt_ids([USER], tokenizer)
+    for temperature in (0.0, 2.0):
+        fields = {"messages": [USER], "max_tokens": 24, "temperature": temperature, "seed": 1, "logprobs": True}
+        reply = server.client.chat.completions.create(model=NAME, top_logprobs=5, **fields)
+        [choice] = reply.choices
+        found = choice.logprobs.content
+        special = {*tokenizer.all_special_tokens, *vocabulary.tokens, vocabulary.begin, vocabulary.end}
+        assert "".join(step.token for step in found if step.token not in special) == choice.message.content
+        thought = tokenizer(choice.message.reasoning_content, add_special_tokens=False)["input_ids"]
+        answer = tokenizer.convert_tokens_to_ids([step.token for step in found])
+        assert len(found) + len(thought) + 1 + (choice.finish_reason == "stop") == reply.usage.completion_tokens
+        before = [*prefix, sampler.begin, *thought, sampler.end]
+        with torch.no_grad():
+            logits = sampler.model(torch.tensor([before + answer])).logits[0, len(before) - 1 : -1].double()
+        logps = torch.log_softmax(logits / (temperature or 1.0), -1)
+        for step, token, logp in zip(found, answer, logps, strict=True):
+            assert abs(step.logprob - logp[token].item()) < 1e-4 and bytes(step.bytes).decode() == step.token
+            best = torch.topk(logp, 5)
+            assert [top.token for top in step.top_logprobs] == tokenizer.convert_ids_to_tokens(best.indices.tolist())
+            assert all(abs(t.logprob - v) < 1e-4 for t, v in zip(step.top_logprobs, best.values.tolist(), strict=True))
+        events = server.client.chat.completions.create(model=NAME, top_logprobs=5, stream=True, **fields)
+        streamed = [step for e in events if e.choices[0].logprobs for step in e.choices[0].logprobs.content]
+        assert streamed == found
+
+
+def test_vllms_sampling_is_of_the_answer(server, hf):
+    """top-k 1 is greedy; a repetition penalty changes the answer and leaves the trace; none ends without its end."""
+    wanted = expected(hf, [USER], 24)
+
+    def create(**extra) -> tuple[str, str]:
+        fields = {"model": NAME, "messages": [USER], "max_tokens": 24, "temperature": 1.0, "seed": 3}
+        message = server.client.chat.completions.create(**fields, extra_body=extra).choices[0].message
+        return message.reasoning_content, message.content
+
+    assert create(top_k=1) == create(min_p=1.0) == (wanted.reasoning, wanted.content)
+    reasoning, content = create(top_k=1, repetition_penalty=5.0)
+    assert reasoning == wanted.reasoning and content != wanted.content
+    fields = {"max_tokens": 200, "n": 8, "temperature": 1.0, "seed": 0}
+    for ignored in (False, True):
+        reply = server.client.chat.completions.create(
+            model=NAME, messages=[USER], **fields, extra_body={"ignore_eos": ignored}
+        )
+        finishes = {choice.finish_reason for choice in reply.choices}
+        assert finishes == {"length"} if ignored else "stop" in finishes
+        assert ignored == (reply.usage.completion_tokens == 8 * 200)
 
 
 def test_endpoints_that_are_passed_on(server, checkpoint):

@@ -9,9 +9,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,42 +18,62 @@ import httpx
 import jinja2
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.examples import prompt_ids
-from abscot_trl.serving.request import ApiError, ChatRequest, Completion, parse_request
+from abscot_trl.serving.request import ApiError, ChatRequest, parse_request
+from abscot_trl.serving.upstream import (
+    NO_TOKENS,
+    Choice,
+    Completion,
+    check_finish,
+    checked,
+    lines,
+    merged,
+    together,
+)
 from abscot_trl.traces.server import DIGEST
-from abscot_trl.traces.vllm import row_seed, sampling_parameters, trace_parameters
+from abscot_trl.traces.vllm import sampling_parameters, trace_parameters
 from abscot_trl.vocabulary import AbstractVocabulary
 
 PASSED_ON = [("GET", "/health"), ("GET", "/metrics"), ("POST", "/v1/completions"), ("POST", "/tokenize")]
 # A body of more bytes than the first for each position, and the second for all else, cannot fit the model: a token is
 # four characters or so, and JSON may write a character in six bytes or twelve.
 TOKEN_BYTES, OTHER_BYTES = 64, 2**16
+# What the second call takes from a request as it is.
+OF_ANSWERS = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+OF_ANSWERS += ("stop", "ignore_eos")
 
 
 @dataclass
 class Turn:
-    """A prompt (with `<beginabstract>`), its trace, whether `<endabstract>` follows, and how many tokens are left."""
+    """
+    A choice: its number, the prompt (with `<beginabstract>`), its trace, whether `<endabstract>` follows, how many
+    tokens are left to its answer, and, later, how many that took.
+    """
 
+    index: int
     prompt: list[int]
     trace: list[int]
     ended: bool
     left: int
+    answered: int = 0
 
-    def usage(self, answer_tokens: int) -> dict:
-        thought = len(self.trace) + self.ended
-        counts = {"prompt_tokens": len(self.prompt), "completion_tokens": thought + answer_tokens}
-        details = {"completion_tokens_details": {"reasoning_tokens": thought}}
-        return {**counts, "total_tokens": sum(counts.values()), **details}
+
+def usage(turns: Sequence[Turn]) -> dict:
+    """Of all choices; the prompt, which they share, counts once."""
+    thought = sum(len(turn.trace) + turn.ended for turn in turns)
+    written = thought + sum(turn.answered for turn in turns)
+    counts = {"prompt_tokens": len(turns[0].prompt), "completion_tokens": written}
+    details = {"completion_tokens_details": {"reasoning_tokens": thought}}
+    return {**counts, "total_tokens": sum(counts.values()), **details}
 
 
 @dataclass
 class Chat:
     """
-    The two calls of a request.
+    The two calls of each choice of a request.
 
     Args:
         client (`httpx.AsyncClient`): of the upstream, a `vllm serve`.
@@ -121,47 +140,62 @@ class Chat:
             raise ApiError(f"messages: the chat template refuses them ({error}); mend them", "messages") from error
         room, needed = self.positions - len(prompt), request.limit or self.vocabulary.m_max + 2
         if room < needed:
-            kind = "max_tokens" if request.limit else "a trace, its end and an answer, together"
+            name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+            kind = name if request.limit else "a trace, its end and an answer, together"
             raise ApiError(
                 f"a prompt of {len(prompt)} tokens and {kind} {needed} exceed the model's {self.positions} positions; "
-                f"shorten the messages{' or lower max_tokens' if request.limit else ''}",
+                f"shorten the messages{f' or lower {name}' if request.limit else ''}",
                 "messages",
                 code="context_length_exceeded",
             )
         return prompt, request.limit or room
 
-    async def think(self, request: ChatRequest, prompt: list[int], budget: int) -> Turn:
-        """The first call: the trace, capped by what the request allows."""
+    async def think(self, request: ChatRequest, prompt: list[int], budget: int, index: int) -> Turn:
+        """A choice's first call: the trace, capped by what the request allows."""
         limit = min(self.vocabulary.m_max, budget)
         temperature = self.trace_temperature if request.trace_temperature is None else request.trace_temperature
-        seed = None if request.seed is None else row_seed(request.seed)
-        fields = trace_parameters([*self.names], self.end, limit, min(self.vocabulary.m_min, limit), temperature, seed)
+        seed, m_min = request.seed_of(index, 0), min(self.vocabulary.m_min, limit)
+        fields = trace_parameters([*self.names], self.end, limit, m_min, temperature, seed)
         body = {"model": self.model, "prompt": prompt, **fields, "logprobs": None, "return_token_ids": True}
         ids = (await self.post(body)).choices[0].token_ids
         if ids is None or not {*ids} <= {*self.names, self.end}:
             raise ApiError.failed(f"a trace of {ids!r:.300}")
         trace = [token for token in ids if token != self.end]
         ended = len(trace) < len(ids) or len(trace) == self.vocabulary.m_max < budget
-        return Turn(prompt, trace, ended, budget - len(trace) - ended)
+        return Turn(index, prompt, trace, ended, budget - len(trace) - ended)
+
+    async def think_all(self, request: ChatRequest, prompt: list[int], budget: int) -> list[Turn]:
+        """The first call of each of the `n` choices, at once."""
+        return await together([self.think(request, prompt, budget, index) for index in range(request.n)])
 
     async def post(self, body: dict) -> Completion:
         response = await self.client.post("/v1/completions", json=body)
-        completion = _checked(response, response.text)
+        completion = checked(response, response.text)
         if not completion.choices or completion.usage is None:
             raise ApiError.failed(response.text)
-        _check_finish(completion.choices[0].finish_reason)
+        check_finish(completion.choices[0].finish_reason)
         return completion
 
     def answer_body(self, turn: Turn, request: ChatRequest, **fields) -> dict:
         """The second call's request, after prompt, trace and `<endabstract>`."""
-        seed = None if request.seed is None else row_seed(request.seed, 1)
-        names = ("top_p", "presence_penalty", "frequency_penalty", "stop")
-        fields |= {"logprobs": None} | {name: getattr(request, name) for name in names}
-        parameters = sampling_parameters(turn.left, request.temperature, self.stops, seed, **fields)
+        fields |= {name: getattr(request, name) for name in OF_ANSWERS}
+        fields |= {"logprobs": request.top_logprobs if request.logprobs else None, "return_tokens_as_token_ids": True}
+        seed = request.seed_of(turn.index, 1)
+        parameters = sampling_parameters(turn.left, request.temperature, self.ends(request), seed, **fields)
         return {"model": self.model, "prompt": [*turn.prompt, *turn.trace, self.end], **parameters}
+
+    def ends(self, request: ChatRequest) -> list[int]:
+        """Ids that end the answer."""
+        return [] if request.ignore_eos else self.stops
 
     def text(self, turn: Turn) -> str:
         return "".join(self.names[token] for token in turn.trace)
+
+    def logprobs(self, request: ChatRequest, choice: Choice) -> dict | None:
+        """Of an answer's tokens, if they were asked for, but the one that ends it, which is not of its text."""
+        if not request.logprobs:
+            return None
+        return (choice.logprobs or NO_TOKENS).as_chat(self.tokenizer, self.ends(request), request.top_logprobs)
 
     def reply(self, kind: str, **fields) -> dict:
         names = {
@@ -172,43 +206,54 @@ class Chat:
         }
         return names | fields
 
-    async def complete(self, turn: Turn, request: ChatRequest) -> dict:
+    async def complete(self, request: ChatRequest, prompt: list[int], budget: int) -> dict:
         """A whole `chat.completion`."""
-        text, finish, tokens = "", "length", 0
+        turns = await self.think_all(request, prompt, budget)
+        choices = await together([self.answer(turn, request) for turn in turns])
+        return self.reply("chat.completion", choices=choices, usage=usage(turns))
+
+    async def answer(self, turn: Turn, request: ChatRequest) -> dict:
+        """A whole choice of the reply, by the second call; without one if no token is left."""
+        found = Choice(text="", finish_reason="length")
         if turn.left:
             completion = await self.post(self.answer_body(turn, request))
-            text, finish = completion.choices[0].text, completion.choices[0].finish_reason
-            tokens = completion.usage.completion_tokens
-        message = {"role": "assistant", "content": text, "reasoning_content": self.text(turn)}
-        choices = [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}]
-        return self.reply("chat.completion", choices=choices, usage=turn.usage(tokens))
+            found, turn.answered = completion.choices[0], completion.usage.completion_tokens
+        message = {"role": "assistant", "content": found.text, "reasoning_content": self.text(turn)}
+        logprobs = self.logprobs(request, found)
+        return {"index": turn.index, "message": message, "logprobs": logprobs, "finish_reason": found.finish_reason}
 
-    async def stream(self, turn: Turn, request: ChatRequest) -> AsyncIterator[str]:
-        """Server-sent events: role, trace, the answer as it comes, finish, usage; an error is an event too."""
-        frame = self.reply("chat.completion.chunk")
-
-        def event(delta: dict, finish: str | None = None) -> str:
-            return _event(frame | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
-
-        yield event({"role": "assistant", "content": ""})
-        yield event({"reasoning_content": self.text(turn)})
-        finish, tokens, answer = "length", 0, self.answer_events(turn, request)
+    async def stream(self, turns: list[Turn], request: ChatRequest) -> AsyncIterator[str]:
+        """Server-sent events: those of the choices as they come, the usage; an error is an event too."""
+        frame, choices = self.reply("chat.completion.chunk"), merged([self.deltas(turn, request) for turn in turns])
         try:
-            while (completion := await self.unless_closing(anext(answer, None))) is not None:
-                if completion.choices:
-                    finish = completion.choices[0].finish_reason
-                    if completion.choices[0].text:
-                        yield event({"content": completion.choices[0].text})
-                else:
-                    tokens = completion.usage.completion_tokens
-            _check_finish(finish)
+            while (choice := await self.unless_closing(anext(choices, None))) is not None:
+                yield _event(frame | {"choices": [choice]})
         except (ApiError, httpx.HTTPError) as error:
             yield _event((error if isinstance(error, ApiError) else ApiError.unreachable(error)).body())
             return
-        yield event({}, finish)
         if request.stream_options.include_usage:
-            yield _event(frame | {"choices": [], "usage": turn.usage(tokens)})
+            yield _event(frame | {"choices": [], "usage": usage(turns)})
         yield "data: [DONE]\n\n"
+
+    async def deltas(self, turn: Turn, request: ChatRequest) -> AsyncIterator[dict]:
+        """A choice's chunks: role, trace, the answer as it comes, finish."""
+
+        def chunk(delta: dict, finish: str | None = None, logprobs: dict | None = None) -> dict:
+            return {"index": turn.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+        yield chunk({"role": "assistant", "content": ""})
+        yield chunk({"reasoning_content": self.text(turn)})
+        finish = "length"
+        async for completion in self.answer_events(turn, request):
+            if not completion.choices:
+                turn.answered = completion.usage.completion_tokens
+                continue
+            [found] = completion.choices[:1]
+            finish, logprobs = found.finish_reason, self.logprobs(request, found)
+            if found.text or (logprobs and logprobs["content"]):
+                yield chunk({"content": found.text}, logprobs=logprobs)
+        check_finish(finish)
+        yield chunk({}, finish)
 
     async def answer_events(self, turn: Turn, request: ChatRequest) -> AsyncIterator[Completion]:
         """The upstream's events of the second call, the last one its usage; none if no token is left."""
@@ -217,12 +262,12 @@ class Chat:
         body = self.answer_body(turn, request, stream=True, stream_options={"include_usage": True})
         async with self.client.stream("POST", "/v1/completions", json=body) as response:
             if not response.is_success:
-                _checked(response, (await response.aread()).decode(errors="replace"))
-            async for line in _lines(response):
+                checked(response, (await response.aread()).decode(errors="replace"))
+            async for line in lines(response):
                 if line == "data: [DONE]":
                     return
                 if line.startswith("data: "):
-                    yield _checked(response, line.removeprefix("data: "))
+                    yield checked(response, line.removeprefix("data: "))
         raise ApiError.failed("its answer ended too early")
 
     async def unless_closing(self, work: Awaitable, gone: Awaitable | None = None) -> Any:
@@ -245,38 +290,8 @@ class Chat:
                 task.cancel()
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[str]:
-    """Lines that end in a newline; httpx's own also end at U+2028 and its like, inside an answer's JSON."""
-    rest = b""
-    async for part in response.aiter_bytes():
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            yield line.decode(errors="replace")
-
-
 def _event(content: dict) -> str:
     return f"data: {json.dumps(content)}\n\n"
-
-
-def _checked(response: httpx.Response, text: str) -> Completion:
-    """The upstream's reply; a bad request in its words, anything else as its failure."""
-    if response.is_success:
-        with suppress(ValidationError):
-            return Completion.model_validate_json(text)
-    try:
-        words = str(json.loads(text)["error"]["message"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        words = text
-    raise (
-        ApiError(f"{words:.1000}")
-        if response.status_code == 400
-        else ApiError.failed(f"{response.status_code}: {words}")
-    )
-
-
-def _check_finish(reason: str | None) -> None:
-    if reason not in ("stop", "length"):
-        raise ApiError.failed(f"it broke off: {reason}")
 
 
 async def _gone(http: Request) -> None:
@@ -305,16 +320,13 @@ def chat_app(chat: Chat) -> FastAPI:
     async def completions(http: Request) -> Response:
         request, prompt, budget = await chat.read(await chat.body(http))
 
-        async def whole() -> dict:
-            return await chat.complete(await chat.think(request, prompt, budget), request)
-
         if not request.stream:
-            return JSONResponse(await chat.unless_closing(whole(), _gone(http)))
+            return JSONResponse(await chat.unless_closing(chat.complete(request, prompt, budget), _gone(http)))
         # before the status is sent: its errors have their own
-        turn = await chat.unless_closing(chat.think(request, prompt, budget), _gone(http))
-        if turn is None:
+        turns = await chat.unless_closing(chat.think_all(request, prompt, budget), _gone(http))
+        if turns is None:
             raise ClientDisconnect
-        return StreamingResponse(chat.stream(turn, request), media_type="text/event-stream")
+        return StreamingResponse(chat.stream(turns, request), media_type="text/event-stream")
 
     async def pass_on(http: Request) -> Response:
         headers = {name: http.headers[name] for name in ("content-type", "accept") if name in http.headers}
