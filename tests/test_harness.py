@@ -1,4 +1,8 @@
-"""lm_eval on a local task: its answers are `abscot evaluate`'s after every swap; what it cannot have is refused."""
+"""
+lm_eval and lighteval themselves on a local task: their answers are those of `abscot evaluate` after every swap, and
+what they cannot have is refused. lighteval is no part of the pinned set, with which it does not start
+(evaluation/README.md): LIGHTEVAL_PYTHON names the python of an environment that has it.
+"""
 
 import json
 import os
@@ -9,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from sampling import ENGINE, ENVIRONMENT, need_vllm
@@ -21,11 +26,7 @@ from abscot_trl.evaluation.arguments import EvaluateArguments, HarnessArguments
 from abscot_trl.evaluation.evaluate import evaluate
 from abscot_trl.examples import prompt_ids
 from abscot_trl.traces.hf import HFTraceSampler
-
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'lm_eval>=0.4.13'")
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from abscot_trl.evaluation.harness_lm_eval import AbscotLM  # noqa: E402
+from abscot_trl.vocabulary import AbstractVocabulary
 
 SWAPS = ["own", "random", "shuffled", "other", "none", "cut:2"]
 GRADE = """
@@ -33,6 +34,21 @@ from abscot_trl.evaluation.grading import score
 
 def grade(doc, results):
     return {"exact_match": score(results[0], doc["gold"], doc["source"])}
+"""
+LIGHTEVAL = """
+from lighteval.metrics.metrics import Metrics
+from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.requests import Doc
+
+def prompt(row, name=None):
+    return Doc(task_name=name, query=row["prompt"], choices=[row["gold"]], gold_index=0)
+
+TASKS_TABLE = [
+    LightevalTaskConfig(
+        "chain", prompt, "{folder}", "default", [Metrics.exact_match], hf_avail_splits=["test"],
+        evaluation_splits=["test"], generation_size=10, stop_sequence=[";"],
+    )
+]
 """
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,8 +80,15 @@ def evaluated(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def run(checkpoint, evaluated, tmp_path):
+def lm_eval():
+    return pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'lm_eval>=0.4.13'")
+
+
+@pytest.fixture
+def run(lm_eval, checkpoint, evaluated, tmp_path):
     """lm_eval in this process on a task over the problems' file; the task's fields, then lm_eval's."""
+
+    from lm_eval.tasks import TaskManager
 
     def run(model: dict, task: dict | None = None, **options) -> dict:
         data = {"data_files": {"test": evaluated[0].problems}, "cache_dir": str(tmp_path / "cache")}
@@ -78,6 +101,7 @@ def run(checkpoint, evaluated, tmp_path):
         text = yaml.safe_dump(fields | (task or {})) + "process_results: !function grade.grade\n" * (not task)
         (tmp_path / "tasks" / "chain.yaml").write_text(text)
         manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        resolve_name("abscot_trl.evaluation.harness_lm_eval")  # registers the model
         options = {"apply_chat_template": True, "bootstrap_iters": 0} | options
         arguments = {"pretrained": str(checkpoint), **model}
         return lm_eval.simple_evaluate("abscot", arguments, ["chain"], task_manager=manager, **options)
@@ -168,6 +192,8 @@ def test_prompts_are_those_of_evaluate(evaluated, run, checkpoint, monkeypatch, 
 
 
 def test_refusals(run, checkpoint, tmp_path):
+    from lm_eval.api.registry import get_model
+
     choice = {
         "output_type": "multiple_choice",
         "doc_to_choice": ["1", "2"],
@@ -192,12 +218,14 @@ def test_refusals(run, checkpoint, tmp_path):
     with pytest.raises(Refused, match="pretrained=FOLDER is missing"):
         HarnessArguments.of({"swap": "own"})
     with pytest.raises(Refused, match="leave 'tools' out"):
-        AbscotLM(pretrained=str(checkpoint)).chat_template("tools")
+        get_model("abscot")(pretrained=str(checkpoint)).chat_template("tools")
 
 
-def test_the_entry_point_is_the_model():
+def test_the_entry_point_is_the_model(lm_eval):
+    from lm_eval.api.registry import get_model
+
     group = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
-    assert resolve_name(group["abscot"]) is AbscotLM
+    assert resolve_name(group["abscot"]) is get_model("abscot")
 
 
 @pytest.mark.slow
@@ -223,3 +251,38 @@ def test_the_command(backend, evaluated, run, checkpoint, tmp_path):
         a["response"] for a in answers_of(arguments.output_dir, "other")
     ]
     assert tasks(json.loads(results.read_text()))["trace_tokens"] == pytest.approx(rows["other"]["trace_tokens"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swap", ["own", "random", "other"])
+def test_lighteval(swap, evaluated, checkpoint, tmp_path):
+    """`lighteval custom`: the same answers, cut at the task's stop; traces in the details, tokens in the results."""
+    python = os.environ.get("LIGHTEVAL_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import lighteval.__main__"], capture_output=True).returncode:
+        pytest.skip("needs lighteval in an environment of its own: LIGHTEVAL_PYTHON (evaluation/README.md)")
+    arguments, rows = evaluated
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text(Path(arguments.problems).read_text())
+    (tmp_path / "tasks.py").write_text(LIGHTEVAL.replace("{folder}", str(tmp_path / "data")))
+    model = ROOT / "abscot_trl" / "evaluation" / "harness_lighteval.py"
+    command = [python, "-m", "lighteval", "custom", f"pretrained={checkpoint},swap={swap}", model, "chain|0"]
+    command += ["--custom-tasks", tmp_path / "tasks.py", "--output-dir", tmp_path / "out", "--save-details"]
+    places = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=os.environ | places, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(results.read_text())
+    (details,) = (tmp_path / "out").rglob("details_*.parquet")
+    found = {row["doc"]["query"]: row["model_response"] for row in pq.read_table(details).to_pylist()}
+    wanted = answers_of(arguments.output_dir, swap)
+    names = AbstractVocabulary.load(checkpoint).tokens
+    for answer in wanted:
+        response = found[answer["problem"]]
+        assert response["text"] == [answer["response"].split(";")[0]]
+        assert response["reasonings"] == ["".join(names[i] for i in answer["trace"])]
+    right = [a["gold"] == a["response"].split(";")[0] for a in wanted]
+    assert results["results"]["chain|0"]["em"] == pytest.approx(sum(right) / 40)
+    ours = results["config_general"]["model_config"]["abscot"]
+    assert ours["swap"] == swap and ours["tasks"]["chain|0"]["answers"] == 40
+    for name in ("trace_tokens", "swapped"):
+        assert ours["tasks"]["chain|0"][name] == pytest.approx(rows[swap][name])
