@@ -1,9 +1,9 @@
-"""The fields of `abscot evaluate`."""
+"""The fields of `abscot evaluate`, and of its model in another harness."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from abscot_trl.data.problems import MODES
+from abscot_trl.data.problems import GPQA, HOTPOTQA, MATHS, MODES
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.swaps import applies, check_swap
 from abscot_trl.traces.backends import SamplerArguments
@@ -128,3 +128,45 @@ class EvaluateArguments(SamplerArguments):
         """How the answers were made, for `results.json`."""
         names = ("backend", "trace_temperature", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(kw_only=True)
+class HarnessArguments(SamplerArguments):
+    """
+    The model's arguments in lm_eval and lighteval, beside those of [`SamplerArguments`].
+
+    Args:
+        pretrained (`str`): folder of an extended checkpoint.
+        swap (`str`): what to answer after, one of abstract mode's in `swaps.py`; `other` stays within a task.
+        instruction (`str`): whose instruction of `abscot evaluate` follows the last user message: `maths`, `gpqa` or
+            `hotpotqa`; `none` leaves the task's prompt alone.
+        trace_temperature (`float`): 0 is greedy. The answer's temperature is the task's.
+        max_gen_toks (`int`): longest answer, without its trace, where the task names none.
+        seed (`int`): of sampling and of the swaps.
+    """
+
+    pretrained: str
+    swap: str = "own"
+    instruction: str = "none"
+    trace_temperature: float = 0.0
+    max_gen_toks: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_swap(self.swap)
+        if self.instruction not in ("none", MATHS, GPQA, HOTPOTQA):
+            raise Refused(f"instruction {self.instruction!r} is not one of none, {MATHS}, {GPQA}, {HOTPOTQA}")
+
+    @classmethod
+    def of(cls, given: dict) -> "HarnessArguments":
+        """
+        Raises:
+            Refused: a name that is no field, or no `pretrained`.
+        """
+        names = [each.name for each in fields(cls)]
+        wrong = [f"{name!r} is unknown" for name in given if name not in names]
+        wrong += [] if "pretrained" in given else ["pretrained=FOLDER is missing"]
+        if wrong:
+            raise Refused(f"the model's arguments: {wrong[0]}; there are {', '.join(names)}")
+        return cls(**given)
