@@ -13,7 +13,10 @@ from warmups import recipes, toy_fields
 from abscot_trl.checkpoint import verify_checkpoint
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
+from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
+from abscot_trl.report.make import ReportArguments, report
+from abscot_trl.report.runs import read_losses
 from abscot_trl.training.resume import LOG_FILE, SealCheckpoints
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
@@ -99,3 +102,12 @@ def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
     assert read_results(run / "results.json") == rows
     verify_checkpoint(run / "grpo" / "train-merged")
     assert next(entry["kl"] for entry in log(run / "grpo" / "train") if "kl" in entry) == 0.0
+    rewards, kept = (
+        [entry["reward"] for entry in entries if "reward" in entry]
+        for entries in (log(run / "grpo" / "train"), read_losses(run)["grpo/train"])
+    )
+    assert rewards == kept and len(rewards) == 4
+    swept = sweep(SweepArguments(str(run), fields["evaluate"], stages=["base", "grpo/train"], launch="inline"))
+    assert [(row["model"], row.get("round")) for row in swept] == [("base", 0)] * 2 + [("run-grpo", None)] * 2
+    text = report(ReportArguments([str(run)])).read_text()
+    assert "grpo/train: 4 steps, reward from" in text and "run-grpo grpo/train" in text and "max_steps 4" in text
