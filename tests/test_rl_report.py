@@ -122,6 +122,14 @@ def test_one_logged_step_is_enough(alone):
     assert "reward: total" in rows_of(report(ReportArguments([str(alone)])).read_text())
 
 
+def test_probes_at_either_end_have_their_bars(alone):
+    """Wilson's ends meet 0 and 100 but for rounding, and a bar of less than nothing is an error."""
+    ((log, _),) = reinforced(alone).values()
+    for value in (0.0, 100.0):
+        probes = [entry | {"probe/own": value} for entry in log if "probe/own" in entry]
+        assert all(rl.over_steps(probes, "learning", held_out) for held_out in (1, 3, 7, 10, 64, 255))
+
+
 def test_hostile_rollouts_are_text(alone):
     """Markup in prompts, traces, answers and a reward's name: shown, and nothing else."""
     evil = EVIL.replace("\n", " ")

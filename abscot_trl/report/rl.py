@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from abscot_trl.evaluation.results import is_number
 from abscot_trl.evaluation.statistics import wilson_interval
 from abscot_trl.report.codebook import fit_zipf
-from abscot_trl.report.plots import MODEL_COLOURS, STYLE, SWAP_COLOURS, _short
+from abscot_trl.report.plots import MODEL_COLOURS, STYLE, SWAP_COLOURS, short
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHOWN = 5  # steps whose rollouts are shown: the first, the last, and some between
@@ -51,7 +51,7 @@ WORDS = (
 
 def series(log: list[dict], key: str) -> tuple[list[float], list[float]]:
     """The steps at which a figure was logged, and its values there."""
-    points = [(entry["step"], entry[key]) for entry in log if is_number(entry.get(key))]
+    points = [(entry["step"], entry[key]) for entry in log if is_number(entry.get(key), -1e30, 1e30)]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -90,26 +90,29 @@ def counted(log: list[dict]) -> list[tuple[str, np.ndarray]]:
 def _draw_lines(axes, log: list[dict], names: dict[str, str], held_out: int) -> None:
     for i, (key, label) in enumerate(names.items()):
         steps, values = series(log, key)
-        style = {"label": _short(label), "color": MODEL_COLOURS[i % 8], "linewidth": 2 if key == "reward" else 1.3}
+        style = {"label": short(label), "color": MODEL_COLOURS[i % 8], "linewidth": 2 if key == "reward" else 1.3}
         style |= {"marker": "o", "markersize": 3} if len(steps) <= 30 else {}
         if key.startswith("probe/"):
             style["color"] = SWAP_COLOURS[key.removeprefix("probe/")]
         if key.startswith("probe/") and held_out:
-            low, high = np.array([wilson_interval(v / 100 * held_out, held_out) for v in np.clip(values, 0, 100)]).T
-            axes.errorbar(steps, values, yerr=[values - low, high - values], capsize=2, **style)
+            ends = np.array([wilson_interval(v / 100 * held_out, held_out) for v in np.clip(values, 0, 100)]).T
+            errors = np.maximum(0.0, [values - ends[0], ends[1] - values])
+            axes.errorbar(steps, values, yerr=errors, capsize=2, **style)
         else:
             axes.plot(steps, values, **style)
 
 
 def _draw_seconds(axes, log: list[dict], names: dict[str, str]) -> None:
     """One part on the other, with room for the legend."""
-    entries = [entry for entry in log if any(is_number(entry.get(key)) for key in names)]
-    values = np.array([[entry[key] if is_number(entry.get(key)) else 0.0 for entry in entries] for key in names])
+    entries = [entry for entry in log if any(is_number(entry.get(key), 0, 1e30) for key in names)]
+    values = np.array(
+        [[entry[key] if is_number(entry.get(key), 0, 1e30) else 0.0 for entry in entries] for key in names]
+    )
     colours, steps = MODEL_COLOURS[: len(names)], [entry["step"] for entry in entries]
     if len(steps) == 1:  # an area needs two
         steps, values = [steps[0] - 0.5, steps[0] + 0.5], np.repeat(values, 2, axis=1)
     axes.stackplot(steps, values, labels=list(names.values()), colors=colours, alpha=0.75, linewidth=0)
-    axes.set_ylim(0, 1.5 * values.sum(axis=0).max())
+    axes.set_ylim(0, 1.5 * values.sum(axis=0).max() or 1.0)
 
 
 def _draw_ranks(axes, counts: list[tuple[str, np.ndarray]]) -> None:

@@ -180,9 +180,11 @@ def read_log(folder: Path) -> list[dict]:
 def _not_to_be_shown(entry: dict) -> str | None:
     """What of a logged step of GRPO is damaged, in words."""
     counts, rollouts = entry.get("codebook_counts", [0]), entry.get("rollouts", [])
+    if not is_number(entry["step"], 0, 1e12):
+        return "no step"
     if not isinstance(counts, list) or not 0 < len(counts) <= CODEBOOK_LIMIT:
         return f"codebook_counts: no list of at most {CODEBOOK_LIMIT}"
-    if not all(is_number(count, 0, 1e15) for count in counts):
+    if not all(is_number(count, 0, 1e12) for count in counts):
         return "codebook_counts: no counts"
     kinds = {"prompt": str, "trace": str, "answer": str, "rewards": dict}
     for rollout in rollouts if isinstance(rollouts, list) else [None]:
