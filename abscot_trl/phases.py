@@ -107,7 +107,7 @@ PHASES = {
         show="abscot_trl.report.tables:results_table",
     ),
     "sweep": Phase(
-        "one evaluation of the base and of every model of a warm-up's rounds",
+        "one evaluation of the base and of every model that a warm-up's rounds and GRPO left",
         "abscot_trl.loop.sweep:sweep",
         ("abscot_trl.loop.sweep:SweepArguments",),
         folder="run",

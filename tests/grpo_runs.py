@@ -1,4 +1,4 @@
-"""GRPO of a tiny model in this process, a slow reference of its log-probabilities, and a warm start to improve on."""
+"""GRPO of a tiny model in this process; a slow reference of its log-probabilities; a warm start to improve on."""
 
 import math
 from dataclasses import replace
@@ -6,17 +6,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset
 from tiny import make_checkpoint
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.checkpoint import save_checkpoint
-from abscot_trl.data.toy import chain_arithmetic
+from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.examples import IGNORE, answer_ids, prompt_ids
+from abscot_trl.phases import run_phase
 from abscot_trl.training.grpo import AbstractGRPOTrainer
 from abscot_trl.training.grpo_config import AbstractGRPOConfig
 from abscot_trl.vocabulary import AbstractVocabulary
+
+RECIPE = {"dtype": "float32", "num_generations": 4, "max_completion_length": 16, "instruction": False}
+RECIPE |= {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "bf16": False, "use_cpu": True}
+RECIPE |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True, "probe_rows": 4}
+RECIPE |= {"rewards": ["accuracy", "trace_length"], "gradient_checkpointing": False, "lr_scheduler_type": "constant"}
+
+
+def recipe(folder: Path, **fields) -> str:
+    """A recipe of `abscot grpo`, with its prompts beside it."""
+    prompts = write_problems(folder / "prompts.jsonl", chain_arithmetic(24, 3, 5, seed=1))
+    path = folder / "grpo.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"prompts": [prompts]} | fields))
+    return str(path)
+
+
+def run(checkpoint, folder: Path, output: Path, *arguments: str, **fields) -> dict:
+    """`abscot grpo` by that recipe, in this process."""
+    given = [
+        "--config",
+        recipe(folder, **fields),
+        "--model_name_or_path",
+        str(checkpoint),
+        "--output_dir",
+        str(output),
+    ]
+    return run_phase("grpo", [*given, *arguments])
 
 
 def columns(examples) -> Dataset:

@@ -19,6 +19,7 @@ from tiny import make_checkpoint
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.training.resume import LOG_FILE, sealed_checkpoints
 
+CLOCK = ("step_time", "epoch", "time/")
 RECIPE = {
     "dtype": "float32",
     "num_generations": 4,
@@ -56,7 +57,7 @@ def last_step(folder: Path) -> int:
 
 def ended(folder: Path) -> tuple[list[dict], bytes]:
     log = json.loads((folder / LOG_FILE).read_text())["log"]
-    log = [{key: value for key, value in entry.items() if key not in ("step_time", "epoch")} for entry in log]
+    log = [{key: value for key, value in entry.items() if not key.startswith(CLOCK)} for entry in log]
     return log, (folder / "model.safetensors").read_bytes()
 
 

@@ -1,5 +1,6 @@
 """GRPO over trace and answer: against a slow reference, and on a task that must be learnt."""
 
+import time
 from statistics import fmean
 
 import pytest
@@ -144,6 +145,27 @@ def test_ratio_is_one_with_the_samplers_own_logps(checkpoint, tmp_path):
     assert len(steps) == 4
     for entry in steps:
         assert entry["ratio/mean"] == pytest.approx(1.0, abs=1e-4) and entry["ratio/outside"] == 0.0
+
+
+@pytest.mark.parametrize("beta", [0.04, 0.0])
+def test_seconds_of_a_step_by_part(checkpoint, tmp_path, beta):
+    """Each is where it was spent, all together no more than was; the probe's are its own."""
+    fields = {"beta": beta, "max_steps": 4, "logging_steps": 2, "gradient_accumulation_steps": 2, "probe_steps": 4}
+    trainer = grpo(checkpoint, tmp_path, train=False, **fields)
+    inner = trainer.reward_funcs[0]
+    trainer.reward_funcs = [lambda **columns: time.sleep(0.2) or inner(**columns)]  # once a step
+    start = time.perf_counter()
+    trainer.train()
+    wall = time.perf_counter() - start
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in steps:
+        parts = {key.removeprefix("time/"): value for key, value in entry.items() if key.startswith("time/")}
+        assert {*parts} == {"rollout", "rewards", "update", "other"} | ({"scoring"} if beta else set())
+        assert min(parts.values()) > 0 and parts["rewards"] >= 0.2
+        assert sum(parts.values()) == pytest.approx(entry["step_time"], rel=0.05)
+        wall -= 2 * sum(parts.values())
+    probes = [entry["time/probe"] for entry in trainer.state.log_history if "time/probe" in entry]
+    assert len(steps) == len(probes) == 2 and min(probes) > 0 and wall > sum(probes)
 
 
 @pytest.mark.slow

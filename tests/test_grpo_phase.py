@@ -7,46 +7,25 @@ from pathlib import Path
 import kill_grpo
 import pytest
 import yaml
+from grpo_runs import RECIPE, recipe, run
 from warmups import recipes, toy_fields
 
 from abscot_trl.checkpoint import verify_checkpoint
-from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
+from abscot_trl.loop.sweep import SweepArguments, sweep
 from abscot_trl.loop.warmup import WarmupArguments, warmup
-from abscot_trl.phases import run_phase
+from abscot_trl.report.make import ReportArguments, report
+from abscot_trl.report.runs import read_losses
 from abscot_trl.training.resume import LOG_FILE, SealCheckpoints
 
-RECIPE = {"dtype": "float32", "num_generations": 4, "max_completion_length": 16, "instruction": False}
-RECIPE |= {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "bf16": False, "use_cpu": True}
-RECIPE |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True, "probe_rows": 4}
-RECIPE |= {"rewards": ["accuracy", "trace_length"], "gradient_checkpointing": False, "lr_scheduler_type": "constant"}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
 
 
-def recipe(folder: Path, **fields) -> str:
-    prompts = write_problems(folder / "prompts.jsonl", chain_arithmetic(24, 3, 5, seed=1))
-    path = folder / "grpo.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"prompts": [prompts]} | fields))
-    return str(path)
-
-
-def run(checkpoint, folder: Path, output: Path, *arguments: str, **fields) -> dict:
-    given = [
-        "--config",
-        recipe(folder, **fields),
-        "--model_name_or_path",
-        str(checkpoint),
-        "--output_dir",
-        str(output),
-    ]
-    return run_phase("grpo", [*given, *arguments])
-
-
 def log(output: Path) -> list[dict]:
-    clock = ("step_time", "epoch")
+    clock = ("step_time", "epoch", "time/")
     entries = json.loads((output / LOG_FILE).read_text())["log"]
-    return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
+    return [{key: value for key, value in entry.items() if not key.startswith(clock)} for entry in entries]
 
 
 def test_a_checkpoint_and_a_log(checkpoint, tmp_path):
@@ -123,3 +102,12 @@ def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
     assert read_results(run / "results.json") == rows
     verify_checkpoint(run / "grpo" / "train-merged")
     assert next(entry["kl"] for entry in log(run / "grpo" / "train") if "kl" in entry) == 0.0
+    rewards, kept = (
+        [entry["reward"] for entry in entries if "reward" in entry]
+        for entries in (log(run / "grpo" / "train"), read_losses(run)["grpo/train"])
+    )
+    assert rewards == kept and len(rewards) == 4
+    swept = sweep(SweepArguments(str(run), fields["evaluate"], stages=["base", "grpo/train"], launch="inline"))
+    assert [(row["model"], row.get("round")) for row in swept] == [("base", 0)] * 2 + [("run-grpo", None)] * 2
+    text = report(ReportArguments([str(run)])).read_text()
+    assert "grpo/train: 4 steps, reward from" in text and "run-grpo grpo/train" in text and "max_steps 4" in text

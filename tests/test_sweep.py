@@ -266,6 +266,28 @@ def test_a_grid_that_makes_no_sense_is_refused_before_it_begins(tmp_path, monkey
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+def test_what_grpo_left_is_swept_too(tmp_path, adapter):
+    """After a warm-up with `grpo`, by the name that its own evaluation has; not before it is merged."""
+    settings = {"model_name_or_path": "init"}
+    folders = ["round1/bottleneck", "round1/distill", "grpo/train"]
+    for name in folders + ["grpo/train-merged"] * adapter:
+        (tmp_path / "run" / name).mkdir(parents=True)
+        manifest = {"stage": name, "phase": "x", "settings": settings, "inputs": {}, "wall_s": 1.0, "attempts": 1}
+        (tmp_path / "run" / name / MANIFEST).write_text(json.dumps(manifest))
+    if adapter:
+        (tmp_path / "run" / "grpo" / "train" / "adapter_config.json").write_text("{}")
+    (tmp_path / "evaluate.yaml").write_text("problems: p\n")
+    arguments = SweepArguments(str(tmp_path / "run"), str(tmp_path / "evaluate.yaml"), name="paper")
+    last = module.sweep_stages(replace(arguments, seeds=[1, 2]))[-2:]
+    assert [stage.name for stage in last] == ["grpo/train seed 1", "grpo/train seed 2"]
+    assert {stage.settings["name"] for stage in last} == {"paper-grpo"}
+    trained = tmp_path / "run" / "grpo" / ("train-merged" if adapter else "train")
+    assert {stage.settings["model"] for stage in last} == {str(trained)}
+    (trained / MANIFEST).unlink()
+    assert [name for name, _ in module.models(tmp_path / "run")] == ["base", "round1/bottleneck", "round1/distill"]
+
+
 @pytest.mark.slow
 def test_each_evaluation_has_a_process_of_its_own(run, monkeypatch, tmp_path):
     """`launch: process`; here the processes are stood in for by the phase in this one (they take seconds to start)."""

@@ -52,9 +52,12 @@ def card_of(gpu: str | None) -> Card:
     return GPUS[gpu]
 
 
-def batch_seconds(shape: Shape, recipe: dict, tokens: float, length: float, card: Card, zero: int = 0) -> float:
+def batch_seconds(
+    shape: Shape, recipe: dict, tokens: float, length: float, card: Card, zero: int = 0, forward: bool = False
+) -> float:
     """
-    Seconds of forward and backward over `tokens` that stand in documents of mean `length`, by one GPU of a known peak.
+    Seconds of forward and backward over `tokens` that stand in documents of mean `length`, by one GPU of a known peak;
+    with `forward` of that alone, by the same constants, which no such pass was held against.
 
     2 operations a parameter and token forward, 2 for the gradient of activations, 2 for that of the weights (full), 2
     when layers are computed again; causal attention 2 L q a token and layer forward, 2.5 times that backward; what
@@ -63,12 +66,14 @@ def batch_seconds(shape: Shape, recipe: dict, tokens: float, length: float, card
     """
     lora, again = bool(recipe.get("use_peft")), int(recipe.get("gradient_checkpointing", True))
     body = sum(a * b for name, a, b in shape.linear if name != "lm_head")
-    products = tokens * body * (4 + 2 * (not lora) + 2 * again)
-    attention = tokens * 2 * length * shape.queries * shape.layers * (3.5 + again)
-    kept = shape.layers * layer_activations(shape, int(tokens)) * (3 + again)
-    weights = body * (2 if lora or recipe.get("dtype") in ("bfloat16", "float16") else 12) * (2 + again)
+    factors = (4 + 2 * (not lora) + 2 * again, 3.5 + again, 3 + again, 2 + again)
+    operations, attended, moved, passes = (2, 1, 1, 1) if forward else factors
+    products = tokens * body * operations
+    attention = tokens * 2 * length * shape.queries * shape.layers * attended
+    kept = shape.layers * layer_activations(shape, int(tokens)) * moved
+    weights = body * (2 if lora or recipe.get("dtype") in ("bfloat16", "float16") else 12) * passes
     seconds = (products / MATMUL + attention / ATTENTION) / card.peak + (MOVED * kept + weights) / card.bandwidth
-    return max(seconds, (LAUNCH_ZERO3 if zero == 3 else LAUNCH) * shape.layers * (2 + again))
+    return max(seconds, (LAUNCH_ZERO3 if zero == 3 else LAUNCH) * shape.layers * passes)
 
 
 def reading_seconds(shape: Shape, tokens: float, card: Card) -> float:

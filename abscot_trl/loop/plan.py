@@ -29,6 +29,7 @@ from abscot_trl.loop.memory import (
     training_disk,
     training_memory,
 )
+from abscot_trl.loop.plan_grpo import grpo_line
 from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.phases import TRAINING
@@ -132,7 +133,9 @@ def plan(args: PlanArguments) -> dict:
         if stage.phase == "traces":
             line |= _sampling(stage.settings, setting)
         elif stage.phase == "grpo":
-            warnings.append(f"{stage.name}: what rollouts take is not reckoned here")
+            about, words = grpo_line(stage.settings, lengths, vocabulary, shape, card, gpus, zero, launcher)
+            line |= about
+            warnings.append(f"{stage.name}: {words}")
         elif stage.phase in TRAINING:
             line |= _training(stage, setting)
             warnings += _recipe_warnings(line, stage.settings, setting)

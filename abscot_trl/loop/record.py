@@ -8,8 +8,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from abscot_trl.errors import Refused
-from abscot_trl.evaluation.results import is_number
+from abscot_trl.report.runs import read_log
 from abscot_trl.storage import MANIFEST, read_json, read_manifest, write_whole
 from abscot_trl.training.resume import LOG_FILE
 
@@ -20,6 +19,10 @@ COLUMNS += ["padding", "sequences_per_step", "supervised_tokens_per_step"]
 COLUMNS += ["useful_own", "useful_random", "useful_other", "useful_none", "predictable", "predictable_uniform"]
 COLUMNS += ["useful_random_se", "useful_other_se", "useful_none_se", "useful_own_given_cot"]
 COLUMNS += ["useful_random_given_cot", "useful_random_given_cot_se"]
+# After these, of a run with GRPO: its rewards by part (`rewards/accuracy/mean`, ..), and
+GRPO_COLUMNS = ["reward", "reward_std", "frac_reward_zero_std", "kl", "ratio/mean", "ratio/outside", "trace/length"]
+GRPO_COLUMNS += ["trace/entropy", "trace/forced_end", "answer/length", "probe/own", "probe/random", "step_time"]
+GRPO_COLUMNS += [f"time/{part}" for part in ("rollout", "rewards", "scoring", "update", "other", "probe")]
 
 
 def _output_of(*command: str) -> str | None:
@@ -54,16 +57,6 @@ def _read_own(folder: Path, name: str, key: str, kind: type):
     return read_json(folder / name, f"remove {folder} and run the stage again", **{key: kind})[key]
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The logged steps of a training stage; none of another stage."""
-    if not (folder / LOG_FILE).is_file():
-        return []
-    log = _read_own(folder, LOG_FILE, "log", list)
-    if not all(isinstance(entry, dict) and is_number(entry.get("step")) for entry in log):
-        raise Refused(f"{folder / LOG_FILE} is damaged (no steps); remove {folder} and run the stage again")
-    return [entry for entry in log if "loss" in entry]
-
-
 def _row_count(folder: Path) -> int | None:
     """Rows that a stage made or trained on."""
     if (folder / LOG_FILE).is_file():
@@ -73,28 +66,34 @@ def _row_count(folder: Path) -> int | None:
     return None
 
 
+def _table(logs: dict[str, list[dict]]) -> str:
+    """`losses.csv`: a line a logged step, columns by the log's names."""
+    names = list(dict.fromkeys(key for log in logs.values() for entry in log for key in entry))
+    rewards = [key for key in names if key.startswith("rewards/") and key.endswith("/mean")]
+    columns = ["stage", *COLUMNS, *(rewards + GRPO_COLUMNS if "reward" in names else [])]
+    writer = csv.DictWriter(text := io.StringIO(), columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"stage": name, **entry} for name, log in logs.items() for entry in log)
+    return text.getvalue()
+
+
 def write_record(run: Path, stages: list) -> None:
     """
     Write `losses.csv`, `losses.png` and `record.md` of the `stages` that are done into `run`.
     """
     done = [stage for stage in stages if (stage.output / MANIFEST).is_file()]
-    table, logs = io.StringIO(), {}
-    writer = csv.DictWriter(table, ["stage", *COLUMNS], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    logs = {stage.name: log for stage in done if (log := read_log(stage.output))}
     lines = ["| stage | rows | steps | wall s | attempts |", "|---|---:|---:|---:|---:|"]
     total = 0.0
     for stage in done:
-        log, manifest = read_log(stage.output), read_manifest(stage.output, "wall_s", "attempts")
-        if log:
-            logs[stage.name] = log
-        writer.writerows({"stage": stage.name, **entry} for entry in log)
-        rows, steps = _row_count(stage.output), log[-1]["step"] if log else None
+        manifest = read_manifest(stage.output, "wall_s", "attempts")
+        rows, steps = _row_count(stage.output), logs[stage.name][-1]["step"] if stage.name in logs else None
         cells = [stage.name, rows, steps, f"{manifest['wall_s']:.1f}", manifest["attempts"]]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
         total += manifest["wall_s"]
     lines.append(f"| total | | | {total:.1f} | |")
-    write_whole(run / "losses.csv", table.getvalue())
-    if logs:
+    write_whole(run / "losses.csv", _table(logs))
+    if logs := {name: log for name, log in logs.items() if not any("reward" in entry for entry in log)}:
         from abscot_trl.report.plots import plot_losses  # matplotlib
 
         plot_losses(logs, run / "losses.png")

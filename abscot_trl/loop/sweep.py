@@ -1,6 +1,6 @@
 """
-`abscot sweep`: one evaluation of the base and of every model that a warm-up's rounds left, in order; with `seeds` or
-temperatures one for each of their combinations.
+`abscot sweep`: one evaluation of the base and of every model that a warm-up's rounds and GRPO left, in order; with
+`seeds` or temperatures one for each of their combinations.
 
 Each evaluation is a stage as the driver's are: a process of its own, skipped when its manifest is there, gone on with
 from its parts when it was killed.
@@ -34,10 +34,10 @@ class SweepArguments:
         run (`str`): folder of the run. Evaluations go to `<run>/sweep`, their rows, with `stage` and `round`, to
             `<run>/sweep/results.json`.
         evaluate (`str`): recipe of the evaluation.
-        stages (`list[str]`, *optional*): whose models (`base`, `round3/distill`); all when left out.
+        stages (`list[str]`, *optional*): whose models (`base`, `round3/distill`, `grpo/train`); all when left out.
         seeds, trace_temperatures, temperatures (`list`, *optional*): values of the recipe's `seed`,
             `trace_temperature` and `temperature`; one evaluation for each combination, named in its `stage`.
-        name (`str`, *optional*): the models' name in results; the run's folder's when left out.
+        name (`str`, *optional*): the models' name in results, or else the folder's; GRPO's ends in `-grpo`.
         launch (`str`): `process`, each evaluation in one of its own, or `inline`, all in this one.
     """
 
@@ -69,25 +69,26 @@ class SweepArguments:
 
 def models(run: Path) -> list[tuple[str, Path]]:
     """
-    `base` and the models of the rounds by the stage that trained them (`round1/bottleneck`), merged where LoRA did.
+    `base` and the models of rounds and GRPO by the stage that trained them (`round1/bottleneck`, `grpo/train`), merged
+    where LoRA did.
 
     Raises:
         Refused: no stage of the run is done.
     """
     finished: list[tuple[str, Path]] = []
-    for folder in rounds(run):
-        for phase in ("bottleneck", "distill"):
-            if not (folder / phase / MANIFEST).is_file():
-                continue
-            if not finished:
-                base = read_manifest(folder / phase, "settings")["settings"].get("model_name_or_path")
-                if not isinstance(base, str):
-                    raise Refused(f"{folder / phase}: its {MANIFEST} names no model that it was trained from")
-                finished.append(("base", Path(base)))
-            adapter = (folder / phase / "adapter_config.json").is_file()
-            model = folder / f"{phase}-merged" if adapter else folder / phase
-            if (model / MANIFEST).is_file():
-                finished.append((f"{folder.name}/{phase}", model))
+    trained = [folder / phase for folder in rounds(run) for phase in ("bottleneck", "distill")]
+    for folder in [*trained, run / "grpo" / "train"]:
+        if not (folder / MANIFEST).is_file():
+            continue
+        if not finished:
+            base = read_manifest(folder, "settings")["settings"].get("model_name_or_path")
+            if not isinstance(base, str):
+                raise Refused(f"{folder}: its {MANIFEST} names no model that it was trained from")
+            finished.append(("base", Path(base)))
+        merged = folder.with_name(f"{folder.name}-merged")
+        model = merged if (folder / "adapter_config.json").is_file() else folder
+        if (model / MANIFEST).is_file():
+            finished.append((f"{folder.parent.name}/{folder.name}", model))
     if not finished:
         raise Refused(f"{run}: no model of a warm-up is done there; run `abscot warmup` first")
     return finished
@@ -97,10 +98,11 @@ def _stage(args: SweepArguments, recipe: dict, name: str, model: Path, values: d
     words = [name]
     for field_, value in values.items():
         words.append(f"{field_.replace('_', ' ')} {str(value).removesuffix('.0')}")
+    run = args.name or Path(args.run).resolve().name
     settings = {
         "model": str(model),
         "output_dir": str(Path(args.run) / "sweep" / "-".join(words).replace("/", "-").replace(" ", "-")),
-        "name": "base" if name == "base" else args.name or Path(args.run).resolve().name,
+        "name": {"base": "base", "grpo/train": f"{run}-grpo"}.get(name, run),
     }
     stage = Stage(" ".join(words), "evaluate", recipe | values | settings)
     try:
@@ -130,8 +132,8 @@ def sweep_stages(args: SweepArguments) -> list[Stage]:
 
 def collect(run: Path, todo: list[Stage]) -> list[dict]:
     """
-    The rows of the evaluations that are done (and graded), each with its `stage` and `round` (0: the base): those of
-    `todo` in order, then those of earlier sweeps of this run.
+    The rows of the evaluations that are done (and graded), each with its `stage` and `round` (0: the base; GRPO's have
+    none): those of `todo` in order, then those of earlier sweeps of this run.
     """
     names = {stage.output: stage.name for stage in todo if is_done(stage)}
     for path in sorted((run / "sweep").glob(f"*/{MANIFEST}")):
@@ -141,6 +143,8 @@ def collect(run: Path, todo: list[Stage]) -> list[dict]:
         if (folder / "results.json").is_file():
             of_round = re.match(r"round(\d+)/", name)
             about = {"stage": name, "round": int(of_round[1]) if of_round else 0}
+            if name.startswith("grpo/"):
+                del about["round"]
             rows += [row | about for row in read_results(folder)]
     return rows
 

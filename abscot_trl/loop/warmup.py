@@ -26,10 +26,10 @@ from abscot_trl.loop.arguments import RunArguments
 from abscot_trl.loop.driver import drive
 from abscot_trl.loop.launch import check_launch
 from abscot_trl.loop.lengths import check_lengths
-from abscot_trl.loop.record import read_log
 from abscot_trl.loop.stages import Stage, check_stages
 from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.report.gauges import WORDS, level, readings, says
+from abscot_trl.report.runs import read_log
 from abscot_trl.storage import check_folder
 from abscot_trl.traces.backends import SamplerArguments
 from abscot_trl.traces.initial import RANDOM_METHODS

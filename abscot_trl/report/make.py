@@ -9,9 +9,9 @@ from pathlib import Path
 
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
-from abscot_trl.report import plots, sections
+from abscot_trl.report import plots, rl, sections
 from abscot_trl.report.page import browser, page
-from abscot_trl.report.runs import over_training, read_answers, warmups
+from abscot_trl.report.runs import over_training, read_answers, reinforced, warmups
 from abscot_trl.report.tables import escaped, markdown_table, results_table
 from abscot_trl.report.verdict import measured, verdicts
 from abscot_trl.storage import check_folder, write_whole
@@ -82,12 +82,12 @@ class ReportArguments:
     Table, figures and answers of one or more runs: `report.md` with its figures, and `report.html`, one file.
 
     Args:
-        runs (`list[str]`): folders that hold a `results.json`, or such files.
+        runs (`list[str]`): folders that hold a `results.json`, or such files; or what `abscot grpo` trained.
         output_dir (`str`, *optional*): where it all goes; `report` in the first run's folder.
         chance (`float`, *optional*): accuracy of guessing in points, drawn as a line; near it no verdict is passed.
     """
 
-    runs: list[str] = field(metadata={"help": "Folders with a results.json, or such files."})
+    runs: list[str] = field(metadata={"help": "Folders with a results.json, or such files, or of abscot grpo."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Where it all goes; default: report in the first run's folder."}
     )
@@ -110,12 +110,14 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(args.runs)
     several = len(paths) > 1
+    runs = dict(zip(names, folders, strict=True))
+    learnt = {name: reinforced(folder) for name, folder in runs.items()}
     results = [
         {**row, **({"run": name} if several else {})}
         for path, name in zip(paths, names, strict=True)
+        if not learnt[name] or (path if path.is_file() else path / "results.json").exists()
         for row in read_results(path)
     ]
-    runs = dict(zip(names, folders, strict=True))
     groups = [
         (folder, group.label + (f" ({name})" if several and name != group.model else ""), group)
         for name, folder in runs.items()
@@ -134,11 +136,17 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         if (folder / "sweep" / "results.json").is_file()
         for row in read_results(folder / "sweep")
     ]
+    learnt = {
+        f"{phase} ({name})" if phase and several else phase or name: one
+        for name, phases in learnt.items()
+        for phase, one in phases.items()
+    }
     parts = [
-        sections.results_section(main, args.chance),
+        sections.results_section(main, args.chance) if main else None,
         sections.swaps_section(main),
         sections.stages_section(results + sweeps),
         sections.codebook_section([entry for entry in groups if entry[2].mode == "abstract"], summaries),
+        rl.section(learnt),
         sections.gauges_section(trained),
         sections.training_section(trained),
         sections.published_section(main),
@@ -150,5 +158,6 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     text = _markdown(args.title, command, judged, parts)
     html = page(args.title, command, judged, parts, browser(groups))
     write_own(output, figures | {"report.md": text.encode(), "report.html": html.encode()})
-    print(results_table(results))  # noqa: T201
+    said = [rl.says(name, *one) for name, one in learnt.items()]
+    print("\n".join([results_table(results)] * bool(results) + said))  # noqa: T201
     return output / "report.md"

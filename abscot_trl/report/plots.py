@@ -39,7 +39,7 @@ STYLE = {
 }
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= 40 else text[:39] + "…"
 
@@ -80,7 +80,7 @@ def over_tokens(results: list[dict], chance: float | None = None) -> Figure:
                 near = [at for tokens, at in placed if 0.4 < tokens / x < 2.5]
                 placed.append((x, min([min(y, 96) + 1.5, *(at - 5.5 for at in near)])))
                 axes.annotate(
-                    f"{_short(label(row))} ({row['mode']})",
+                    f"{short(label(row))} ({row['mode']})",
                     (x, y),
                     xytext=(9, placed[-1][1]),
                     textcoords=("offset points", "data"),
@@ -92,7 +92,7 @@ def over_tokens(results: list[dict], chance: float | None = None) -> Figure:
                 axes.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0f}")
                 axes.legend(loc="center right")
             axes.set(xscale="log", xlabel="generated tokens a problem (mean)", ylabel="accuracy", ylim=(-4, 104))
-            axes.set(title=_short(task) if len(tasks) > 1 else "")
+            axes.set(title=short(task) if len(tasks) > 1 else "")
             axes.margins(x=0.35)
             ticks: list[float] = []
             for tokens in sorted({max(row["tokens"], 0.5) for row in mine}):
@@ -124,7 +124,7 @@ def by_swap(results: list[dict], chance: float | None = None) -> Figure:
             handles.append(axes.axhline(chance, color="grey", linestyle=":"))
             labels.append(f"chance {chance:.0f}")
         figure.legend(handles, labels, title="answer after", loc="outside right upper")
-        axes.set_xticks(range(len(models)), ["\n".join(map(_short, name.split("\n"))) for name in models])
+        axes.set_xticks(range(len(models)), ["\n".join(map(short, name.split("\n"))) for name in models])
         axes.set(ylabel="accuracy", ylim=(0, 104))
         axes.grid(visible=False, axis="x")
     return figure
@@ -138,7 +138,7 @@ def swap_differences(comparisons: list[dict]) -> Figure:
         axes, ticks, y = figure.subplots(), [], 0.0
         for model in models:
             mine = [c for c in comparisons if c["model"] == model]
-            axes.text(0.0, y, _short(model), transform=axes.get_yaxis_transform(), va="center", fontweight="bold")
+            axes.text(0.0, y, short(model), transform=axes.get_yaxis_transform(), va="center", fontweight="bold")
             for c in mine:
                 y -= 1
                 ticks.append((y, c["swap"]))
@@ -167,8 +167,8 @@ def over_stages(results: list[dict]) -> Figure:
                 errors = np.array([_errors(row["accuracy"], row["ci95"]) for row in rows]).reshape(-1, 2).T
                 if rows:
                     axes.errorbar(x, y, yerr=errors, color=_colour(swap, swaps), marker="o", markersize=4, capsize=2)
-            axes.set_xticks(range(len(stages)), list(map(_short, stages)), rotation=30, ha="right", fontsize=8)
-            axes.set(title=_short(" ".join(filter(None, panel))), ylim=(-2, 104))
+            axes.set_xticks(range(len(stages)), list(map(short, stages)), rotation=30, ha="right", fontsize=8)
+            axes.set(title=short(" ".join(filter(None, panel))), ylim=(-2, 104))
         figure.axes[0].set_ylabel("accuracy")
         handles = [matplotlib.patches.Patch(color=_colour(swap, swaps)) for swap in swaps]
         figure.legend(handles, swaps, title="answer after", fontsize=8, loc="outside right upper")
@@ -187,7 +187,7 @@ def codebook(analyses: dict[str, dict]) -> Figure:
             colour, line = MODEL_COLOURS[i % 8], {"marker": "o", "markersize": 4}
             shares = -np.sort(-np.array(a["token_counts"])) / sum(a["token_counts"]) if sum(a["token_counts"]) else []
             used = np.count_nonzero(shares)
-            ranks.plot(range(1, used + 1), shares[:used], color=colour, linestyle="", **line, label=_short(name))
+            ranks.plot(range(1, used + 1), shares[:used], color=colour, linestyle="", **line, label=short(name))
             if a["zipf"]:
                 fit = np.arange(1, len(shares) + 1.0) ** -a["zipf"]["exponent"]
                 ranks.plot(range(1, len(shares) + 1), fit / fit.sum(), color=colour, linewidth=1)
@@ -236,7 +236,7 @@ def codebook_over_training(summaries: dict[str, list[dict]]) -> Figure:
             axes.plot(x, [s["distinct"] / s["traces"] for s in stages], marker="^", label="distinct traces")
             names = [s["stage"].removesuffix("-traces") for s in stages]
             axes.set_xticks(x, names, rotation=30, ha="right", fontsize=8)
-            axes.set(title=_short(name), ylim=(-0.03, 1.05))
+            axes.set(title=short(name), ylim=(-0.03, 1.05))
         panels[0].set_ylabel("share")
         panels[0].legend(fontsize=8)
     return figure
@@ -256,7 +256,7 @@ def losses(logs: dict[str, list[dict]]) -> Figure:
                 axis.plot(steps, values, color=color, linewidth=1, marker="." if len(log) == 1 else None)
             axis.axvline(offset, color="0.9", linewidth=1, zorder=0)
             axis.text(
-                offset, 1.0, _short(stage), transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom"
+                offset, 1.0, short(stage), transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom"
             )
             offset += log[-1]["step"]
         handles = [
@@ -284,7 +284,7 @@ def gauges(read: dict[str, list[dict]]) -> Figure:
                 useful.errorbar(steps, loss, yerr=errors, **style)
             predictable.plot(steps, [entry["predictable"] for entry in log], color="#444444", marker="o", markersize=4)
             predictable.axhline(log[-1]["predictable_uniform"], color="grey", linestyle=":")
-            useful.set_title(_short(stage))
+            useful.set_title(short(stage))
             predictable.set(xlabel="step", ylim=(0, None))
         panels[0, 0].set_ylabel("answer, nats a token")
         panels[1, 0].set_ylabel("trace, nats a token")

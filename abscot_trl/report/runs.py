@@ -11,6 +11,7 @@ from types import NoneType
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import is_number
 from abscot_trl.storage import INPUTS, MANIFEST, read_json, read_manifest
+from abscot_trl.training.resume import LOG_FILE
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
 TEXT_LIMIT = 20_000  # characters of a problem or a response that are kept; a report is no archive
@@ -157,6 +158,68 @@ def over_training(warmup: str | Path) -> list[dict]:
     return summaries
 
 
+def read_log(folder: Path) -> list[dict]:
+    """
+    The logged steps of a training phase, each with what GRPO's probe gave there; none of another phase.
+
+    Raises:
+        Refused: the log is damaged.
+    """
+    path, remedy, steps = folder / LOG_FILE, f"remove {folder} and run the stage again", {}
+    if not path.is_file():
+        return []
+    log = read_json(path, remedy, log=list)["log"]
+    if not all(isinstance(entry, dict) and is_number(entry.get("step")) for entry in log):
+        raise Refused(f"{path} is damaged (no steps); {remedy}")
+    for entry in log:
+        if "loss" in entry or "probe/own" in entry:
+            steps[entry["step"]] = steps.get(entry["step"], {}) | entry
+    return list(steps.values())
+
+
+def _not_to_be_shown(entry: dict) -> str | None:
+    """What of a logged step of GRPO is damaged, in words."""
+    counts, rollouts = entry.get("codebook_counts", [0]), entry.get("rollouts", [])
+    if not is_number(entry["step"], 0, 1e12):
+        return "no step"
+    if not isinstance(counts, list) or not 0 < len(counts) <= CODEBOOK_LIMIT:
+        return f"codebook_counts: no list of at most {CODEBOOK_LIMIT}"
+    if not all(is_number(count, 0, 1e12) for count in counts):
+        return "codebook_counts: no counts"
+    kinds = {"prompt": str, "trace": str, "answer": str, "rewards": dict}
+    for rollout in rollouts if isinstance(rollouts, list) else [None]:
+        if not isinstance(rollout, dict) or not all(isinstance(rollout.get(k), kind) for k, kind in kinds.items()):
+            return "rollouts: no texts with rewards"
+    return None
+
+
+def reinforced(run: str | Path) -> dict[str, tuple[list[dict], int]]:
+    """
+    What GRPO logged in `run`: its steps and the number of its held-out prompts, by the phase's folder below `run`
+    (of the phase itself "").
+
+    Raises:
+        Refused: a damaged log; names file and step.
+    """
+    found = {}
+    for path in sorted(Path(run).rglob(LOG_FILE)):
+        folder = path.parent.relative_to(run)
+        if any(part.startswith(".") for part in folder.parts):  # not in its place yet
+            continue
+        log = read_log(path.parent)
+        if not any("reward" in entry for entry in log):
+            continue
+        wrong = [f"step {entry['step']}: {words}" for entry in log if (words := _not_to_be_shown(entry))]
+        if not wrong and len({len(entry["codebook_counts"]) for entry in log if "codebook_counts" in entry}) > 1:
+            wrong = ["codebook_counts: of two codebooks"]
+        if wrong:
+            raise Refused(f"{path} is damaged ({wrong[0]}); run the phase again")
+        rows = read_json(path, "run the phase again").get("rows")
+        held_out = rows.get("held_out") if isinstance(rows, dict) else None
+        found["" if folder == Path() else str(folder)] = log, held_out if type(held_out) is int else 0
+    return found
+
+
 def read_losses(warmup: Path) -> dict[str, list[dict]]:
     """
     The logged steps by stage, from `losses.csv`; empty without one.
@@ -194,7 +257,8 @@ def read_settings(run: str | Path) -> dict[str, dict]:
     phases: dict[str, list[dict]] = {}
     for warmup in warmups(run):
         name = "" if warmup == Path(run) else f"{warmup.name}: "
-        for path in (path for folder in rounds(warmup) for path in sorted(folder.glob(f"*/{MANIFEST}"))):
+        folders = [*rounds(warmup), warmup / "grpo"]
+        for path in (path for folder in folders for path in sorted(folder.glob(f"*/{MANIFEST}"))):
             record = read_manifest(path.parent, "phase", "settings")
             settings = {key: value for key, value in record["settings"].items() if key not in PATHS}
             phases.setdefault(name + record["phase"], []).append(settings)

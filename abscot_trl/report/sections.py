@@ -141,6 +141,7 @@ def training_section(trained: dict[str, Path]) -> dict | None:
     figures, tables = {}, []
     for name, folder in trained.items():
         logs = read_losses(folder)
+        logs = {stage: log for stage, log in logs.items() if not any("reward" in entry for entry in log)}
         if logs:
             points = sum(map(len, logs.values()))
             caption = f"Losses and learning rate of {name} as logged, {points} points of one run, no interval."

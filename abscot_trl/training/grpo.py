@@ -20,7 +20,6 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
@@ -36,6 +35,7 @@ from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.grpo_config import AbstractGRPOConfig
 from abscot_trl.training.policy import TracePolicy, renormalise_traces
 from abscot_trl.training.resume import SealCheckpoints, SealedTrainer
+from abscot_trl.training.times import TimedGRPOTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHOWN, LETTERS = 4, 2000  # rollouts kept with each logged step, and how much of their text
@@ -67,7 +67,7 @@ class Probe(TrainerCallback):
             control.should_log = due  # its own entry has cleared it
 
 
-class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
+class AbstractGRPOTrainer(SealedTrainer, TimedGRPOTrainer):
     """
     Group relative policy optimisation of [z~; y] under constrained decoding.
 
@@ -82,8 +82,9 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         processing_class, peft_config, callbacks: as in `GRPOTrainer`; make `peft_config` with [`lora_config`].
 
     Beside trl's metrics it logs `trace/length`, `trace/entropy`, `trace/forced_end`, `answer/length`, with vLLM
-    `ratio/mean` and `ratio/outside` (of trainer to sampler, a token: its mean, and the share outside [0.9, 1.1]), and
-    `probe/own` and `probe/random`. With each logged step, `log_history` keeps the codebook's counts and some rollouts.
+    `ratio/mean` and `ratio/outside` (of trainer to sampler, a token: its mean, and the share outside [0.9, 1.1]),
+    `probe/own`, `probe/random`, and seconds (`time/..`). With each logged step, `log_history` keeps the codebook's
+    counts and some rollouts.
 
     Raises:
         Refused: settings that cannot work together; while it trains, a loss or weights that are not finite.
@@ -269,13 +270,14 @@ class AbstractGRPOTrainer(SealedTrainer, GRPOTrainer):
         rows = self.probes.select(range(rank * each, (rank + 1) * each))
         prompts, _, _ = self._tokenize_prompts(rows["prompt"][:])
         columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
-        found = {}
+        found, start = {}, self._now()
         for trace in ("own", "random"):
             with self._greedy(trace):
                 ids, _ = self._generate_single_turn(prompts, None, {}, 1)
             answers = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
             scores = accuracy(completions=answers, **columns)
             found[f"probe/{trace}"] = self._mean(100 * torch.tensor(scores, device=self.accelerator.device))
+        found["time/probe"] = self._now() - start
         Trainer.log(self, found)  # trl's would take the other figures along
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
