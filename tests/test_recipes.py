@@ -39,7 +39,7 @@ from abscot_trl.vocabulary import AbstractVocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
-READ = [ROOT / "README.md", ROOT / "abscot_trl/serving/README.md", *(ROOT / "recipes").rglob("*.md")]
+READ = [ROOT / "README.md", *(p for room in ("recipes", "abscot_trl", "tests") for p in (ROOT / room).rglob("*.md"))]
 DOCUMENTS = FILES + [path.relative_to(ROOT) for path in READ]
 MODELS = [path for path in FILES if path.parts[1] != "demo"]
 TRAINED = [path for path in MODELS if path.name.startswith(("bottleneck", "distill"))]

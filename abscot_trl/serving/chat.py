@@ -34,7 +34,7 @@ from abscot_trl.serving.upstream import (
     together,
 )
 from abscot_trl.traces.server import DIGEST
-from abscot_trl.traces.vllm import sampling_parameters, trace_parameters
+from abscot_trl.traces.vllm import sampling_parameters, trace_parameters, without
 from abscot_trl.vocabulary import AbstractVocabulary
 
 PASSED_ON = [("GET", "/health"), ("GET", "/metrics"), ("POST", "/v1/completions"), ("POST", "/tokenize")]
@@ -101,6 +101,7 @@ class Chat:
         self.reader = ThreadPoolExecutor(1)  # tokenizing takes seconds and must not hold up the others' replies
         self.names = dict(zip(self.vocabulary.ids(self.tokenizer), self.vocabulary.tokens, strict=True))
         self.begin, self.end = self.vocabulary.begin_id(self.tokenizer), self.vocabulary.end_id(self.tokenizer)
+        self.barred = without(self.vocabulary.all_ids(self.tokenizer))  # from answers, as in evaluation
 
     async def body(self, http: Request) -> bytes:
         """
@@ -178,7 +179,7 @@ class Chat:
 
     def answer_body(self, turn: Turn, request: ChatRequest, **fields) -> dict:
         """The second call's request, after prompt, trace and `<endabstract>`."""
-        fields |= {name: getattr(request, name) for name in OF_ANSWERS}
+        fields |= {name: getattr(request, name) for name in OF_ANSWERS} | self.barred
         fields |= {"logprobs": request.top_logprobs if request.logprobs else None, "return_tokens_as_token_ids": True}
         seed = request.seed_of(turn.index, 1)
         parameters = sampling_parameters(turn.left, request.temperature, self.ends(request), seed, **fields)
