@@ -2,18 +2,18 @@
 `abscot grpo` killed (SIGKILL) at random moments and started again with the same command, until it ends: its log and
 its weights must be those of a run that was not killed.
 
-    python tests/kill_grpo.py FOLDER 10         # so many kills; a start takes some ten seconds
+    python tests/kill_grpo.py FOLDER 10         # so many kills
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
 import time
+from multiprocessing import Process
 from pathlib import Path
 
 import yaml
+from forked import abscot
 from tiny import make_checkpoint
 
 from abscot_trl.data.toy import chain_arithmetic, write_problems
@@ -44,11 +44,15 @@ RECIPE = {
 }
 
 
-def start(folder: Path, name: str) -> subprocess.Popen:
-    command = ["-m", "abscot_trl.cli", "grpo", "--config", folder / "grpo.yaml", "--model_name_or_path"]
-    command = [sys.executable, *map(str, [*command, folder / "model", "--output_dir", folder / name])]
-    with open(folder / f"{name}.txt", "a") as said:
-        return subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(folder: Path, name: str) -> Process:
+    words = ["grpo", "--config", folder / "grpo.yaml", "--model_name_or_path", folder / "model"]
+    return abscot([*words, "--output_dir", folder / name], folder / f"{name}.txt")
+
+
+def end(folder: Path, name: str) -> None:
+    process = start(folder, name)
+    process.join()
+    assert process.exitcode == 0, (folder / f"{name}.txt").read_text()[-2000:]
 
 
 def last_step(folder: Path) -> int:
@@ -73,20 +77,20 @@ def main(folder: Path, kills: int, seed: int = 0) -> int:
     make_checkpoint(folder / "model")
     prompts = write_problems(folder / "prompts.jsonl", chain_arithmetic(24, 3, 5, seed=1))
     (folder / "grpo.yaml").write_text(yaml.safe_dump(RECIPE | {"prompts": [prompts], "max_steps": 8 * kills + 8}))
-    assert start(folder, "whole").wait() == 0, (folder / "whole.txt").read_text()[-2000:]
+    end(folder, "whole")
     rng, met = random.Random(seed), 0
     for _ in range(kills):
         process = start(folder, "killed")
         target = last_step(folder / "killed") + rng.randint(0, 5)
-        while process.poll() is None and last_step(folder / "killed") < target:
+        while process.is_alive() and last_step(folder / "killed") < target:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.4))  # in a rollout, a step, or a checkpoint half written
-        met += process.poll() is None
+        met += process.is_alive()
         process.kill()
-        process.wait()
+        process.join()
         print(f"killed after checkpoint {last_step(folder / 'killed')}", flush=True)
     if not (folder / "killed" / LOG_FILE).is_file():
-        assert start(folder, "killed").wait() == 0, (folder / "killed.txt").read_text()[-2000:]
+        end(folder, "killed")
     (log, weights), (other, others) = ended(folder / "whole"), ended(folder / "killed")
     assert log == other and weights == others
     return met

@@ -10,13 +10,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
 from trainers import LAST, build, lora, phase, rows, run, settings, weights
 
 from abscot_trl.errors import Refused
-from abscot_trl.phases import run_phase
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig
 
@@ -102,15 +102,20 @@ def refusal(call, *args, **fields) -> str | None:
         return str(error)
 
 
-def command(arguments: list[str]) -> None:
+def command(*arguments: str) -> None:
     """`python -m abscot_trl.scripts.bottleneck` with these arguments."""
-    sys.argv[1:] = arguments
-    runpy.run_module("abscot_trl.scripts.bottleneck", run_name="__main__", alter_sys=True)
+    with patch.dict(os.environ), patch.object(sys, "argv", [sys.argv[0], *arguments]):
+        runpy.run_module("abscot_trl.scripts.bottleneck", run_name="__main__", alter_sys=True)
 
 
-def refused(folder: str, arguments: list[str]) -> None:
-    """What `abscot bottleneck` with these arguments says; each process writes it."""
-    said = refusal(run_phase, "bottleneck", arguments)
+def refused(folder: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """What the command with these arguments says, in such an environment; each process writes it."""
+    try:
+        with patch.dict(os.environ, environment or {}):
+            command(*arguments)
+        said = "nothing"
+    except SystemExit as end:
+        said = end.code
     Path(folder, f"said{os.environ['RANK']}.txt").write_text(str(said))
 
 

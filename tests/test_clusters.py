@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import abscot
 from safetensors.torch import load_file
 from sklearn.cluster import MiniBatchKMeans
 from transformers import AutoModelForCausalLM
@@ -189,12 +189,12 @@ def test_sigkill_and_the_same_command_again(arguments, prepared, tmp_path, monke
     parts, flags = Path(arguments.output_dir + ".parts"), []
     for key in ("model", "data", "output_dir", "method", "seed", "part_tokens", "dtype"):
         flags += [f"--{key}", str(getattr(arguments, key))]
-    command = [sys.executable, "-m", "abscot_trl.scripts.traces", *flags]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while len(list(parts.glob("states*"))) < 3:
-            assert process.poll() is None, process.stderr.read().decode()[-2000:]
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    process = abscot(["traces", *flags], tmp_path / "log")
+    while len(list(parts.glob("states*"))) < 3:
+        assert process.is_alive(), (tmp_path / "log").read_text()[-2000:]
+        time.sleep(0.002)
+    process.kill()
+    process.join()
     kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("states*")}
     assert len(kept) >= 3 and not Path(arguments.output_dir).exists()
     remove, seen = storage.Parts.remove, {}

@@ -1,14 +1,13 @@
 """`abscot traces`: killed and started again, in shards, by several processes: always the same file."""
 
 import json
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import abscot
 from sampling import ENGINE, ENVIRONMENT, ON_GPU, need_vllm
 from transformers import AutoTokenizer
 
@@ -59,24 +58,24 @@ def whole(checkpoint, prepared, tmp_path_factory):
 
 
 def command(args: TracesArguments) -> list[str]:
+    """Of `abscot`."""
     fields = {
         key: getattr(args, key) for key in ("model", "data", "output_dir", "given", "seed", "part_tokens", "dtype")
     }
-    flags = [part for key, value in fields.items() for part in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "abscot_trl.scripts.traces", *flags]
+    return ["traces", *(part for key, value in fields.items() for part in (f"--{key}", str(value)))]
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(arguments, whole, monkeypatch):
+def test_killed_and_started_again(arguments, whole, tmp_path, monkeypatch):
     """SIGKILL twice in the middle: no row is sampled again, and the file is the same, byte by byte."""
     parts, seen = Path(arguments.output_dir + ".parts"), 0
     for _ in range(2):
-        process = subprocess.Popen(command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = abscot(command(arguments), tmp_path / "log")
         while len(list(parts.glob("*.jsonl"))) < seen + 3:
-            assert process.poll() is None, process.stderr.read().decode()[-2000:]
+            assert process.is_alive(), (tmp_path / "log").read_text()[-2000:]
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         seen = len(list(parts.glob("*.jsonl")))
     finished = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}
     kept = sum(len(path.read_text().splitlines()) for path in parts.glob("*.jsonl"))
@@ -110,7 +109,7 @@ def shutil_free(parts: Path, monkeypatch) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_shards_join_to_the_same_file(arguments, whole):
+def test_shards_join_to_the_same_file(arguments, whole, tmp_path):
     """Three shards one after another; the last one joins. Then three at once."""
     for index in (2, 1):
         left = make_traces(replace(arguments, shard=f"{index}/3"))
@@ -118,10 +117,11 @@ def test_shards_join_to_the_same_file(arguments, whole):
     summary = make_traces(replace(arguments, shard="3/3"))
     assert summary["traces"] == 300 and content(arguments.output_dir) == content(whole)
     other = replace(arguments, output_dir=arguments.output_dir + "-at-once")
-    jobs = [subprocess.Popen([*command(other), "--shard", f"{i}/3"], stdout=subprocess.PIPE) for i in (1, 2, 3)]
-    assert [job.wait() for job in jobs] == [0, 0, 0]
+    logs = {f"{i}/3": tmp_path / f"log{i}" for i in (1, 2, 3)}
+    jobs = [abscot([*command(other), "--shard", shard], log) for shard, log in logs.items()]
+    assert [job.join() or job.exitcode for job in jobs] == [0, 0, 0]
     assert content(other.output_dir) == content(whole)
-    assert any("300 traces" in job.stdout.read().decode() for job in jobs)
+    assert any("300 traces" in log.read_text() for log in logs.values())
 
 
 def test_a_run_begun_with_other_settings_is_refused(arguments, checkpoint):

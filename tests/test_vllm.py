@@ -29,6 +29,7 @@ TRUNCATED = {"temperature": 2.0, "top_p": 0.9, "top_k": 12, "seed": 6}
 NINE = list(range(5, 95, 10))
 SCRIPT = """
 import dataclasses, json, sys
+from abscot_trl.phases import run_phase
 from abscot_trl.traces.vllm import VLLMTraceSampler
 job = json.load(open(sys.argv[1]))
 sampler = VLLMTraceSampler(job["model"], **job["engine"])
@@ -40,6 +41,8 @@ for call in job["calls"]:
     except ValueError as error:
         results.append(str(error))
 json.dump(results, open(sys.argv[2], "w"))
+if job["evaluate"]:
+    run_phase("evaluate", ["--config", job["evaluate"]])  # boots an engine of its own
 """
 
 
@@ -53,9 +56,23 @@ def given(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def sampled(checkpoint, given, tmp_path_factory):
-    """Calls, and what one engine answers to them."""
+def evaluated(checkpoint, tmp_path_factory):
+    """A folder with recipes of an evaluation by transformers and by vLLM: hf.yaml is run, vllm.yaml by `sampled`."""
     need_vllm()
+    folder = tmp_path_factory.mktemp("evaluated")
+    problems = write_problems(folder / "problems.jsonl", chain_arithmetic(60, 4, 5, seed=0))
+    recipe = {"model": str(checkpoint), "problems": problems, "dtype": "float32", "max_new_tokens": 12}
+    recipe |= {"modes": ["verbal", "abstract"], "swaps": ["own", "random", "other"], "instruction": False}
+    for backend, extra in (("hf", {}), ("vllm", {"engine": ENGINE})):
+        extra |= {"backend": backend, "output_dir": str(folder / backend)}
+        (folder / f"{backend}.yaml").write_text(yaml.safe_dump(recipe | extra))
+    run_phase("evaluate", ["--config", str(folder / "hf.yaml")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sampled(checkpoint, given, evaluated, tmp_path_factory):
+    """Calls, and what one engine answers to them."""
     one = given[5]
     calls = {
         "free": {"prefixes": given * 6, "m_max": 5, "m_min": 2, "seed": 1},
@@ -72,12 +89,13 @@ def sampled(checkpoint, given, tmp_path_factory):
         "long": {"prefixes": [[3] * 300], "m_max": 3},
         "none": {"prefixes": [], "m_max": 3},
     }
-    return calls, run(tmp_path_factory.mktemp("vllm"), checkpoint, calls)
+    folder = tmp_path_factory.mktemp("vllm")
+    return calls, run(folder, checkpoint, calls, evaluate=str(evaluated / "vllm.yaml"))
 
 
-def run(folder: Path, checkpoint, calls: dict[str, dict], **engine) -> dict:
-    """What one engine, in a process of its own, answers to the calls (booting one takes 20 s)."""
-    job = {"model": str(checkpoint), "engine": ENGINE | engine, "calls": list(calls.values())}
+def run(folder: Path, checkpoint, calls: dict[str, dict], evaluate: str | None = None, **engine) -> dict:
+    """What one engine, in a process of its own, answers to the calls (booting one takes 20 s); then an evaluation."""
+    job = {"model": str(checkpoint), "engine": ENGINE | engine, "calls": list(calls.values()), "evaluate": evaluate}
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, folder / "script.py", folder / "job.json", folder / "out.json"]
@@ -184,22 +202,11 @@ def test_truncated_answers_follow_the_softmax(checkpoint, sampled, given):
     assert sampled[1]["nucleus again"] == [sampled[1]["nucleus"][row] for row in NINE]
 
 
-def test_evaluation_by_vllm_equals_transformers(checkpoint, tmp_path):
+def test_evaluation_by_vllm_equals_transformers(evaluated, sampled):
     """`abscot evaluate` with `backend: vllm`, greedy: every trace and answer is transformers', and every result."""
-    need_vllm()
-    problems = write_problems(tmp_path / "problems.jsonl", chain_arithmetic(60, 4, 5, seed=0))
-    recipe = {"model": str(checkpoint), "problems": problems, "dtype": "float32", "max_new_tokens": 12}
-    recipe |= {"modes": ["verbal", "abstract"], "swaps": ["own", "random", "other"], "instruction": False}
-    for backend, extra in (("hf", {}), ("vllm", {"engine": ENGINE})):
-        path = tmp_path / f"{backend}.yaml"
-        path.write_text(yaml.safe_dump(recipe | extra | {"backend": backend, "output_dir": str(tmp_path / backend)}))
-    run_phase("evaluate", ["--config", str(tmp_path / "hf.yaml")])
-    command = [sys.executable, "-m", "abscot_trl.scripts.evaluate", "--config", tmp_path / "vllm.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    hf, vllm = ((tmp_path / name / "answers.jsonl").read_text() for name in ("hf", "vllm"))
+    hf, vllm = ((evaluated / name / "answers.jsonl").read_text() for name in ("hf", "vllm"))
     assert hf == vllm and len(hf.splitlines()) == 60 * 4
-    hf, vllm = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("hf", "vllm"))
+    hf, vllm = (json.loads((evaluated / name / "results.json").read_text()) for name in ("hf", "vllm"))
     assert [r.pop("decoding")["backend"] for r in vllm] == ["vllm"] * 4
     assert [r | {"decoding": None} for r in vllm] == [r | {"decoding": None} for r in hf]
 
