@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -475,6 +476,7 @@ def as_abscot(words: list[str]) -> list[str]:
     return words
 
 
+HARNESS = "abscot_trl.evaluation.harness_lm_eval"
 COMMAND = r".*(--|=|/)|(make|abscot) [\w-]+$"  # what begins like one and is none: "abscot data counts every row"
 CODE = [path.relative_to(ROOT) for path in sorted((ROOT / "abscot_trl").rglob("*.py"))]
 CARD = Path("abscot_trl/model_card.md")
@@ -500,6 +502,12 @@ def test_commands_are_found_where_they_are_printed():
 @pytest.mark.parametrize("path, command", WHOLE, ids=[f"{path}:{command[:60]}" for path, command in WHOLE])
 def test_a_command_that_is_shown_parses_as_it_stands(path, command):
     words = shlex.split(command)
+    if HARNESS in words:
+        from lm_eval._cli.harness import HarnessCLI  # of the development set
+
+        with patch("sys.argv", ["lm_eval", *words[words.index(HARNESS) + 1 :]]):
+            assert HarnessCLI().parse_args().model == "abscot"
+        return
     if words[0] == "make":
         printed = subprocess.run(
             ["make", "--dry-run", "--no-print-directory", *words[1:]], capture_output=True, text=True
