@@ -10,8 +10,8 @@ from abscot_trl.phases import run_phase
 from abscot_trl.traces.files import write_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
-LONGEST = ("kill", "serve", "warmup", "distributed", "rollout", "grpo", "grpo_phase", "sweep", "make_traces", "fuzz")
-LONGEST += ("vllm", "baselines")
+LONGEST = ("kill", "distributed", "rollout", "serve", "grpo", "warmup", "vllm", "make_traces", "baselines", "fuzz")
+LONGEST += ("grpo_phase", "evidence", "sweep", "gauges")
 
 
 def pytest_collection_modifyitems(items):
