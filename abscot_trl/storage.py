@@ -343,5 +343,8 @@ class Parts:
             yield
 
     def remove(self) -> None:
-        """After joining."""
+        """After joining. The settings go last: without them the rest would be nobody's, and stay."""
+        for path in self.folder.glob("*"):
+            if path.name != SETTINGS:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -198,3 +198,30 @@ def test_a_record_of_other_fields_is_damage(tmp_path, record):
     parts.write(0, [{"score": 1.0}, record])
     with pytest.raises(Refused, match="000000.jsonl is damaged .score is missing, or no float"):
         list(parts.records([0], kinds={"score": float}))
+
+
+def test_parts_that_are_being_removed_stay_ours(tmp_path, monkeypatch):
+    """Killed before any of the removals: the settings are there as long as anything else is."""
+    unlink, left = os.unlink, 0
+
+    def killed(*args, **kwargs):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        unlink(*args, **kwargs)
+
+    for moment in range(5):
+        parts = Parts(tmp_path / str(moment), {})
+        for number in range(3):
+            parts.write(number, [])
+        with parts.joining():
+            left = moment
+            monkeypatch.setattr(os, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                parts.remove()
+            monkeypatch.undo()
+        names = {path.name for path in parts.folder.iterdir()}
+        assert len(names) == 5 - moment and "settings.json" in names
+        Parts(tmp_path / str(moment), {}).remove()
+        assert not parts.folder.exists()
