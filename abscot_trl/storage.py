@@ -345,6 +345,8 @@ class Parts:
     def remove(self) -> None:
         """After joining. The settings go last: without them the rest would be nobody's, and stay."""
         for path in self.folder.glob("*"):
-            if path.name != SETTINGS:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != SETTINGS:
                 path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -22,7 +22,7 @@ from abscot_trl.evaluation.arguments import HarnessArguments
 from abscot_trl.evaluation.harness import NO_LIKELIHOOD, Ask, TracedModel
 
 logger = logging.getLogger("lm_eval.abscot")  # lm_eval shows its own loggers only
-NEUTRAL = {("num_beams", 1), ("num_return_sequences", 1), ("repetition_penalty", 1.0)}
+NEUTRAL = ("num_beams", 1), ("num_return_sequences", 1), ("repetition_penalty", 1.0)  # values may be lists
 
 
 class Messages(str):

@@ -213,6 +213,7 @@ class AbstractVLLMGeneration(VLLMGeneration):
             self.temperature,
             seed,
             rows,
+            barred=None if self.temperature else self.sampler.reserved,  # a probe's, as evaluation
         )
         return [
             (head + ids, [*trace.logps, trace.end_logp, *logps])

@@ -47,7 +47,7 @@ def trace_parameters(
 
 
 def without(barred: list[int]) -> dict:
-    """The tokens `barred` are not drawn: a logit's lowest bias in this API, e^-100 of its odds."""
+    """The tokens `barred` are not drawn: a logit's lowest bias in this API, e^(-100 / temperature) of its odds."""
     return {"logit_bias": dict.fromkeys(barred, -100.0)} if barred else {}
 
 

@@ -194,7 +194,10 @@ class AbstractGRPOTrainer(SealedTrainer, TimedGRPOTrainer):
             traces = random_traces(traces, self.codebook, seed, rows)
         heads = [[*trace, self.end] for trace in traces]
         given = [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)]
-        answers = sampler.complete_answers(given, self.max_completion_length - m_max - 1, hot[1], seed, rows)
+        barred = sampler.reserved if self._probing else None  # as evaluation
+        answers = sampler.complete_answers(
+            given, self.max_completion_length - m_max - 1, hot[1], seed, rows, barred=barred
+        )
         return [head + ids for head, ids in zip(heads, answers, strict=True)]
 
     def _calculate_rewards(self, *args, **kwargs) -> Tensor:

@@ -5,7 +5,7 @@ Rows with a verbal chain of thought, one step a line, and held-out problems of t
     facts          follow 3 to 5 relations through 12 to 20 shuffled facts. Held out: problems, and 6 or 7 relations
     states         what is in a box after 9 to 12 exchanges. Held out: problems, and 13 or 14 exchanges
 
-    python recipes/smollm2-135m/tasks.py gsm-symbolic --rows 220000 --test 1000 --seed 0 \
+    python recipes/smollm2-135m/tasks.py gsm-symbolic --rows 420000 --test 1000 --seed 0 \
         --output_dir runs/smollm2-135m/gsm-symbolic/rows
 
 writes train.jsonl, test.jsonl and templates.jsonl or longer.jsonl, as `abscot data` and `abscot evaluate` read them.
@@ -204,7 +204,7 @@ def write(splits: dict[str, list[Problem]], family: str, output_dir: str) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--rows", type=int, default=220_000, help="of train.jsonl")
+    parser.add_argument("--rows", type=int, default=420_000, help="of train.jsonl")
     parser.add_argument("--test", type=int, default=1000, help="problems of each of the two tests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", required=True, help="must not exist yet")
