@@ -131,8 +131,8 @@ def main() -> None:
         print(  # noqa: T201
             "usage: abscot <phase> --config FILE.yaml [--field value ..] [--accelerate_config NAME] "
             "[--num_processes N]\n\n"
-            f"{lines}\n\nabscot <phase> --help lists a phase's fields; --accelerate_config (bottleneck, distill, grpo, "
-            "baseline,\nbaselines, warmup, plan) is a file or the name of one in accelerate_configs/, "
+            f"{lines}\n\nabscot <phase> --help lists a phase's fields; --accelerate_config (bottleneck, distill, "
+            "grpo, baseline,\nbaselines, warmup, plan) is a file or the name of one in accelerate_configs/, "
             "--num_processes its GPUs"
         )
         sys.exit(0 if arguments else 2)
