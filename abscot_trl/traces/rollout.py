@@ -115,7 +115,7 @@ class AbstractVLLMGeneration(VLLMGeneration):
     ):
         self.vocabulary, self.m_max, self.m_min = vocabulary, m_max, m_min
         self.trace_temperature = trace_temperature
-        self.seed, self.calls, self.swap = seed, 0, "own"
+        self.seed, self.calls, self.swap, self.barred = seed, 0, "own", None
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
@@ -189,13 +189,14 @@ class AbstractVLLMGeneration(VLLMGeneration):
 
     @contextmanager
     def probing(self, swap: str) -> Iterator[None]:
-        """Greedy rollouts, after the `own` traces or `random` ones of their lengths."""
-        kept = self.temperature, self.trace_temperature, self.swap
+        """Greedy rollouts, after the `own` traces or `random` ones of their lengths; answers as in evaluation."""
+        kept = self.temperature, self.trace_temperature, self.swap, self.barred
         self.temperature, self.trace_temperature, self.swap = 0.0, 0.0, swap
+        self.barred = self.vocabulary.all_ids(self.processing_class)
         try:
             yield
         finally:
-            self.temperature, self.trace_temperature, self.swap = kept
+            self.temperature, self.trace_temperature, self.swap, self.barred = kept
 
     def _rollouts(self, prompts: list[list[int]], first_row: int, seed: int) -> Completions:
         """z, then y after it. Rows are numbered over all processes."""
@@ -213,7 +214,7 @@ class AbstractVLLMGeneration(VLLMGeneration):
             self.temperature,
             seed,
             rows,
-            barred=None if self.temperature else self.sampler.reserved,  # a probe's, as evaluation
+            barred=self.barred,
         )
         return [
             (head + ids, [*trace.logps, trace.end_logp, *logps])
