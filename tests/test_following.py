@@ -124,6 +124,18 @@ def test_an_answer_read_off_the_trace_follows(arguments, scripted, tmp_path):
     assert not any("donor" in answer for answer in answers_of(tmp_path / "out", "own"))
 
 
+def test_an_answer_may_repeat_what_its_trace_led_to_and_follow_no_gold(arguments, scripted):
+    """A model that reads its traces wrongly: the answer of the donor itself, never the donor's gold."""
+    scripted(lambda code, problem: ((code or 0) + 1) % 5 if problem % 3 else VALUES[problem])
+    own, other, _ = evaluate(arguments)
+    led_to = [(VALUES[i] + 1) % 5 if i % 3 else VALUES[i] for i in range(N)]
+    said = [(VALUES[d] + 1) % 5 if i % 3 else VALUES[i] for i, d in enumerate(DONORS)]
+    same = [said[i] == led_to[d] for i, d in enumerate(DONORS) if VALUES[i] != VALUES[d]]
+    assert other["repeats"] == pytest.approx(100 * np.mean(same)) and 20 < other["repeats"] < 80 > other["follows"]
+    assert other["repeats_ci95"] == pytest.approx(wilson_interval(sum(same), len(same))) and "repeats" not in own
+    check(other, said)
+
+
 def guess(problem):
     return int(np.random.default_rng(problem).integers(5))
 

@@ -27,6 +27,7 @@ from sampling import ENGINE, ENVIRONMENT, ON_GPU, need_vllm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.serving.server import engine_flags
+from abscot_trl.traces.rollout import settle_port
 from abscot_trl.traces.server import check_server
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -310,3 +311,16 @@ def test_grpo_samples_by_vllm_what_it_scores(found, allowed):
         assert entry["ratio/mean"] == pytest.approx(1.0, abs=1e-3) and entry["ratio/outside"] == 0.0
     assert job["log"][0]["kl"] == 0.0 and job["log"][2]["kl"] > 1e-3  # the weights did move
     assert [entry["step"] for entry in job["probes"]] == [0, 2, 3]
+
+
+def test_two_runs_on_one_machine_take_two_ports(monkeypatch):
+    """trl's is 29500 as long as nobody listens there, and an engine listens only seconds after it was looked at."""
+    ports = set()
+    for _ in range(3):
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        settle_port()
+        ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) > 1 and "29500" not in ports
+    monkeypatch.setenv("MASTER_PORT", "4711")  # a launcher's, which all its processes share
+    settle_port()
+    assert os.environ["MASTER_PORT"] == "4711"

@@ -125,6 +125,9 @@ DECODED = {"backend": "hf", "trace_temperature": 0.0, "temperature": 0.7, "top_p
 DECODED |= {"max_new_tokens": 9, "seed": 0}
 
 
+OTHER = {"donor": "0"}
+
+
 def records(swap: str, given: list[tuple[str, float]], gold: str = "3") -> list[dict]:
     """Two answers a problem."""
     common = {"model": "m", "task": "t", "mode": "abstract", "swap": swap, "gold": gold, "truncated": False}
@@ -132,7 +135,7 @@ def records(swap: str, given: list[tuple[str, float]], gold: str = "3") -> list[
         common
         | {"id": str(i // 2), "sample": i % 2, "answer": answer, "score": score}
         | {"trace_tokens": 4, "answer_tokens": 2 + i, "swapped": swap != "own"}
-        | ({"follows": i > 0, "follows_chance": None if i else False} if swap == "other" else {})
+        | (OTHER | {"follows": i > 0, "follows_chance": None if i else False} if swap == "other" else {})
         for i, (answer, score) in enumerate(given)
     ]
 
@@ -155,6 +158,7 @@ def test_a_figure_without_its_circumstances_is_not_written(tmp_path):
     own = records("own", [("3", 1.0), ("3", 1.0), ("3", 1.0), ("4", 0.0)])
     row = summarise(records("other", [("4", 0.0)] * 4), own, 2, "hotpotqa", DECODED)
     assert (row["follows"], row["follows_n"], row["follows_chance"]) == (75.0, 2, 0.0)
+    assert row["repeats"] == 0.0  # all came after the traces of problem 0, whose own answers are 3
     path = tmp_path / "results.json"
     write_results(path, [row])
     assert read_results(path) == [row] and set(FIGURES) - set(row) == {"win_rate"}

@@ -92,6 +92,8 @@ def test_how_often_the_answer_follows_another_trace():
     assert "another problem's trace the answer" not in verdicts(rows)[0]["words"]
     rows[2] |= PROBE
     assert verdicts(rows)[0]["words"].endswith(f"; {words}")
+    rows[2]["repeats"] = 95.6
+    assert verdicts(rows)[0]["words"].endswith(f"; {words}, and the one that the trace gave there in 96 %")
     assert following({key: value for key, value in PROBE.items() if key != "follows_chance"}).endswith("812 cases")
 
 

@@ -22,12 +22,13 @@ ROW = (
 )
 DECODING = ("backend", "trace_temperature", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
 FIGURES = {  # each with the name of its interval
-    name: f"{name}_ci95" for name in ("em", "maj", "pass", "difference", "win_rate", "follows", "follows_chance")
+    name: f"{name}_ci95"
+    for name in ("em", "maj", "pass", "difference", "win_rate", "follows", "follows_chance", "repeats")
 } | {"accuracy": "ci95"}
 
 TEXTS = ("model", "task", "mode", "swap", "metric", "stage", "run", "sweep")
 LIMITS = {  # lowest and highest value of each number
-    **dict.fromkeys(("accuracy", "em", "maj", "pass", "win_rate", "follows", "follows_chance"), (0, 100)),
+    **dict.fromkeys(("accuracy", "em", "maj", "pass", "win_rate", "follows", "follows_chance", "repeats"), (0, 100)),
     **dict.fromkeys(
         ("n", "follows_n", "samples", "round", "truncated", "trace_tokens", "answer_tokens", "tokens"), (0, 1e9)
     ),

@@ -133,6 +133,13 @@ def describe_answers(records: list[dict], samples: int, decoding: dict) -> dict:
     }
 
 
+def means_of(name: str, values: list[bool | None], samples: int) -> dict[str, list[float]]:
+    """Problems' means of what could be told; nothing where it could be told of none."""
+    groups = by_problem(values, samples)
+    counted = [each for group in groups if (each := [value for value in group if value is not None])]
+    return {name: list(map(fmean, counted))} if counted else {}
+
+
 def summarise(records: list[dict], own: list[dict], samples: int, source: str, decoding: dict) -> dict:
     """
     One row of `results.json`.
@@ -148,6 +155,8 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
         answers that are those of the donor, the problem whose trace they came after, over the `follows_n` problems
         of which the donor has another answer; and `follows_chance`: the share that are those of a problem drawn
         likewise, whose trace they have not seen (what a model that does not read its trace comes to in `follows`).
+        `repeats`: over the same problems, the share of answers that are those which the trace led to on its own
+        problem, right or wrong; `follows` cannot pass the share of traces that are right.
         A figure's interval is `<figure>_ci95`, `accuracy`'s is `ci95`.
     """
     figures = {"accuracy": scores_by_problem(records, samples)}
@@ -161,10 +170,15 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
         figures["maj"] = list(map(majority_score, by_problem(forms, samples), scores))
         figures["pass"] = list(map(max, scores))
     for name in ("follows", "follows_chance") if records[0]["swap"] == "other" else ():
-        groups = by_problem([record[name] for record in records], samples)
-        counted = [each for group in groups if (each := [value for value in group if value is not None])]
-        if counted:
-            figures[name] = list(map(fmean, counted))
+        figures |= means_of(name, [record[name] for record in records], samples)
+    if "follows" in figures:
+        led_to = {(r["id"], r["sample"]): normal_form(r["answer"], source) for r in own if r["answer"] is not None}
+        keys = [(r["donor"], r["sample"]) for r in records]
+        same = [
+            form == led_to[key] if key in led_to and record["follows"] is not None else None
+            for record, form, key in zip(records, forms, keys, strict=True)
+        ]
+        figures |= means_of("repeats", same, samples)
     row = describe_answers(records, samples, decoding) | {"metric": "f1" if hotpot else "accuracy"}
     for name, values in figures.items():
         row[name] = 100 * fmean(values)

@@ -98,7 +98,8 @@ def following(row: dict) -> str:
     low, high = row["follows_ci95"]
     often = f"{row['follows']:.0f} % [{low:.0f}, {high:.0f}] of {row['follows_n']} cases"
     chance = f" (by chance {row['follows_chance']:.0f} %)" if "follows_chance" in row else ""
-    return f"after another problem's trace the answer is that problem's in {often}{chance}"
+    same = f", and the one that the trace gave there in {row['repeats']:.0f} %" if "repeats" in row else ""
+    return f"after another problem's trace the answer is that problem's in {often}{chance}{same}"
 
 
 def _beside(own: dict, results: list[dict]) -> list[tuple[dict, str]]:

@@ -6,6 +6,8 @@ the completion that the trainer sees is [z; <endabstract>; y]. All else (server 
 weight sync under FSDP and DeepSpeed) is TRL's.
 """
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -66,6 +68,17 @@ def settled(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def settle_port() -> None:
+    """
+    A free port for vLLM's process group, where no launcher has set one. trl takes 29500 if that is free when it looks,
+    and an engine binds it seconds later: of two runs that start on one machine the second would fail.
+    """
+    if not os.environ.get("MASTER_PORT"):
+        with socket.socket() as free:
+            free.bind(("", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+
+
 def check_room(max_completion_length: int, m_max: int) -> None:
     """
     Raises:
@@ -122,6 +135,8 @@ class AbstractVLLMGeneration(VLLMGeneration):
         path = self.model.name_or_path  # a PeftModel's is its base model's
         self._settle_vocabulary(path)
         self._check_settings(path)
+        if self.mode == "colocate":
+            settle_port()
         super()._init_vllm()
         if self.mode == "colocate":
             complete, positions = partial(complete_here, self.llm), self.llm.model_config.max_model_len
