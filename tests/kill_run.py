@@ -27,7 +27,7 @@ for name in (  # what attempts import where they use it: here once, seconds less
     "transformers.models.qwen3.modeling_qwen3",
     "abscot_trl.evaluation.evaluate",
     "abscot_trl.report.plots",
-    "abscot_trl.traces.clusters",
+    "abscot_trl.traces.content",
     "abscot_trl.traces.make",
 ):
     import_module(name)

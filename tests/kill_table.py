@@ -136,7 +136,7 @@ class Table:
             (self.folder / f"accelerate.{processes}.yaml").write_text(yaml.safe_dump(config))
             for tuning in TUNINGS:
                 fields = {"run_dir": "run", "model": str(checkpoint), "data": str(self.folder / "data"), "rounds": 1}
-                fields |= {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0}
+                fields |= {"initial": "content", "ratio": 4.0, "distill_from": "cot", "rehearsal": 1.0}
                 fields |= {"rows_per_phase": 32, "tuning": tuning, "batch_tokens": 64, "keep_checkpoints": True}
                 fields |= {name: str(self.folder / "recipe.{tuning}.yaml") for name in ("bottleneck", "distill")}
                 fields |= {"accelerate_config": str(self.folder / f"accelerate.{processes}.yaml")}

@@ -67,7 +67,7 @@ def test_every_phase_has_a_script_and_help(capsys):
 
 
 @pytest.mark.slow
-def test_a_training_process_imports_no_server_plots_or_clusters():
+def test_a_training_process_imports_no_server_plots_or_sklearn():
     """Nor is torch imported for `abscot --help`."""
     code = """
 import sys

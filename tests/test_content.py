@@ -1,23 +1,29 @@
 """`abscot traces --method content`: what it takes, against slow references; killed, in shards: the same file."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import abscot
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warmups import killed_at_every_write, recipes
 
+from abscot_trl import storage
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.toy import chain_arithmetic, write_problems
 from abscot_trl.errors import Refused
 from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
 from abscot_trl.phases import run_phase
-from abscot_trl.traces import content
-from abscot_trl.traces.content import candidates, chosen, fit_codes, influences, steps_at, tokens_of_codes
+from abscot_trl.traces import content, make
+from abscot_trl.traces.content import candidates, fit_codes, influences, steps_at, tokens_of_codes
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -85,52 +91,6 @@ def test_who_finds_more_writes_more(spoken, tmp_path):
     assert len(right) == 2 * ROWS and sum(right) >= 0.9 * len(right)
 
 
-def test_steps_stand_apart(spoken, tmp_path):
-    """Results as before, as many as there is room for, and between two of them what ended the first one's step."""
-    fields = {"model": spoken["model"], "data": spoken["data"], "method": "content", "ratio": 6.0, "dtype": "float32"}
-    found = {}
-    for name, apart in (("as_before", False), ("apart", True)):
-        make_traces(TracesArguments(**fields, output_dir=str(tmp_path / name), steps_apart=apart))
-        tokens = tokens_of_codes(tmp_path / name)
-        records = [json.loads(line) for line in (tmp_path / name / "traces.jsonl").read_text().splitlines()]
-        found[name] = [[tokens[code] for code in record["trace"]] for record in records]
-    (end,) = {row["cot_ids"][at] for row in load_prepared(spoken["data"])[0] for at in row["step_ends"][:-1]}
-    for before, apart in zip(found["as_before"], found["apart"], strict=True):
-        left = iter(before)
-        assert apart[1::2] == [end] * (len(apart) // 2) and all(token in left for token in apart[::2])
-    lengths = [
-        len(apart) for before, apart in zip(found["as_before"], found["apart"], strict=True) if len(before) == 6
-    ]
-    assert {*lengths} == {7} and len(lengths) >= 0.9 * ROWS  # of six steps: room for four and what stands between them
-
-
-@pytest.mark.parametrize("m_max", [3, 6, 40])
-def test_steps_apart_by_hand(m_max):
-    """Against a slow reference: the most influential tokens, one fewer until they fit with what stands between."""
-    rng = np.random.default_rng(m_max)
-    for _ in range(100):
-        sizes = rng.integers(1, 6, size=rng.integers(1, 7))
-        ends = (np.cumsum(sizes) - 1).tolist()
-        row = {"prompt_ids": [0] * 3, "cot_ids": rng.integers(100, 900, size=sum(sizes)).tolist(), "step_ends": ends}
-        inner = [k for k in range(sum(sizes)) if k not in ends]
-        told = torch.tensor(rng.permutation(len(inner)), dtype=torch.float32)
-        if not inner:
-            continue
-        least = torch.tensor(float(rng.integers(len(inner) + 2)))
-        order = np.argsort(-told.numpy()).tolist()
-        for count in range(max(sum(told >= least).item(), 1), 0, -1):
-            taken, expected, start, between = {inner[i] for i in order[:count]}, [], 0, None
-            for end in ends:
-                step = [row["cot_ids"][k] for k in range(start, end) if k in taken]
-                if step:
-                    expected += ([between] if expected else []) + step
-                    between = row["cot_ids"][end]
-                start = end + 1
-            if len(expected) <= m_max:
-                break
-        assert chosen(row, told, least, m_max, apart=True) == expected
-
-
 def test_influence_is_what_later_text_loses(spoken):
     """By hand: one row, one token, one forward at a time; nothing of its own step or before it counts."""
     model = AutoModelForCausalLM.from_pretrained(spoken["model"], dtype=torch.float32)
@@ -182,6 +142,93 @@ def test_shards_make_the_same_file(arguments, whole):
     assert make_traces(replace(arguments, shard="2/2"))["parts_left_to_others"] > 0
     make_traces(replace(arguments, shard="1/2"))
     assert files(arguments) == files(whole)
+
+
+def test_one_process_a_gpu(arguments, whole, monkeypatch):
+    """Further machines' shards too."""
+    ran = []
+
+    def run(jobs, gpus):
+        ran.append(gpus)
+        for job in jobs:
+            assert job["engine"] == {"data_parallel_size": 1}
+            make_traces(TracesArguments(**job))
+        raise Refused("1 process failed")  # one that came when the others had joined
+
+    monkeypatch.setattr(make, "visible_gpus", lambda: ["4", "5", "6"])
+    monkeypatch.setattr(make, "run_jobs", run)
+    assert make_traces(arguments)["traces"] == ROWS
+    assert files(arguments) == files(whole) and ran == [[["4"], ["5"], ["6"]]]
+    two = replace(arguments, output_dir=arguments.output_dir + "2", engine={"data_parallel_size": 2})
+    with pytest.raises(Refused, match="1 process failed"):  # before anything is joined
+        make_traces(replace(two, shard="1/2"))
+    assert make_traces(replace(two, shard="2/2"))["traces"] == ROWS
+    assert ran[1:] == [[["4"], ["5"]]] * 2 and files(two) == files(whole)
+
+
+def test_two_shards_that_join_without_a_lock(arguments, whole, monkeypatch):
+    """As on a network disk without locks: the other shard's file is there before ours, and the parts are gone."""
+    make_traces(replace(arguments, shard="1/1", output_dir=arguments.output_dir + "2"))
+    write = make._write
+
+    def overtaken(*args):
+        summary = write(*args)
+        Path(arguments.output_dir + "2").rename(arguments.output_dir)
+        return summary
+
+    monkeypatch.setattr(make, "_write", overtaken)
+    assert make_traces(arguments)["traces"] == ROWS and files(arguments) == files(whole)
+
+
+def test_a_damaged_part_is_named(arguments):
+    make_traces(replace(arguments, shard="1/2"))
+    parts = Path(arguments.output_dir + ".parts")
+    (parts / "000000.jsonl").write_text("{}\n")
+    fit, whole = parts / "content.safetensors", (parts / "content.safetensors").read_bytes()
+    fit.write_bytes(whole[:-8])
+    with pytest.raises(Refused, match="content.safetensors is damaged .*; remove it and run the same command"):
+        make_traces(replace(arguments, shard="2/2"))
+    fit.write_bytes(whole)
+    with pytest.raises(Refused, match="000000.jsonl is damaged .row is missing.*; remove it and run the same command"):
+        make_traces(replace(arguments, shard="2/2"))
+
+
+@pytest.mark.slow
+def test_sigkill_and_the_same_command_again(arguments, whole, tmp_path, monkeypatch):
+    parts, flags = Path(arguments.output_dir + ".parts"), []
+    for key in ("model", "data", "output_dir", "method", "ratio", "seed", "part_tokens", "dtype"):
+        flags += [f"--{key}", str(getattr(arguments, key))]
+    process = abscot(["traces", *flags], tmp_path / "log")
+    while len(list(parts.glob("0*.jsonl"))) < 2:
+        assert process.is_alive(), (tmp_path / "log").read_text()[-2000:]
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*.jsonl")}
+    assert len(kept) >= 2 and not Path(arguments.output_dir).exists()
+    remove, seen = storage.Parts.remove, {}
+
+    def noting(self):
+        seen.update({path.name: path.stat().st_mtime_ns for path in parts.glob("0*.jsonl")})
+        remove(self)
+
+    monkeypatch.setattr(storage.Parts, "remove", noting)
+    make_traces(arguments)
+    assert files(arguments) == files(whole) and kept.items() <= seen.items()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_all_gpus_make_the_file_of_one(arguments, tmp_path):
+    """A process a GPU, without being asked; against one process that sees one GPU."""
+    flags = ["--method", "content", "--ratio", "6", "--part_tokens", "600", "--dtype", "float32", "--seed", "3"]
+    flags += ["--model", arguments.model, "--data", arguments.data]
+    for name, visible in (("one", {"CUDA_VISIBLE_DEVICES": "0"}), ("all", {})):
+        command = [sys.executable, "-m", "abscot_trl.scripts.traces", *flags, "--output_dir", str(tmp_path / name)]
+        said = subprocess.run(command, env=os.environ | visible, check=True, capture_output=True, text=True).stderr
+        assert ("traces 2/" in said) == (name == "all")
+    found = [files(replace(arguments, output_dir=str(tmp_path / name))) for name in ("one", "all")]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -250,12 +297,8 @@ def test_phase_b_by_the_codes_of_phase_a(toy, tmp_path):
 
 
 def test_codes_of_other_traces_are_refused(toy, arguments, tmp_path):
-    with pytest.raises(Refused, match="distill_from: content goes with initial: content, not clusters"):
-        WarmupArguments(**toy | {"distill_from": "content"}, bottleneck="b", distill="d")
-    with pytest.raises(Refused, match="steps_apart goes with initial: content, not clusters"):
-        WarmupArguments(**toy, bottleneck="b", distill="d", steps_apart=True)
-    with pytest.raises(Refused, match="steps_apart is for method: content, not policy"):
-        TracesArguments(model="m", data="d", output_dir="o", steps_apart=True)
+    with pytest.raises(Refused, match="distill_from: content goes with initial: content, not uniform"):
+        WarmupArguments(**toy | {"initial": "uniform", "distill_from": "content"}, bottleneck="b", distill="d")
     with pytest.raises(Refused, match="codes somewhere are for method: content, not policy"):
         TracesArguments(model="m", data="d", output_dir="o", codes="somewhere")
     with pytest.raises(Refused, match="traces holds no content.safetensors"):

@@ -247,7 +247,7 @@ def test_cut_and_shards():
     [
         ({"shard": "3/2"}, "shard '3/2' is not of the form"),
         ({"method": "uniform", "shard": "1/2"}, "method uniform reads no model"),
-        ({"method": "clusters", "backend": "vllm"}, "method clusters samples no policy"),
+        ({"method": "content", "backend": "vllm"}, "method content samples no policy"),
         ({"engine": {"tensor_parallel_size": 2}}, "engine is for backend: vllm"),
         ({"backend": "vllm", "engine": "{"}, "is no JSON object"),
         ({"backend": "vllm", "engine": {"trust_remote_code": True}}, "trust_remote_code is never set"),

@@ -78,11 +78,11 @@ def shard_of(command: list[str]) -> str | None:
     return command[command.index("--shard") + 1] if "--shard" in command else None
 
 
-@pytest.mark.parametrize("method", ["clusters", "policy"])
+@pytest.mark.parametrize("method", ["content", "policy"])
 def test_nodes_share_the_traces(toy, tmp_path, monkeypatch, method):
     """
-    Each makes its shard, of clusters in two turns. Nodes that did not see the parts of the others leave the joining to
-    the first; a node that came when the others had joined is no failure.
+    Each makes its shard. Nodes that did not see the parts of the others leave the joining to the first; a node that
+    came when the others had joined is no failure.
     """
     settings = {"model": toy["model"], "data": toy["data"], "output_dir": str(tmp_path / "traces"), "method": method}
     settings |= {"part_tokens": 400, "dtype": "float32"}
@@ -90,7 +90,6 @@ def test_nodes_share_the_traces(toy, tmp_path, monkeypatch, method):
     config.write_text(yaml.safe_dump(settings))
     stage = Stage("round1/traces", "traces", settings)
     options = DriverOptions(accelerate_config=accelerate_config(tmp_path / "a.yaml", 0), **NODES)
-    monkeypatch.setattr("abscot_trl.traces.clusters.FIT_ROWS", 20)
     whole = tmp_path / "whole"
     make_traces(TracesArguments(**settings | {"output_dir": str(whole)}))
 
@@ -108,12 +107,11 @@ def test_nodes_share_the_traces(toy, tmp_path, monkeypatch, method):
         make(commands)
         return 1, 1
 
-    turns = 2 if method == "clusters" else 1
     for last in (make, late, blind):
-        ran = recorded(monkeypatch, *[make] * (turns - 1), last, *[make] * (last is blind))
+        ran = recorded(monkeypatch, last, *[make] * (last is blind))
         launch(stage, config, options)
         shards = [[shard_of(command) for command in commands] for commands in ran]
-        assert shards == [["1/2", "2/2"]] * turns + [[None]] * (last is blind)
+        assert shards == [["1/2", "2/2"]] + [[None]] * (last is blind)
         assert (tmp_path / "traces/traces.jsonl").read_bytes() == (whole / "traces.jsonl").read_bytes()
         (tmp_path / "traces").rename(tmp_path / f"traces-{last.__name__}")
 

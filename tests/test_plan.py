@@ -219,7 +219,7 @@ def test_steps_of_packed_rows_are_those_of_a_run(checkpoint, tmp_path):
     packed = LORA | {"packing": True, "max_length": 200, "max_steps": -1, "per_device_train_batch_size": 1}
     fields = recipes(tmp_path, "", packed) | {"data": str(tmp_path / "data"), "model": str(checkpoint)}
     fields |= {"run_dir": str(tmp_path / "run"), "rounds": 1, "rows_per_phase": 60, "rehearsal": 1.0, "evaluate": None}
-    fields |= {"initial": "clusters", "distill_from": "cot"}
+    fields |= {"initial": "content", "ratio": 4.0, "distill_from": "cot"}
     warmup(WarmupArguments(**fields, launch="inline"))
     trained = [line for line in plan(PlanArguments(**fields))["stages"] if line["phase"] in ("bottleneck", "distill")]
     for line in trained:

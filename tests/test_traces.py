@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abscot_trl.data.toy import chain_arithmetic
 from abscot_trl.errors import Refused
 from abscot_trl.examples import cot_columns, prompt_ids
 from abscot_trl.traces.batching import batches
-from abscot_trl.traces.clusters import fit_clusters, group_ends, nearest, step_states
 from abscot_trl.traces.files import describe_traces, read_traces, summarise_traces, write_traces
 from abscot_trl.traces.hf import HFTraceSampler
 from abscot_trl.traces.initial import cot_steps, random_trace, uniform_trace
@@ -155,7 +153,7 @@ def test_prepared_steps_give_the_traces_of_the_text(policy):
         assert found == uniform_trace(example.cot, 8, 6, random.Random(i), tokenizer) and lengths == [5] * 6
 
 
-def test_step_ends_and_groups(policy):
+def test_step_ends(policy):
     _, tokenizer, _ = policy
     cot = "1+2=3;\n\n4+1=0;\n7"
     columns = cot_columns(cot, tokenizer)
@@ -163,42 +161,6 @@ def test_step_ends_and_groups(policy):
     assert ids == tokenizer(cot + "\n", add_special_tokens=False)["input_ids"] and lengths == [5, 5, 1]
     assert [tokenizer.decode(ids[end]) for end in ends] == ["\n"] * 3 and ends[-1] == len(ids) - 1
     assert tokenizer.decode(ids[: ends[1] + 1]) == "1+2=3;\n\n4+1=0;\n"
-    assert group_ends(6, 8) == [0, 1, 2, 3, 4, 5] and group_ends(7, 3) == [2, 4, 6] and group_ends(1, 5) == [0]
-    for steps in range(1, 40):
-        for m_max in range(1, 12):
-            found = group_ends(steps, m_max)
-            sizes = np.diff([-1, *found])
-            assert len(found) == min(steps, m_max) and found[-1] == steps - 1 and sizes.max() - sizes.min() <= 1
-
-
-def test_clusters_are_the_values(policy):
-    """A model whose state is its last token's embedding and nothing else: clusters must then be that token."""
-    _, tokenizer, _ = policy
-    model = tiny_model(layers=1, vocabulary=60)
-    for name, parameter in model.named_parameters():
-        if "o_proj" in name or "down_proj" in name:
-            torch.nn.init.zeros_(parameter)
-    digits = np.random.default_rng(0).integers(4, size=(120, 5))
-    digit_ids = [tokenizer.convert_tokens_to_ids(str(d)) for d in range(4)]
-    rows = {  # five steps of four tokens, each ends in its digit
-        "prompt_ids": [[3, 9]] * 120,
-        "cot_ids": [[t for d in row for t in (20, 21, 22, digit_ids[d])] for row in digits],
-        "step_ends": [[3, 7, 11, 15, 19]] * 120,
-    }
-
-    def traces(m_max: int, batch_tokens: int = 32768) -> list[list[int]]:
-        states = dict(step_states(model, tokenizer, rows, m_max, batch_tokens))
-        centroids = fit_clusters(torch.cat([states[i] for i in range(120)]).numpy(), 4, seed=0)
-        assert centroids.shape == (4, 64)
-        return [nearest(states[i], centroids) for i in range(120)]
-
-    found = traces(6)
-    pairs = set(zip(digits.ravel().tolist(), np.ravel(found).tolist(), strict=True))
-    assert len(pairs) == 4 and len({token for _, token in pairs}) == 4  # one cluster a digit
-    assert found == traces(6, batch_tokens=64)
-    grouped = traces(2)  # steps 1-3 and 4-5: the last of each group stands for it
-    pairs = set(zip(digits[:, [2, 4]].ravel().tolist(), np.ravel(grouped).tolist(), strict=True))
-    assert len(pairs) == 4 and len({token for _, token in pairs}) == 4
 
 
 def test_trace_files(tmp_path):

@@ -89,7 +89,7 @@ def test_recipes_differ_where_they_should(toy, tmp_path):
         if informed[name][key] != paper[name][key]
     }
     assert different == {
-        ("round1/bottleneck-traces", "method", "clusters", "uniform"),
+        ("round1/bottleneck-traces", "method", "cycle", "uniform"),
         *((f"round{t}/distill-traces", "given", "cot", "prompt") for t in (1, 2)),
         *((f"round{t}/distill", "rehearsal", 1.0, 0.0) for t in (1, 2)),
     }
@@ -103,7 +103,7 @@ def test_the_backend_reaches_every_stage_that_samples_a_policy(toy, tmp_path):
     found = list(stages(WarmupArguments(**fields, backend="vllm", engine=engine)))
     policy = [s.settings for s in found if s.settings.get("method") == "policy"]
     assert len(policy) == 3 and all(s["backend"] == "vllm" and s["engine"] == engine for s in policy)
-    assert "backend" not in found[0].settings and found[0].settings["method"] == "clusters"
+    assert "backend" not in found[0].settings and found[0].settings["method"] == "cycle"
     for sizes in ({"data_parallel_size": 0}, {"tensor_parallel_size": "2"}):
         with pytest.raises(Refused, match="^engine: .*_size: .* is no number of processes"):
             WarmupArguments(**fields, backend="vllm", engine=sizes)

@@ -52,7 +52,8 @@ def toy_fields(checkpoint: Path, folder: Path) -> dict:
     arguments = ["--data", train, "--data_format", "problems", "--tokenizer", str(checkpoint), "--output_dir", data]
     run_phase("data", arguments)
     fields = {"run_dir": str(folder / "run"), "model": str(checkpoint), "data": data, "launch": "inline"}
-    fields |= {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0}  # no default: most kinds of stages
+    # no default: most kinds of stages
+    fields |= {"initial": "cycle", "distill_from": "cot", "rehearsal": 1.0}
     return fields | {"rounds": 2, "rows_per_phase": 16, "seed": 0}
 
 

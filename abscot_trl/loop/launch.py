@@ -170,12 +170,11 @@ def _train_on_nodes(stage: Stage, config: Path, options: DriverOptions) -> None:
 
 def _make_traces_on_nodes(stage: Stage, command: list[str], options: DriverOptions) -> None:
     """
-    A share of the parts on each node; twice for clusters, which are fitted in between. Whoever ends last joins them,
-    or, where none has seen the parts of the others yet (a network disk), the first node.
+    A share of the parts on each node. Whoever ends last joins them, or, where none has seen the parts of the others
+    yet (a network disk), the first node.
     """
     shares = [[*command, "--shard", f"{node + 1}/{len(options.nodes)}"] for node in range(len(options.nodes))]
-    turns = [shares] * (2 if stage.settings["method"] == "clusters" else 1)
-    for commands in [*turns, [command]]:
+    for commands in (shares, [command]):
         try:
             _run_on_nodes(stage, commands, options)
         except Refused:  # of a node too, that had nothing left to do and came when the others had joined

@@ -44,11 +44,9 @@ class WarmupArguments(SamplerArguments, RunArguments):
 
     Args:
         name (`str`): the recipe's name in results: `informed`, `paper`.
-        initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `clusters`, `content`. The
-            codes of `content` begin as the tokens that they stand for.
+        initial (`str`): traces of the first round: `uniform`, `cycle`, `power_law`, `content`. The codes of
+            `content` begin as the tokens that they stand for.
         ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
-        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first; these
-            are not counted in `ratio`.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided); or `content`:
             all traces are made as phase A's first ones, by the same codes, and nothing is sampled.
         grpo (`str`, *optional*): recipe of stage 2, `{tuning}` as in the phases': after the last round its model is
@@ -63,11 +61,10 @@ class WarmupArguments(SamplerArguments, RunArguments):
         default="content",
         metadata={
             "help": "Traces of the first round.",
-            "choices": ["uniform", "cycle", "power_law", "clusters", "content"],
+            "choices": ["uniform", "cycle", "power_law", "content"],
         },
     )
     ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
-    steps_apart: bool = field(default=False, metadata={"help": "content: a token between those of two steps."})
     distill_from: str = field(
         default="content",
         metadata={
@@ -89,8 +86,6 @@ class WarmupArguments(SamplerArguments, RunArguments):
         self.grpo = self.grpo and self.grpo.replace("{tuning}", self.tuning)
         if self.backend == "vllm" and self.launch == "inline":
             raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
-        if self.steps_apart and self.initial != "content":
-            raise Refused(f"steps_apart goes with initial: content, not {self.initial}")
         if self.distill_from == "content" != self.initial:
             raise Refused(f"distill_from: content goes with initial: content, not {self.initial}")
         if not 0 <= self.temperature < math.inf:
@@ -107,7 +102,7 @@ def trace_making(args: WarmupArguments, phase: str, policy: str, first: bool) ->
     if not first:
         how["codes"] = f"{args.run_dir}/round1/bottleneck-traces"
     elif args.initial == "content":
-        how |= {"ratio": args.ratio} | ({"steps_apart": True} if args.steps_apart else {})
+        how["ratio"] = args.ratio
     if args.initial not in RANDOM_METHODS and "data_parallel_size" in (args.engine or {}):
         how["engine"] = {"data_parallel_size": args.engine["data_parallel_size"]}
     return how

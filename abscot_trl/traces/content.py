@@ -11,8 +11,7 @@ chain arithmetic these turn out to be the results of the steps (tests/test_conte
 *Codes*: the M token types that occur most often among them stand for themselves, every other type for the one of these
 whose embedding is nearest. `abscot init --codes` lets a code's embedding begin as that of its token.
 
-Steps are the CoT's lines; their last tokens, which hold the line break, are never taken, but with `steps_apart` stand
-between the tokens of two steps: digits of one result are then told from those of the next.
+Steps are the CoT's lines; their last tokens, which hold the line break, are never taken.
 """
 
 from collections import Counter
@@ -23,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,12 +32,30 @@ from abscot_trl.checkpoint import load_model
 from abscot_trl.errors import Refused
 from abscot_trl.storage import Parts, look_again, phase_settings, write_whole
 from abscot_trl.traces.batching import batches, cut
-from abscot_trl.traces.clusters import padded_states, read_tensor
 from abscot_trl.vocabulary import AbstractVocabulary
 
 CONTENT_FILE = "content.safetensors"
 FIT_ROWS, FIT_TOKENS = 1024, 8  # rows whose influence is measured, and of each so many tokens
 COLUMNS = ("prompt_ids", "cot_ids", "answer_ids", "step_ends")
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """
+    Raises:
+        Refused: the file is damaged.
+    """
+    try:
+        return load_file(path)[name]
+    except (SafetensorError, KeyError) as error:
+        raise Refused(f"{path} is damaged ({error}); remove it and run the same command again") from error
+
+
+def padded_states(model: PreTrainedModel, rows: list[list[int]], pad: int = 0) -> Tensor:
+    """Last hidden states (B, L, d) of rows of token ids, padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
+    mask = torch.arange(longest, device=model.device) < torch.tensor([[len(row)] for row in rows], device=model.device)
+    return model.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
 
 def steps_at(row: dict) -> tuple[list[int], np.ndarray]:
@@ -110,22 +128,14 @@ def tell(model: PreTrainedModel, rows: list[dict], weights: Tensor, batch_tokens
             yield i, told[candidates(rows[i])]
 
 
-def chosen(row: dict, told: Tensor, least: Tensor, m_max: int, apart: bool = False) -> list[int]:
+def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
     """
     The tokens of a row's trace, as ids, in their order: the candidates whose influence is told to be `least` or more;
-    the most influential one at least, and `m_max` at most. `apart`: between the tokens of two steps stands the one
-    that ended the first.
+    the most influential one at least, and `m_max` at most.
     """
     told, within = told.numpy(), candidates(row) - len(row["prompt_ids"])
     best = np.argsort(-told, kind="stable")[: min(max((told >= least.item()).sum(), 1), m_max)]
-    at = np.sort(within[best])
-    while apart:
-        ends = np.asarray(row["step_ends"])[np.unique(np.searchsorted(row["step_ends"], within[best]))]
-        at = np.sort([*within[best], *ends[:-1]])
-        if len(at) <= m_max:
-            break
-        best = best[:-1]
-    return [row["cot_ids"][k] for k in at]
+    return [row["cot_ids"][k] for k in np.sort(within[best])]
 
 
 def fit_influence(states: np.ndarray, lost: np.ndarray) -> Tensor:
@@ -157,7 +167,7 @@ def fit_codes(taken: list[list[int]], embeddings: Tensor, size: int) -> tuple[Te
 def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dataset) -> dict[str, Tensor]:
     """
     What makes the traces: `weights` of influence, the `least` that is taken, `tokens` of the codes and `codes` of the
-    tokens, and whether steps stand `apart`.
+    tokens.
     """
     rng = np.random.default_rng(args.seed)
     rows = [row for row in part.select(sorted(rng.permutation(len(part))[:FIT_ROWS])) if len(candidates(row))]
@@ -173,10 +183,9 @@ def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dat
     best = torch.cat([*told.values()]).sort(descending=True).values
     count = round(sum(len(row["cot_ids"]) for row in rows) / args.ratio)
     least = best[min(max(count, 1), len(best)) - 1]
-    taken = [chosen(row, told[i], least, vocabulary.m_max, args.steps_apart) for i, row in enumerate(rows)]
+    taken = [chosen(row, told[i], least, vocabulary.m_max) for i, row in enumerate(rows)]
     tokens, codes = fit_codes(taken, model.get_input_embeddings().weight.detach(), vocabulary.size)
-    apart = torch.tensor(args.steps_apart)
-    return {"weights": weights, "least": least, "tokens": tokens, "codes": codes, "apart": apart}
+    return {"weights": weights, "least": least, "tokens": tokens, "codes": codes}
 
 
 def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
@@ -188,8 +197,7 @@ def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
     """
     file, config = Path(traces) / CONTENT_FILE, AutoConfig.from_pretrained(model).get_text_config()
     there = [len(tokens_of_codes(traces)), len(read_tensor(file, "weights")) - 1, len(read_tensor(file, "codes"))]
-    for name in ("least", "apart"):
-        read_tensor(file, name)
+    read_tensor(file, "least")
     if there != (here := [vocabulary.size, config.hidden_size, config.vocab_size]):
         raise Refused(
             f"{traces} was made with {there[0]} codes by a model of width {there[1]} and {there[2]} tokens, {model} "
@@ -211,7 +219,13 @@ def content_parts(
     Make this share of the parts. The first share that comes fits influence and codes, or takes those of `args.codes`;
     the others wait for it.
 
-    Args, returns: as in [`cluster_parts`].
+    Args:
+        args ([`TracesArguments`]): its settings.
+        part ([`~datasets.Dataset`]): prepared rows; `rows` are their numbers in the data.
+        share (`int`): which of `shares`, from 1.
+
+    Returns:
+        The parts, how many they are in the end, and how many were made here.
 
     Raises:
         Refused: no CoT of more than line breaks; codes of another codebook or model; a damaged part.
@@ -231,15 +245,14 @@ def content_parts(
         look_again(fitted)
         if not fitted.is_file():
             write_whole(fitted, fit or save(_fit(load(), args, vocabulary, part)))
-    weights, least, codes, apart = (read_tensor(fitted, name) for name in ("weights", "least", "codes", "apart"))
+    weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least", "codes"))
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:
         for n in todo:
             these, traces = rows_of(part, spans[n]), {}
             for i, told in tell(load(), these, weights, args.batch_tokens):
                 if len(told):
-                    taken = chosen(these[i], told, least, vocabulary.m_max, bool(apart))
-                    traces[i] = codes[taken].tolist()
+                    traces[i] = codes[chosen(these[i], told, least, vocabulary.m_max)].tolist()
                 bar.update()
             records = [
                 {"row": rows[i], "id": ids[i], "trace": traces[k]} for k, i in enumerate(spans[n]) if k in traces

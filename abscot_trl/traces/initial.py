@@ -1,5 +1,5 @@
 """
-The first round's traces that are drawn by length only (section 3.2); those of a model's states are in `clusters`.
+The first round's traces that are drawn by length only (section 3.2); those of what later text reads are in `content`.
 
 Traces are codebook indices 0..M-1 here, delimiters left out.
 """

@@ -20,13 +20,10 @@ from abscot_trl.storage import Parts, at_work, check_folder, look_again, phase_s
 from abscot_trl.traces import initial
 from abscot_trl.traces.backends import SamplerArguments, engine_arguments, load_sampler
 from abscot_trl.traces.batching import cut
-from abscot_trl.traces.clusters import CLUSTER_FILE, cluster_parts
 from abscot_trl.traces.content import CONTENT_FILE, content_parts
 from abscot_trl.traces.files import summarise_traces, write_traces
 from abscot_trl.traces.parallel import parse_shard, run_jobs, visible_gpus
 from abscot_trl.vocabulary import AbstractVocabulary
-
-READING = {"clusters": CLUSTER_FILE, "content": CONTENT_FILE}  # methods that read the CoT with the base model: its fit
 
 
 @dataclass
@@ -35,23 +32,20 @@ class TracesArguments(SamplerArguments):
     Make the traces of one phase.
 
     Args:
-        model (`str`): extended checkpoint: the policy, the base model of the clusters, or the vocabulary's home.
+        model (`str`): extended checkpoint: the policy, the base model of `content`, or the vocabulary's home.
         data (`str`): prepared data (`abscot data`).
         output_dir (`str`): where `traces.jsonl` and `summary.json` go. While a model is at work its finished parts
             are kept in `<output_dir>.parts`; the same command goes on from them.
-        method (`str`): `uniform`, `cycle`, `power_law`, `clusters`, `content`, or `policy` (constrained decoding).
-            Clusters and content take backend `hf` and a process for each visible GPU; `engine: {data_parallel_size:
+        method (`str`): `uniform`, `cycle`, `power_law`, `content`, or `policy` (constrained decoding).
+            Content takes backend `hf` and a process for each visible GPU; `engine: {data_parallel_size:
             n}` shares the GPUs among n processes instead.
         given (`str`): what the policy sees: `prompt` or `cot` (prompt and CoT).
         splits, part (`str`, *optional*): staged splits and the part to use (`1.bottleneck`); all rows otherwise.
         ratio (`float`): of `content`: tokens of the CoT for each of its trace.
-        steps_apart (`bool`): of `content`: between the tokens of two steps stands the one that ended the first; these
-            are not counted in `ratio`.
-        codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes, influence, ratio and
-            steps_apart these are made.
+        codes (`str`, *optional*): of `content`: a folder of such traces, by whose codes, influence and ratio these
+            are made.
         part_tokens (`int`): tokens (prefixes and m_max) of one file of finished work: what a kill can cost.
-        shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them. Shards of
-            clusters are run twice: first they make what the clusters are fitted on.
+        shard (`str`, *optional*): `2/8`: every eighth of these files; who finishes last joins them.
     """
 
     model: str = field(metadata={"help": "Extended checkpoint."})
@@ -59,7 +53,7 @@ class TracesArguments(SamplerArguments):
     output_dir: str = field(metadata={"help": "Where traces.jsonl and summary.json go."})
     method: str = field(
         default="policy",
-        metadata={"help": "How traces are made.", "choices": [*initial.RANDOM_METHODS, *READING, "policy"]},
+        metadata={"help": "How traces are made.", "choices": [*initial.RANDOM_METHODS, "content", "policy"]},
     )
     given: str = field(
         default="prompt",
@@ -68,16 +62,15 @@ class TracesArguments(SamplerArguments):
     splits: str | None = field(default=None, metadata={"help": "Staged splits (splits.json)."})
     part: str | None = field(default=None, metadata={"help": "Part of the splits, e.g. 1.bottleneck."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the policy; 0 is greedy."})
-    seed: int = field(default=0, metadata={"help": "Seed of draws and clusters."})
+    seed: int = field(default=0, metadata={"help": "Seed of draws and fits."})
     ratio: float = field(default=8.0, metadata={"help": "content: tokens of the CoT for each token of its trace."})
-    steps_apart: bool = field(default=False, metadata={"help": "content: a token between those of two steps."})
     codes: str | None = field(default=None, metadata={"help": "content: traces whose codes these take."})
     part_tokens: int = field(default=4_000_000, metadata={"help": "Tokens between two savings of the work done."})
     shard: str | None = field(default=None, metadata={"help": "Make only this share of the rows, e.g. 2/8."})
 
     def __post_init__(self):
         engine = engine_arguments(self.engine)
-        if self.method in READING and self.backend == "hf" and set(engine) <= {"data_parallel_size"}:
+        if self.method == "content" and self.backend == "hf" and set(engine) <= {"data_parallel_size"}:
             self.engine = None
         super().__post_init__()
         self.engine = engine or None
@@ -85,8 +78,6 @@ class TracesArguments(SamplerArguments):
             raise Refused(f"splits and part go together, got splits={self.splits!r} and part={self.part!r}")
         if self.ratio < 1:
             raise Refused(f"ratio must be at least 1, got {self.ratio}")
-        if self.steps_apart and self.method != "content":
-            raise Refused(f"steps_apart is for method: content, not {self.method}")
         if self.codes and self.method != "content":
             raise Refused(f"codes {self.codes} are for method: content, not {self.method}")
         if self.part_tokens < 1:
@@ -121,7 +112,7 @@ def make_traces(args: TracesArguments) -> dict:
     rows = part_rows(args.splits, args.part, len(data))
     if args.method not in initial.RANDOM_METHODS:
         with at_work(args.output_dir, beside=args.shard is not None):
-            make_parts = {"clusters": cluster_parts, "content": content_parts}.get(args.method, _policy_parts)
+            make_parts = content_parts if args.method == "content" else _policy_parts
             parts, count, made = make_parts(
                 args, vocabulary, tokenizer, data.select(rows), rows, *parse_shard(args.shard)
             )
@@ -238,8 +229,8 @@ def _join(
             if left:
                 return {"shard": args.shard, "parts_made": made, "parts_left_to_others": left}
             with written_whole(args.output_dir) as folder:
-                if args.method in READING:
-                    shutil.copyfile(parts.folder / READING[args.method], folder / READING[args.method])
+                if args.method == "content":
+                    shutil.copyfile(parts.folder / CONTENT_FILE, folder / CONTENT_FILE)
                 records = sorted(parts.records(range(count), kinds=kinds), key=lambda record: at[record["row"]])
                 summary = _write(args, folder, vocabulary, records, len(rows))
     except (OSError, Refused):
@@ -251,8 +242,8 @@ def _join(
 
 
 def _processes(args: TracesArguments) -> int:
-    """How many share the work of this call: as many as asked for; clusters and content have one a GPU."""
-    default = len(visible_gpus()) if args.method in READING else 1
+    """How many share the work of this call: as many as asked for; content has one a GPU."""
+    default = len(visible_gpus()) if args.method == "content" else 1
     return (args.engine or {}).get("data_parallel_size", default) or 1
 
 
@@ -277,13 +268,11 @@ def _by_processes(args: TracesArguments) -> dict:
     share, shares = parse_shard(args.shard)
     first, of = (share - 1) * processes + 1, shares * processes
     jobs = [asdict(replace(args, engine=engine, shard=f"{first + k}/{of}")) for k in range(processes)]
-    turns = 2 if args.method == "clusters" and args.shard is None else 1  # states, then traces
-    for _ in range(turns):
-        try:
-            run_jobs(jobs, [gpus[k * width : (k + 1) * width] for k in range(processes)])
-        except Refused:  # of a process too, that had nothing left to do and came when the others had joined
-            if not Path(args.output_dir).exists():
-                raise
-        if Path(args.output_dir).exists():
-            return _summary(args)
+    try:
+        run_jobs(jobs, [gpus[k * width : (k + 1) * width] for k in range(processes)])
+    except Refused:  # of a process too, that had nothing left to do and came when the others had joined
+        if not Path(args.output_dir).exists():
+            raise
+    if Path(args.output_dir).exists():
+        return _summary(args)
     return {"shard": args.shard, "parts_left_to_others": True}

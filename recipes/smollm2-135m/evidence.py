@@ -38,10 +38,8 @@ VERBAL = "baseline.verbal"
 PHASES = ("bottleneck", "distill", "evaluate", "init", VERBAL)
 STEPS = {VERBAL: 1000, "bottleneck": 600, "distill": 3400}  # of 33,000 tokens, and 16,000 (a batch of 2)
 HELD_OUT = {"gsm-symbolic": "templates", "facts": "longer", "states": "longer"}  # what the second test holds
-CLUSTERS = {"initial": "clusters", "distill_from": "cot", "rehearsal": 1.0, "temperature": 0.7}
 PAPER = {"initial": "uniform", "distill_from": "prompt", "temperature": 0.7}
 SAMPLED = {"distill_from": "cot", "temperature": 0.7}
-APART = {"steps_apart": True, "ratio": 8.5}  # as many tokens a trace as `informed`
 THREE = {"rounds": 3, "rows_per_phase": 30_000}  # a third of the steps each
 STABLE = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 400}}
 LARGE = dict.fromkeys(("bottleneck", "distill"), {"per_device_train_batch_size": 4, "global_batch_size": 4})
@@ -58,7 +56,6 @@ SMALL |= {"evaluate": {"backend": "hf", "dtype": "float32", "limit": 4, "max_new
 GRID = {
     "informed": {},
     "paper": PAPER,
-    "clusters": CLUSTERS,  # what informed was before
     **{name: {"baseline": name} for name in ("base", "sft", "cot", "pause", "cut-cot")},
     "icot": {"baseline": "icot", "bottleneck": UNPACKED},
     "paper-3-rounds": PAPER | THREE,
@@ -70,7 +67,6 @@ GRID = {
     "informed-large-batch": LARGE,
     "informed-large-batch-ratio-4": {"ratio": 4.0, **LARGE},
     "informed-discrete": {"bottleneck": {"channel": "discrete"}},
-    "informed-apart": APART,
     "informed-ratio-4": {"ratio": 4.0},
     "informed-ratio-6": {"ratio": 6.0},
     "informed-ratio-12": {"ratio": 12.0},
