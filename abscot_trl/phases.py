@@ -54,6 +54,12 @@ def _training(sentence: str, name: str, arguments: str, config: str) -> Phase:
 
 
 PHASES = {
+    "new": Phase(
+        "write the recipes of a model of your own, for its rows and a machine",
+        "abscot_trl.loop.new:new",
+        ("abscot_trl.loop.new:NewArguments",),
+        show="abscot_trl.loop.new:describe_new",
+    ),
     "init": Phase(
         "extend a base model by the codebook",
         "abscot_trl.checkpoint:init_checkpoint",
