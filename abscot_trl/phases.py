@@ -58,7 +58,6 @@ PHASES = {
         "write the recipes of a model of your own, for its rows and a machine",
         "abscot_trl.loop.new:new",
         ("abscot_trl.loop.new:NewArguments",),
-        show="abscot_trl.loop.new:describe_new",
     ),
     "init": Phase(
         "extend a base model by the codebook",

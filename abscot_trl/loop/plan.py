@@ -139,7 +139,7 @@ def plan(args: PlanArguments) -> dict:
     shape, vocabulary = _model(args)
     gpus, zero, launcher = _launcher(args)
     todo, table, warnings = list(stages(args)), [], []
-    on_cpu = any(stage.settings.get("use_cpu") for stage in todo)
+    on_cpu = args.gpu is None and any(stage.settings.get("use_cpu") for stage in todo)
     card = this_cpu() if on_cpu else card_of(args.gpu)
     room = min(stage.settings.get("max_length") or 8192 for stage in todo if stage.phase in PARTS)
     lengths, counts = _lengths(args, room - vocabulary.m_max - 2)
@@ -178,7 +178,7 @@ def plan(args: PlanArguments) -> dict:
         "hours: as measured on an H100, to other cards by their data sheets (abscot_trl/loop/duration.py); what GPUs "
         "wait for each other, evaluations and loading are not counted"
         if card.peak
-        else "hours are not reckoned on a CPU, and memory is that of a GPU's step: not measured here"
+        else "hours are not reckoned on a CPU; memory is that of a step on a GPU in 16 bits"
         if on_cpu
         else f"hours are not reckoned: of {card.name} no peak is known; `gpu` takes another's ({', '.join(GPUS)})",
         "~ steps of packed rows depend on the traces' lengths; FSDP is taken for ZeRO-3, it was not measured",
