@@ -49,13 +49,16 @@ def hardware_of(text: str) -> Hardware:
 
 @dataclass(frozen=True)
 class Form:
-    """A tuning on a machine: accelerate's configuration, processes, the recipe's fields, and bytes a GPU."""
+    """
+    A tuning on a machine: accelerate's configuration, the recipe's fields, bytes a GPU, and the fewest it could take.
+    """
 
     tuning: str
     hardware: Hardware
     accelerate: str
     recipe: dict[str, Any]
     memory: int
+    least: int
     other: tuple[int, float] | None  # with gradient checkpointing the other way: bytes, time
 
     @property
@@ -72,7 +75,7 @@ def form_of(tuning: str, shape: Shape, family: str, hardware: Hardware, rows: Ro
     fixed = {"use_peft": lora, "dtype": "bfloat16" if lora and not cpu else "float32", "max_length": rows.longest}
     fixed |= {"lora_r": RANK, "lora_target_modules": list(leaves)} if lora else {}
     fixed["global_batch_size"] = -(-(8 if cpu else rows.packs) // gpus) * gpus
-    least = min(4096 // rows.longest or 1, 8) if cpu else 1
+    least = min(8, 1 << (4096 // rows.longest or 1).bit_length() - 1) if cpu else 1  # 4096 tokens at once, or a row
 
     def option(checkpointing: bool, micro: int, stage: int) -> dict:
         compiles = family in FUSED and stage < 3 and not cpu  # ZeRO-3 gathers weights inside of a layer
@@ -94,16 +97,16 @@ def form_of(tuning: str, shape: Shape, family: str, hardware: Hardware, rows: Ro
     name = "cpu" if cpu else "zero3" if stage else "ddp" if gpus > 1 else "single"
     if stage:  # one row at once and layers computed again: the same file serves two nodes, and few GPUs with offload
         recipe = option(True, 1, stage)
-        return Form(tuning, hardware, name, recipe, memory(recipe, stage), None)
+        took = memory(recipe, stage)
+        return Form(tuning, hardware, name, recipe, took, took, None)
     micros = [least] if cpu else [m for m in (1, 2, 4, 8) if fixed["global_batch_size"] % (m * gpus) == 0]
     options = [option(again, micro, stage) for micro in micros for again in (False, True)]
     fitting = [recipe for recipe in options if memory(recipe, 0) <= MOST * hardware.gib * GIB] or [options[1]]
     best = min(map(seconds, fitting))
     recipe = next(recipe for recipe in fitting if seconds(recipe) <= 1.02 * best)
     turned = recipe | {"gradient_checkpointing": not recipe["gradient_checkpointing"]}
-    return Form(
-        tuning, hardware, name, recipe, memory(recipe, 0), (memory(turned, 0), seconds(turned) / seconds(recipe))
-    )
+    other = memory(turned, 0), seconds(turned) / seconds(recipe)
+    return Form(tuning, hardware, name, recipe, memory(recipe, 0), memory(options[1], 0), other)
 
 
 def choose(shape: Shape, family: str, hardware: Hardware, rows: Rows) -> tuple[dict[str, Form], str, str]:
@@ -114,19 +117,23 @@ def choose(shape: Shape, family: str, hardware: Hardware, rows: Rows) -> tuple[d
         Refused: not even LoRA fits.
     """
     forms = {tuning: form_of(tuning, shape, family, hardware, rows) for tuning in ("lora", "full")}
-    took = {tuning: form.memory / GIB for tuning, form in forms.items()}
-    unit = f" GiB{' a GPU' if hardware.gpus else ''}, which has {hardware.gib:.0f}"
-    if took["full"] <= FULL * hardware.gib:
-        return forms, "full", f"full fine-tuning: {took['full']:.3g}{unit}; LoRA is taken when that is over half"
-    if took["lora"] > MOST * hardware.gib:
+    lora, full = forms["lora"], forms["full"]
+    of = f"of {hardware.gib:.0f} GiB{' a GPU' if hardware.gpus else ''}"
+    if full.least <= FULL * hardware.gib * GIB:
+        why = f"full fine-tuning, {_again(full)}: {full.memory / GIB:.3g} {of}; it can do with {full.least / GIB:.3g}"
+        return forms, "full", f"{why}, within half of them"
+    if lora.memory > MOST * hardware.gib * GIB:
         raise Refused(
-            f"{shape.parameters / 1e9:.1f}B parameters and rows of {rows.longest} tokens take {took['lora']:.0f} GiB "
-            f"with LoRA and gradient checkpointing, {hardware.words} has {hardware.gib:.0f}, of which a quarter stays "
-            "free; take a larger GPU or a smaller model"
+            f"{shape.parameters / 1e9:.1f}B parameters and rows of {rows.longest} tokens take "
+            f"{lora.memory / GIB:.0f} GiB with LoRA and gradient checkpointing, {hardware.words} has "
+            f"{hardware.gib:.0f}, a quarter of which stays free; take a larger GPU or a smaller model"
         )
+    why = f"LoRA, {_again(lora)}: {lora.memory / GIB:.3g} {of}; full fine-tuning takes {full.least / GIB:.3g} at least"
     if 0 < hardware.gpus < 8:  # full fine-tuning stands beside it, for accelerate_configs/zero3.yaml's 8 GPUs
         size = hardware.words.rpartition(" x ")[2].removeprefix("one ").removesuffix(" GPU")
         forms["full"] = form_of("full", shape, family, Hardware(8, hardware.gib, f"8 x {size}"), rows)
-    again = "with" if forms["lora"].recipe["gradient_checkpointing"] else "without"
-    why = f"LoRA, {again} gradient checkpointing: {took['lora']:.3g}{unit}; full fine-tuning would take "
-    return forms, "lora", f"{why}{took['full']:.3g}, over half"
+    return forms, "lora", f"{why}, over half of them"
+
+
+def _again(form: Form) -> str:
+    return f"with{'' if form.recipe['gradient_checkpointing'] else 'out'} gradient checkpointing"

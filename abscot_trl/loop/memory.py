@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from abscot_trl.checkpoint import load_config
 from abscot_trl.errors import Refused
@@ -59,8 +59,20 @@ def shape_of(path: str) -> Shape:
 
 
 def shape_of_model(model: PreTrainedModel) -> Shape:
-    """Of a model that may be on the meta device."""
-    config, modules = model.config, model.named_modules()
+    """
+    Of a model that may be on the meta device.
+
+    Raises:
+        Refused: its config has other names for its sizes than Llama's, so that nothing can be reckoned.
+    """
+    try:
+        return _shape(model.config, model)
+    except AttributeError as error:
+        raise Refused(f"{model.config.model_type}: its sizes are not named as a Llama's are ({error})") from error
+
+
+def _shape(config: PretrainedConfig, model: PreTrainedModel) -> Shape:
+    modules = model.named_modules()
     linear = [(n, m.in_features, m.out_features) for n, m in modules if isinstance(m, torch.nn.Linear)]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(

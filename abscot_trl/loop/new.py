@@ -25,8 +25,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Of the templates' values: what a machine says, and what a tuning does.
 CPU = {
     "sampler": "transformers, a CPU", "one": "a CPU", "sampling_dtype": "float32", "backend": "hf",
-    "dtype_words": "as a CPU computes", "attention": "sdpa", "vllm_length": None, "packing": None, "pad": 8, "use_cpu": True, "bf16": False, "workers": None, "shared": "", "use_vllm": None,
-    "vllm_share": None, "generations": 4, "rl_steps": 20,
+    "dtype_words": "as a CPU computes", "attention": "sdpa", "packing": None, "pad": 8, "use_cpu": True, "bf16": False,
+    "workers": None, "shared": "", "use_vllm": None, "vllm_share": None, "vllm_length": None, "generations": 4,
+    "rl_steps": 20,
 }  # fmt: skip
 GPU = {
     "sampler": "vLLM, one GPU", "one": "one GPU", "sampling_dtype": "bfloat16", "backend": "vllm",
@@ -165,9 +166,10 @@ def _values_of_form(form: Form, family: str, shape: Shape, rows: Rows) -> dict[s
         "batch_words": f"{batch} rows a step" if cpu else f"{batch} packed rows of {rows.longest} tokens a step",
         "step_words": "rows a step"
         if cpu
-        else f"packed rows a step on any number of GPUs: {tokens // 1000}k tokens, about {tokens // rows.row} rows",
+        else f"packed rows a step over all GPUs: {tokens // 1000}k tokens, about {tokens // rows.row} rows",
         "bare_words": "" if cpu else f"A step holds about {tokens // rows.bare} rows without CoT.",
-        "dtype": recipe["dtype"], "targets": recipe.get("lora_target_modules"), "micro": recipe["per_device_train_batch_size"], "batch": batch,
+        "dtype": recipe["dtype"], "targets": recipe.get("lora_target_modules"),
+        "micro": recipe["per_device_train_batch_size"], "batch": batch,
         "checkpointing": recipe["gradient_checkpointing"], "memory_words": None if cpu else memory,
         "compile": compiles or None, "liger": True if family in FUSED and form.accelerate == "zero3" else None,
         "rate": rate, "rl_rate": rate / 10, "rl_batch": rl_batch, "rl_prompts": rl_batch // machine["generations"],
