@@ -9,9 +9,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from sampling import need_vllm
 from test_recipes import SHAPES, meta_model
 from tiny import tiny_model
@@ -19,7 +21,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer, write_problems
 from abscot_trl.errors import Refused
-from abscot_trl.loop.forms import hardware_of
+from abscot_trl.loop.forms import Hardware, hardware_of
 from abscot_trl.loop.memory import GIB, shape_of_model
 from abscot_trl.loop.new import recipe_files
 from abscot_trl.loop.new_rows import Rows, held_out
@@ -274,3 +276,24 @@ def answers(url: str) -> bool:
         return httpx.get(url).is_success
     except httpx.TransportError:
         return False
+
+
+def test_of_many_rows_some_are_drawn_and_a_recipe_takes_no_more_than_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("abscot_trl.loop.new_rows.ROWS", 2400)
+    base = str(base_model(tmp_path / "base"))
+    for n, phase_rows in ((2500, 1068), (3000, 1200)):  # 0.95 of 2250; half of 2400
+        words = ["--data", problems(tmp_path, n), "--hardware", "cpu", "--output_dir", f"recipes/m{n}"]
+        assert f"2000 of 2000 rows fit, drawn from {n - n // 10}, " in new("--model", base, *words)
+        assert read_yaml(f"recipes/m{n}/warmup.informed.yaml")["rows_per_phase"] == phase_rows
+        assert read_yaml(f"recipes/m{n}/data.yaml").get("limit") == (2400 if n == 3000 else None)
+
+
+def test_auto_is_what_is_here(monkeypatch):
+    assert hardware_of("auto") == hardware_of("cpu") or torch.cuda.is_available()
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert hardware_of("auto") == Hardware(2, 79, "2 x NVIDIA H100 80GB HBM3")
+    assert hardware_of("cpu").gpus == 0 and hardware_of("2X80GB") == Hardware(2, 79, "2 x 80 GB")

@@ -16,7 +16,7 @@ from abscot_trl.phases import read_yaml
 CODEBOOK, RANK = 64, 32
 FULL = 0.5  # of a GPU's memory: full fine-tuning that takes no more leaves room for longer rows
 MOST = 0.75  # of it: what a step may take, for allocators leave gaps
-FUSED = ("llama", "qwen2", "qwen3")  # families whose compiled layers and Liger kernels were run
+FUSED = ("llama", "qwen3")  # families whose compiled layers and Liger kernels were run
 
 
 @dataclass(frozen=True)
