@@ -24,7 +24,7 @@ named    = $(if $(TUNING)$(ACCELERATE),$(addprefix --tuning ,$(tuning)) $(addpre
 by       = $(addprefix --accelerate_config ,$(launcher))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines rl-demo test test-fast lint init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
+.PHONY: help install demo demo-baselines rl-demo test test-fast lint new init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ test-fast: $(READY) ## the tests that take seconds, for the next edit
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+new: $(READY) ## the recipes of MODEL for the rows DATA in recipes/RECIPE; ARGS='--hardware 1x80gb'
+	$(ABSCOT) $@ --model $(MODEL) --data $(DATA) --output_dir recipes/$(RECIPE) $(ARGS)
 
 init data evaluate concise: $(READY)
 	$(ABSCOT) $@ --config recipes/$(RECIPE)/$@.yaml $(ARGS)

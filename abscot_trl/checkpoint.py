@@ -73,6 +73,45 @@ def _weight_files(folder: str | Path) -> list[Path]:
     return [Path(folder) / name for name in sorted(set(names))]
 
 
+def empty_model(path: str | Path) -> PreTrainedModel:
+    """
+    The model at `path`, a folder or hub id, without its weights: on the meta device.
+
+    Raises:
+        Refused: no config.json of a decoder that transformers knows.
+    """
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a wrong value leads to
+        raise _unreadable(path, "config.json", error) from error
+
+
+def check_base(path: str | Path, vocabulary: AbstractVocabulary) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """
+    What a base model must have before its weights are asked for.
+
+    Returns:
+        Its tokenizer, extended by `vocabulary`, and the model without weights.
+
+    Raises:
+        Refused: a tokenizer that already holds an abstract token, lacks EOS or one chat template; layers that cannot
+            carry the bottleneck mask; fewer positions than a trace takes.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        missing = "chat template" if tokenizer.chat_template is None else "EOS token"
+        raise Refused(f"{path}: the tokenizer has no {missing}; start from an instruction-tuned model")
+    vocabulary.extend(tokenizer)
+    model = empty_model(path)
+    check_supported(model)
+    positions = model.config.max_position_embeddings
+    if vocabulary.m_max + 2 >= positions:
+        raise Refused(f"m_max {vocabulary.m_max} exceeds the model's {positions} positions")
+    return tokenizer, model
+
+
 def check_model(path: str | Path, dtype: str | None = "auto") -> None:
     """
     What can be said of a model before its weights are loaded; of those in a folder only the headers are read.
@@ -82,13 +121,10 @@ def check_model(path: str | Path, dtype: str | None = "auto") -> None:
     """
     if dtype not in ("auto", None) and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise Refused(f"dtype {dtype!r} is none of torch: bfloat16, float16, float32 or auto")
-    config = load_config(path)
-    try:
-        if not is_deepspeed_zero3_enabled():  # it would divide a model that has no data
-            with torch.device("meta"):
-                AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a wrong value leads to
-        raise _unreadable(path, "config.json", error) from error
+    if is_deepspeed_zero3_enabled():  # it would divide a model that has no data
+        load_config(path)
+    else:
+        empty_model(path)
     if not Path(path).is_dir():
         return
     try:
@@ -251,16 +287,9 @@ def init_checkpoint(args: InitArguments) -> Path:
     if args.codes:
         return _start_codes(args)
     vocabulary = AbstractVocabulary(args.codebook_size, args.m_min, args.m_max)
-    tokenizer = load_tokenizer(args.base_model)
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        missing = "chat template" if tokenizer.chat_template is None else "EOS token"
-        raise Refused(f"{args.base_model}: the tokenizer has no {missing}; start from an instruction-tuned model")
-    vocabulary.extend(tokenizer)
+    tokenizer, _ = check_base(args.base_model, vocabulary)
     ids = vocabulary.all_ids(tokenizer)
     model = load_model(args.base_model, args.dtype)
-    check_supported(model)
-    if args.m_max + 2 >= model.config.max_position_embeddings:
-        raise Refused(f"m_max {args.m_max} exceeds the model's {model.config.max_position_embeddings} positions")
     extend_model(model, ids, args.initialisation, args.seed)
     with written_whole(args.output_dir) as folder:
         save_checkpoint(model, tokenizer, vocabulary, folder)

@@ -119,7 +119,7 @@ def _shown(phase: Phase, result: Any) -> str:
         return resolve_name(phase.show)(result) if result else ""
     if isinstance(result, dict):
         return json.dumps({key: value for key, value in result.items() if key != "settings"}, indent=2)
-    return str(result) if isinstance(result, Path) else ""
+    return str(result) if isinstance(result, Path | str) else ""
 
 
 def main() -> None:

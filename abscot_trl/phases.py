@@ -54,6 +54,11 @@ def _training(sentence: str, name: str, arguments: str, config: str) -> Phase:
 
 
 PHASES = {
+    "new": Phase(
+        "write the recipes of a model of your own, for its rows and a machine",
+        "abscot_trl.loop.new:new",
+        ("abscot_trl.loop.new:NewArguments",),
+    ),
     "init": Phase(
         "extend a base model by the codebook",
         "abscot_trl.checkpoint:init_checkpoint",
@@ -156,6 +161,11 @@ PHASES = {
     ),
 }
 TRAINING = tuple(name for name, phase in PHASES.items() if phase.launched)
+SETTABLE = ("bottleneck", "distill", "evaluate", "grpo")  # the phases whose fields a run takes as phase.field=value
+
+
+def field_names(phase: str) -> list[str]:
+    return [field.name for cls in PHASES[phase].classes for field in dataclasses.fields(cls) if field.init]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -221,7 +231,7 @@ def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str 
     strict = ConfigDict(strict=True, arbitrary_types_allowed=True)  # an int may stand for a float, nothing else
     for key, value in settings.items():
         if key not in fields:
-            raise Refused(f"{path}: unknown key {_short(key)}; {_meant(str(key), fields)}")
+            raise Refused(f"{path}: unknown key {_short(key)}; {meant(str(key), fields)}")
         if isinstance(value, str) and kinds[key] in (int, float):
             raise Refused(f"{path}: {key}: {_short(value)} is text; write a number (2.0e-5, not 2e-5)")
         choices = fields[key].metadata.get("choices")
@@ -236,9 +246,19 @@ def check_fields(settings: dict[str, Any], classes: tuple[type, ...], path: str 
             raise Refused(f"{path}: {key}: {_short(value)} does not fit; {kind} is wanted") from error
 
 
-def _meant(name: str, fields: typing.Iterable[str]) -> str:
+def meant(name: str, fields: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "see --help for the fields"
+
+
+def _field_of_a_phase(given: str, rest: list[str]) -> str:
+    """How a run takes `--field value` of its phases, in words; empty for what is no field of theirs."""
+    name, equals, value = given.removeprefix("--").partition("=")
+    value = value if equals else rest[0] if rest else ""
+    phases = [phase for phase in SETTABLE[:3] if name in field_names(phase)]
+    words = " ".join(f"{phase}.{name}={_short(value)[1:-1]}" for phase in phases)
+    cpu = "; `abscot new --hardware cpu` writes whole recipes for a CPU" * (name == "use_cpu")
+    return f"it is a field of {' and '.join(phases)}: --set {words}{cpu}" if phases else ""
 
 
 def _refuse_usage(message: str) -> typing.NoReturn:
@@ -277,8 +297,9 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
         words = f"{error} in {_short(error.doc)}" if isinstance(error, json.JSONDecodeError) else error
         raise Refused(f"{', '.join(recipes) or 'command line'}: {words!s:.500}") from error
     if unknown:
-        names = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)]
-        raise Refused(f"command line: unknown {unknown[0]!r}; {_meant(unknown[0].partition('=')[0], names)}")
+        names, given = [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)], unknown[0]
+        words = ("--set" in names and _field_of_a_phase(given, unknown[1:])) or meant(given.partition("=")[0], names)
+        raise Refused(f"command line: unknown {given!r}; {words}")
     return tuple(parsed)
 
 

@@ -305,6 +305,9 @@ def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):
 
 def test_the_card_that_is_here_is_planned_for(toy, tmp_path, monkeypatch):
     fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
+    found = plan(PlanArguments(**fields))  # recipes of a CPU
+    assert "1 x CPU, ZeRO" in found["assumptions"][0] and not any("hours" in line for line in found["stages"])
+    fields |= recipes(tmp_path, "", LORA | {"use_cpu": False}) | {"evaluate": None}
 
     def planned(name=None, gib=0.0, **asked):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)

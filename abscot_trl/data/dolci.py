@@ -159,7 +159,7 @@ def iter_packed(
     files = data_files(data)
     if files is None:
         rows = _hub_rows(data if isinstance(data, str) else data[0], split, config)
-        rows = rows.map(_pack, remove_columns=rows.column_names)
+        rows = rows.map(pack, remove_columns=rows.column_names)
     else:
         # Whether a parquet file is whole stands in its footer: read them all before hours of work.
         for file in files:
@@ -172,12 +172,13 @@ def iter_packed(
 def data_files(data: str | list[str]) -> list[str] | None:
     """The local files that `data` names, `None` where it is a hub id; raises as `local_files`."""
     names = [data] if isinstance(data, str) else list(data)
-    if len(names) == 1 and _is_hub_id(names[0]):
+    if len(names) == 1 and is_hub_id(names[0]):
         return None
     return [file for name in names for file in local_files(name)]
 
 
-def _pack(row: dict[str, Any]) -> dict[str, Any]:
+def pack(row: dict[str, Any]) -> dict[str, Any]:
+    """A row compressed, see `unpack`."""
     text = json.dumps(row, default=str).encode()
     return {"packed": pyarrow.Codec("zstd", 1).compress(text, asbytes=True), "size": len(text)}
 
@@ -187,7 +188,7 @@ def unpack(row: dict[str, Any]) -> dict[str, Any]:
     return json.loads(pyarrow.Codec("zstd").decompress(row["packed"], row["size"], asbytes=True))
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     return (
         re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
         and not name.endswith((*SUFFIXES, ".json"))
@@ -232,7 +233,7 @@ def local_files(name: str) -> list[str]:
 
 def _packed_rows(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
-        yield from map(_pack, _parquet_rows(file) if file.endswith(".parquet") else _jsonl_rows(file))
+        yield from map(pack, _parquet_rows(file) if file.endswith(".parquet") else _jsonl_rows(file))
 
 
 def _open_parquet(file: str) -> pyarrow.parquet.ParquetFile:

@@ -69,6 +69,8 @@ class RunArguments(DriverOptions):
         rounds (`int`): T.
         rows_per_phase (`int`): size of each part D_{t,1}, D_{t,2}.
         rehearsal (`float`): loss weight of the masked row in phase B.
+        set (`list[str]`): `phase.field=value`, over the recipe of that phase (bottleneck, distill, evaluate, grpo);
+            the value is YAML. Those of the command line come after those of `--config`, the last of a field holds.
     """
 
     run_dir: str = field(metadata={"help": "Folder of the run; a second call continues it."})
@@ -85,6 +87,13 @@ class RunArguments(DriverOptions):
     rows_per_phase: int = field(default=5000, metadata={"help": "Rows of each part D_t,1 and D_t,2."})
     rehearsal: float = field(default=0.0, metadata={"help": "Loss weight of the masked row in phase B."})
     seed: int = field(default=0, metadata={"help": "Seed of splits, traces and training."})
+    set: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Fields of the phases, over their recipes: bottleneck.max_length=4096 ..",
+            "action": "extend",
+        },
+    )
 
     def __post_init__(self):
         for phase in ("bottleneck", "distill", "evaluate"):

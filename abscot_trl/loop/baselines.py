@@ -17,7 +17,7 @@ from abscot_trl.evaluation.results import read_results
 from abscot_trl.loop.arguments import RunArguments
 from abscot_trl.loop.driver import drive
 from abscot_trl.loop.launch import check_launch, launcher_of
-from abscot_trl.loop.stages import Stage, check_stages
+from abscot_trl.loop.stages import Stage, check_stages, phase_recipes
 from abscot_trl.phases import PHASES, check_fields, read_yaml
 from abscot_trl.storage import check_folder, read_json
 from abscot_trl.training.configs import BASELINES
@@ -83,9 +83,9 @@ def warmup_steps(args: BaselinesArguments) -> int:
         remedy = "run that stage of the warm-up again, or set steps"
         return sum(read_json(log, remedy, "steps")["steps"] for log in logs)
     total, processes = 0, launcher_of(args).get("num_processes", 1)
+    recipes = phase_recipes(args)
     for _, phase in phases:
-        recipe = read_yaml(getattr(args, phase))
-        check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
+        recipe = recipes[phase]
         if recipe.get("packing") and recipe.get("max_steps", -1) < 1:
             raise Refused(
                 f"{getattr(args, phase)} packs rows, so its steps are known from a run alone; set warmup to the "
@@ -107,9 +107,8 @@ def baseline_stages(args: BaselinesArguments) -> list[Stage]:
     check_folder(args.run_dir)
     if not args.evaluate:
         raise Refused("evaluate: a recipe is needed; baselines are there to be compared")
-    recipes = {phase: read_yaml(getattr(args, phase)) for phase in ("bottleneck", "evaluate")}
+    recipes = phase_recipes(args)
     check_fields(recipes["bottleneck"], PHASES["baseline"].classes, args.bottleneck)
-    check_fields(recipes["evaluate"], PHASES["evaluate"].classes, args.evaluate)
     run, stages = Path(args.run_dir), []
     splits = str(run / "splits.json")
     steps = warmup_steps(args) if args.names != ["base"] else 0

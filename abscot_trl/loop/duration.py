@@ -5,6 +5,7 @@ The constants are fitted to steps of Qwen3-4B's and SmolLM2-135M's shapes on an 
 they give within 6 %; `make bench-plan` holds them against steps that they were not fitted to.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,11 @@ def card_of(gpu: str | None) -> Card:
         h200 = GPUS["h200"]
         return Card("h200 (no GPU is here; `gpu` names another)", h200.peak, h200.bandwidth, h200.gib)
     return GPUS[gpu]
+
+
+def this_cpu() -> Card:
+    """This machine's CPU, whose memory alone is known."""
+    return Card("CPU", None, None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB)
 
 
 def batch_seconds(

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from abscot_trl.checkpoint import load_config
 from abscot_trl.errors import Refused
@@ -53,12 +53,25 @@ def shape_of(path: str) -> Shape:
         config = load_config(file.parent if file.name == "config.json" else file)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        return _shape(config, model)
+        return shape_of_model(model)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         raise Refused(f"{file} is no configuration of a decoder ({error}); give that of another model") from error
 
 
-def _shape(config: PretrainedConfig, model: torch.nn.Module) -> Shape:
+def shape_of_model(model: PreTrainedModel) -> Shape:
+    """
+    Of a model that may be on the meta device.
+
+    Raises:
+        Refused: its config has other names for its sizes than Llama's, so that nothing can be reckoned.
+    """
+    try:
+        return _shape(model.config, model)
+    except AttributeError as error:
+        raise Refused(f"{model.config.model_type}: its sizes are not named as a Llama's are ({error})") from error
+
+
+def _shape(config: PretrainedConfig, model: PreTrainedModel) -> Shape:
     modules = model.named_modules()
     linear = [(n, m.in_features, m.out_features) for n, m in modules if isinstance(m, torch.nn.Linear)]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

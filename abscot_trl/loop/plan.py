@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from abscot_trl.checkpoint import empty_model
 from abscot_trl.data.prepare import COUNTS_FILE, load_prepared, row_lengths
 from abscot_trl.data.splits import PHASES as PARTS
 from abscot_trl.data.splits import staged_splits
 from abscot_trl.errors import Refused
 from abscot_trl.examples import best_fit
-from abscot_trl.loop.duration import GPUS, Card, batch_seconds, card_of, reading_seconds
+from abscot_trl.loop.duration import GPUS, Card, batch_seconds, card_of, reading_seconds, this_cpu
 from abscot_trl.loop.launch import check_batches, launcher_of
 from abscot_trl.loop.lengths import check_lengths, row_tokens
 from abscot_trl.loop.memory import (
@@ -25,6 +26,7 @@ from abscot_trl.loop.memory import (
     Shape,
     saved_bytes,
     shape_of,
+    shape_of_model,
     trained_parameters,
     training_disk,
     training_memory,
@@ -32,7 +34,7 @@ from abscot_trl.loop.memory import (
 from abscot_trl.loop.plan_grpo import grpo_line
 from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, stages
-from abscot_trl.phases import TRAINING
+from abscot_trl.phases import TRAINING, read_yaml
 from abscot_trl.traces.initial import RANDOM_METHODS
 from abscot_trl.training.steps import accumulation_of, probes, steps_of
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -48,8 +50,10 @@ class PlanArguments(WarmupArguments):
     Args:
         gpu (`str`, *optional*): for which card to plan; the one that is here when left out, or an h200 without one.
         gpus (`int`, *optional*): how many; those of the accelerate configuration when left out.
-        model_config (`str`, *optional*): a config.json, while `model` is not there yet.
-        prompt_tokens, cot_tokens, answer_tokens (`int`): mean lengths, while `data` is not there yet.
+        model_config (`str`, *optional*): a config.json, while `model` is not there yet; left out, that of the base
+            model of the `init.yaml` beside the phases' recipes.
+        prompt_tokens, cot_tokens, answer_tokens (`int`): mean lengths, while `data` is not there yet; less in
+            proportion where a phase's `max_length` is.
     """
 
     gpu: str | None = field(default=None, metadata={"help": "Which GPU; the one here otherwise.", "choices": [*GPUS]})
@@ -68,11 +72,33 @@ class PlanArguments(WarmupArguments):
             raise Refused("gpus and num_processes say the same thing; leave one of the two out")
 
 
-def _lengths(args: PlanArguments) -> tuple[dict[str, np.ndarray], dict | None]:
-    """Tokens of prompt, CoT and answer of each row, and the prepared data's counts; without it one row, assumed."""
+def _model(args: PlanArguments) -> tuple[Shape, AbstractVocabulary]:
+    """The model's shape and vocabulary; while it is not there, as the recipe of `abscot init` will make it."""
+    if (Path(args.model) / "config.json").is_file():
+        return shape_of(str(args.model)), AbstractVocabulary.load(args.model)
+    path = Path(args.bottleneck).with_name("init.yaml")
+    init = read_yaml(path) if path.is_file() else {}
+    if init.get("output_dir") != args.model:
+        init = {}
+    names = {"codebook_size": "size", "m_min": "m_min", "m_max": "m_max"}
+    vocabulary = AbstractVocabulary(**{name: init[key] for key, name in names.items() if key in init})
+    if args.model_config or "base_model" not in init:
+        return shape_of(args.model_config or str(args.model)), vocabulary
+    try:
+        return shape_of_model(empty_model(init["base_model"])), vocabulary
+    except Refused as error:
+        raise Refused(f"{error}; run `abscot init` first, or give model_config") from error
+
+
+def _lengths(args: PlanArguments, longest: int) -> tuple[dict[str, np.ndarray], dict | None]:
+    """
+    Tokens of prompt, CoT and answer of each row, and the prepared data's counts; without it one row, assumed, and
+    shortened to `longest` tokens.
+    """
     if not (Path(args.data) / COUNTS_FILE).is_file():
         assumed = {"prompt": args.prompt_tokens, "cot": args.cot_tokens, "answer": args.answer_tokens}
-        return {name: np.array([length]) for name, length in assumed.items()}, None
+        share = min(1, longest / sum(assumed.values()))
+        return {name: np.array([max(1, int(share * length))]) for name, length in assumed.items()}, None
     data, counts = load_prepared(args.data)
     return row_lengths(data), counts
 
@@ -110,12 +136,13 @@ def plan(args: PlanArguments) -> dict:
     Raises:
         Refused: as the warm-up itself would, of a model's configuration, recipes, or rows that are too long for them.
     """
-    there = (Path(args.model) / "config.json").is_file()
-    shape = shape_of(str(args.model) if there or not args.model_config else args.model_config)
-    vocabulary = AbstractVocabulary.load(args.model) if there else AbstractVocabulary()
+    shape, vocabulary = _model(args)
     gpus, zero, launcher = _launcher(args)
-    card = card_of(args.gpu)
-    lengths, counts = _lengths(args)
+    todo, table, warnings = list(stages(args)), [], []
+    on_cpu = args.gpu is None and any(stage.settings.get("use_cpu") for stage in todo)
+    card = this_cpu() if on_cpu else card_of(args.gpu)
+    room = min(stage.settings.get("max_length") or 8192 for stage in todo if stage.phase in PARTS)
+    lengths, counts = _lengths(args, room - vocabulary.m_max - 2)
     lengths["trace"] = np.minimum(vocabulary.m_max, lengths["cot"] // 2) + 2
     n_rows, needed = len(lengths["cot"]), len(PARTS) * args.rounds * args.rows_per_phase
     if n_rows >= needed:
@@ -124,7 +151,6 @@ def plan(args: PlanArguments) -> dict:
         rows = np.arange(args.rows_per_phase) % n_rows
         parts = {f"{t}.{phase}": rows for t in range(1, args.rounds + 1) for phase in PARTS}
     setting = Setting(shape, vocabulary, lengths, counts, parts, gpus, zero, launcher, card)
-    todo, table, warnings = list(stages(args)), [], []
     check_batches(todo, gpus)
     if counts:
         warnings += check_lengths(todo, lengths, parts, vocabulary, args.model)
@@ -142,7 +168,7 @@ def plan(args: PlanArguments) -> dict:
         elif stage.phase in ("merge", "init"):
             line["disk"] = 2 * shape.parameters
         table.append(line)
-    if launcher.get("use_cpu"):
+    if launcher.get("use_cpu") and not on_cpu:
         warnings.append(f"accelerate_config {args.accelerate_config} is one of a CPU")
     warnings += _data_warnings(args, setting) + _disk_warnings(args, table)
     known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
@@ -152,6 +178,8 @@ def plan(args: PlanArguments) -> dict:
         "hours: as measured on an H100, to other cards by their data sheets (abscot_trl/loop/duration.py); what GPUs "
         "wait for each other, evaluations and loading are not counted"
         if card.peak
+        else "hours are not reckoned on a CPU; memory is that of a step on a GPU in 16 bits"
+        if on_cpu
         else f"hours are not reckoned: of {card.name} no peak is known; `gpu` takes another's ({', '.join(GPUS)})",
         "~ steps of packed rows depend on the traces' lengths; FSDP is taken for ZeRO-3, it was not measured",
     ]

@@ -1,5 +1,6 @@
 """The stages of a run: what they are, which of them are asked for, and what can be refused before they start."""
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,11 @@ import yaml
 from abscot_trl.data.problems import load_problems
 from abscot_trl.errors import Refused
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
-from abscot_trl.phases import PHASES, TRAINING, parse
+from abscot_trl.phases import PHASES, SETTABLE, TRAINING, check_fields, field_names, meant, parse, read_yaml
 from abscot_trl.storage import MANIFEST
+
+# What a run tells its phases itself, whatever their recipes say.
+OWN = {"model_name_or_path", "model", "data", "traces", "output_dir", "name", "resume_from_checkpoint", "rehearsal"}
 
 
 @dataclass
@@ -28,6 +32,49 @@ class Stage:
 
 def is_done(stage: Stage) -> bool:
     return (stage.output / MANIFEST).is_file()
+
+
+def phase_recipes(args: RunArguments) -> dict[str, dict]:
+    """
+    The recipes of the phases that `args` names, by phase, with the fields of `args.set` over them.
+
+    Raises:
+        Refused: a recipe or `set` with an unknown phase or field, or a value that does not fit.
+    """
+    paths = {phase: path for phase in SETTABLE if (path := getattr(args, phase, None))}
+    recipes = {phase: read_yaml(path) for phase, path in paths.items()}
+    for phase, recipe in recipes.items():
+        check_fields(recipe, PHASES[phase].classes, paths[phase])
+    for word in args.set:
+        phase, name, value = _setting(word, recipes)
+        recipes[phase][name] = value
+    return recipes
+
+
+def _setting(word: str, recipes: dict[str, dict]) -> tuple[str, str, object]:
+    """Phase, field and value of `phase.field=value`."""
+    named, equals, text = word.partition("=")
+    phase, dot, name = named.partition(".")
+    if not equals or not dot:
+        raise Refused(f"set {word!r:.200} is not of the form phase.field=value, such as bottleneck.max_length=4096")
+    if phase not in recipes:
+        raise Refused(f"set {word!r:.200}: this run has no recipe of {phase!r}; it has {', '.join(recipes)}")
+    fields = field_names(phase)
+    if name not in fields:
+        raise Refused(
+            f"set {word!r:.200}: {phase} has no field {name!r} ({meant(name, fields)}); its recipe sets "
+            f"{', '.join(recipes[phase])}; `abscot {phase} --help` lists all"
+        )
+    if name in OWN or (name == "seed" and phase in TRAINING):
+        raise Refused(f"set {word!r:.200}: the run sets {name} of {phase} itself; use its own fields")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Refused(f"set {word!r:.200}: {text!r:.80} is not valid YAML") from error
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):  # text in YAML 1.1
+        value = float(value)
+    check_fields({name: value}, PHASES[phase].classes, f"set {word!r:.200}")
+    return phase, name, value
 
 
 def choose_stages(todo: list[Stage], options: DriverOptions) -> list[Stage]:

@@ -26,8 +26,7 @@ from abscot_trl.loop.arguments import RunArguments
 from abscot_trl.loop.driver import drive
 from abscot_trl.loop.launch import check_launch
 from abscot_trl.loop.lengths import check_lengths
-from abscot_trl.loop.stages import Stage, check_stages
-from abscot_trl.phases import PHASES, check_fields, read_yaml
+from abscot_trl.loop.stages import Stage, check_stages, phase_recipes
 from abscot_trl.report.gauges import WORDS, level, readings, says
 from abscot_trl.report.runs import read_log
 from abscot_trl.storage import check_folder
@@ -111,10 +110,7 @@ def trace_making(args: WarmupArguments, phase: str, policy: str, first: bool) ->
 def stages(args: WarmupArguments) -> Iterator[Stage]:
     """The stages in order. Reads the phase recipes; what a stage needs of an earlier one is a path."""
     check_folder(args.run_dir)
-    wanted = (*PARTS, "evaluate", "grpo")
-    recipes = {phase: read_yaml(getattr(args, phase)) for phase in wanted if getattr(args, phase)}
-    for phase, recipe in recipes.items():
-        check_fields(recipe, PHASES[phase].classes, getattr(args, phase))
+    recipes = phase_recipes(args)
     run, policy = Path(args.run_dir), args.model
     for t in range(1, args.rounds + 1):
         for phase in PARTS:
@@ -270,7 +266,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
     check_launch(todo, args)
     check_stages(todo, args)
     if args.grpo:
-        check_grpo(args, read_yaml(args.grpo))
+        check_grpo(args, phase_recipes(args)["grpo"])
     if args.stop_when_empty:
         check_gauges(todo, args.rows_per_phase)
     data, _ = load_prepared(args.data)
