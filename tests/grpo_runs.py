@@ -113,7 +113,7 @@ def _likelihood(logits, completion, policy, temperature) -> tuple[torch.Tensor, 
     logps, entropies, written, ended = [], [], 0, False
     for scores, token in zip(logits, completion, strict=False):
         if ended:
-            choices, heat = [*range(len(scores))], temperature
+            choices, heat = [i for i in range(len(scores)) if i not in policy.barred], temperature
         else:
             choices = [end] if written == policy.m_max else codebook if written < policy.m_min else [*codebook, end]
             heat = policy.temperature

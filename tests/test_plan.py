@@ -416,3 +416,20 @@ def test_a_plan_is_the_run(toy, tmp_path, capsys):
     (tmp_path / "odd.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="odd.json is no configuration of a decoder"):
         plan(PlanArguments(**fields | {"model": "none", "model_config": str(tmp_path / "odd.json")}))
+
+
+@pytest.mark.slow
+def test_a_plan_takes_content_traces_by_their_ratio(toy, tmp_path):
+    """Their tokens as made; a plan by half of the CoT would have had three times as many."""
+    epoch = {"max_steps": -1, "num_train_epochs": 1}
+    fields = toy | recipes(tmp_path, "", epoch) | {"initial": "content", "ratio": 6.0, "rounds": 1, "evaluate": None}
+    stage = next(line for line in plan(PlanArguments(**fields))["stages"] if line["phase"] == "bottleneck")
+    run = tmp_path / "run"
+    warmup(WarmupArguments(**fields | {"run_dir": str(run), "until": "round1/bottleneck-traces"}))
+    data, _ = load_prepared(fields["data"])
+    rows = [json.loads(line) for line in (run / "round1/bottleneck-traces/traces.jsonl").read_text().splitlines()]
+    made = sum(  # of the answers as of the traces: an EOS is theirs
+        sum(len(data[row["row"]][f"{part}_ids"]) for part in ("prompt", "cot", "answer")) + len(row["trace"]) + 2
+        for row in rows
+    )
+    assert stage["tokens"] == pytest.approx(made, rel=0.02)

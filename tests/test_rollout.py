@@ -157,7 +157,9 @@ def by_hand(model, prompt: list[int], completion: list[int], allowed: list[int],
     """Log-probabilities of a completion and the likeliest tokens by one forward, log-softmaxes and plain masks."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double() / temperature
-    for i in range(completion.index(allowed[-1]) + 1):
+    n = completion.index(allowed[-1]) + 1
+    logits[n:, [*allowed, allowed[-1] - 1]] = -torch.inf  # an answer holds no reserved token
+    for i in range(n):
         here = allowed[-1:] if i == TRACE else allowed[:-1] if i < 1 else allowed  # m_min is 1
         logits[i, [token for token in range(logits.shape[1]) if token not in here]] = -torch.inf
     logps = torch.log_softmax(logits, dim=-1)

@@ -143,7 +143,8 @@ def plan(args: PlanArguments) -> dict:
     card = this_cpu() if on_cpu else card_of(args.gpu)
     room = min(stage.settings.get("max_length") or 8192 for stage in todo if stage.phase in PARTS)
     lengths, counts = _lengths(args, room - vocabulary.m_max - 2)
-    lengths["trace"] = np.minimum(vocabulary.m_max, lengths["cot"] // 2) + 2
+    share = args.ratio if args.initial == "content" else 2  # CoT tokens a trace token
+    lengths["trace"] = np.minimum(vocabulary.m_max, lengths["cot"] // share).astype(int) + 2
     n_rows, needed = len(lengths["cot"]), len(PARTS) * args.rounds * args.rows_per_phase
     if n_rows >= needed:
         parts = staged_splits(n_rows, args.rounds, args.rows_per_phase, args.seed)

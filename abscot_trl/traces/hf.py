@@ -207,9 +207,7 @@ class HFTraceSampler:
             Refused: a negative temperature, a truncation that keeps no token, or a prefix that leaves no room for
                 `max_new_tokens`.
         """
-        drawn = self.complete_answers(
-            prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k, barred=self.reserved
-        )
+        drawn = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
         return [Continuation.until(ids, self.stops) for ids in drawn]
 
     def complete_answers(
@@ -222,9 +220,8 @@ class HFTraceSampler:
         bar: tqdm | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
-        barred: list[int] | None = None,
     ) -> list[list[int]]:
-        """As `answer`, but ids with EOS, and of all tokens that are not `barred`, for a trainer."""
+        """As `answer`, but ids with EOS, for a trainer."""
         check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)
         rows = range(len(prefixes)) if rows is None else rows
         results: list[list[int]] = [[]] * len(prefixes)
@@ -238,7 +235,7 @@ class HFTraceSampler:
                     torch.tensor(ids, device=self.model.device),
                     attention_mask=torch.tensor(mask, device=self.model.device),
                     logits_processor=[_AnswerProcessor(*draws)] if temperature > 0 else [],
-                    suppress_tokens=barred or None,
+                    suppress_tokens=self.reserved or None,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     eos_token_id=self.stops,

@@ -24,7 +24,14 @@ from trl.generation.vllm_generation import VLLMGeneration
 from abscot_trl.errors import Refused
 from abscot_trl.traces.constraint import Trace
 from abscot_trl.traces.server import check_server, complete_there, served_model
-from abscot_trl.traces.vllm import Completions, EngineTraceSampler, check_tensor_parallel, complete_here, row_seed
+from abscot_trl.traces.vllm import (
+    Completions,
+    EngineTraceSampler,
+    check_runner,
+    check_tensor_parallel,
+    complete_here,
+    row_seed,
+)
 from abscot_trl.vocabulary import AbstractVocabulary
 
 NEUTRAL = {
@@ -128,7 +135,7 @@ class AbstractVLLMGeneration(VLLMGeneration):
     ):
         self.vocabulary, self.m_max, self.m_min = vocabulary, m_max, m_min
         self.trace_temperature = trace_temperature
-        self.seed, self.calls, self.swap, self.barred = seed, 0, "own", None
+        self.seed, self.calls, self.swap = seed, 0, "own"
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
@@ -139,6 +146,7 @@ class AbstractVLLMGeneration(VLLMGeneration):
             settle_port()
         super()._init_vllm()
         if self.mode == "colocate":
+            check_runner(self.llm.llm_engine.vllm_config, path, self.vocabulary)
             complete, positions = partial(complete_here, self.llm), self.llm.model_config.max_model_len
         elif self.accelerator.is_main_process:
             check_server(self.vllm_client, self.end, self.vocabulary.end)
@@ -181,7 +189,8 @@ class AbstractVLLMGeneration(VLLMGeneration):
 
         Returns:
             prompt ids, completion ids (with EOS where y ended), their log-probabilities at the temperature (pi_abs on
-            z and its end delimiter, 0 where forced; pi on y) and again their ids, the last two of shape (B, L, 1).
+            z and its end delimiter, 0 where forced; pi on y, which holds no reserved token) and again their ids, the
+            last two of shape (B, L, 1).
 
         Raises:
             Refused: images, a prompt without the begin delimiter or without room for trace and answer.
@@ -204,14 +213,13 @@ class AbstractVLLMGeneration(VLLMGeneration):
 
     @contextmanager
     def probing(self, swap: str) -> Iterator[None]:
-        """Greedy rollouts, after the `own` traces or `random` ones of their lengths; answers as in evaluation."""
-        kept = self.temperature, self.trace_temperature, self.swap, self.barred
+        """Greedy rollouts, after the `own` traces or `random` ones of their lengths."""
+        kept = self.temperature, self.trace_temperature, self.swap
         self.temperature, self.trace_temperature, self.swap = 0.0, 0.0, swap
-        self.barred = self.vocabulary.all_ids(self.processing_class)
         try:
             yield
         finally:
-            self.temperature, self.trace_temperature, self.swap, self.barred = kept
+            self.temperature, self.trace_temperature, self.swap = kept
 
     def _rollouts(self, prompts: list[list[int]], first_row: int, seed: int) -> Completions:
         """z, then y after it. Rows are numbered over all processes."""
@@ -229,7 +237,6 @@ class AbstractVLLMGeneration(VLLMGeneration):
             self.temperature,
             seed,
             rows,
-            barred=self.barred,
         )
         return [
             (head + ids, [*trace.logps, trace.end_logp, *logps])

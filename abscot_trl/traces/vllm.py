@@ -70,6 +70,21 @@ def to_trace(ids: list[int], logps: list[float], end: int, m_max: int) -> Trace:
     return Trace(ids, logps, 0.0, forced_end=True)
 
 
+def check_runner(config, model_path: str, vocabulary: AbstractVocabulary | None) -> None:
+    """
+    Args:
+        config: an engine's `VllmConfig`.
+
+    Raises:
+        Refused: a request that allows or bars so many tokens would kill the engine.
+    """
+    if config.use_v2_model_runner and vocabulary and vocabulary.size + 2 > MOST_ALLOWED:
+        raise Refused(
+            f"{model_path} has {vocabulary.size} abstract tokens, vLLM's model runner takes {MOST_ALLOWED - 2} at "
+            "most; set VLLM_USE_V2_MODEL_RUNNER=0 for the older one, or sample by transformers"
+        )
+
+
 def check_tensor_parallel(model_path: str, size: int) -> None:
     """
     Raises:
@@ -204,9 +219,7 @@ class EngineTraceSampler:
         top_k: int = 0,
     ) -> list[Continuation]:
         """Decoding after each prefix: arguments, result and errors as in [`HFTraceSampler.answer`]."""
-        completions = self.complete_answers(
-            prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k, barred=self.reserved
-        )
+        completions = self.complete_answers(prefixes, max_new_tokens, temperature, seed, rows, bar, top_p, top_k)
         return [Continuation.until(ids, self.stops) for ids, _ in completions]
 
     def complete_answers(
@@ -219,12 +232,11 @@ class EngineTraceSampler:
         bar: tqdm | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
-        barred: list[int] | None = None,
     ) -> Completions:
-        """As `answer`, but ids with EOS and their log-probabilities, of all tokens that are not `barred`."""
+        """As `answer`, but ids with EOS and their log-probabilities."""
         check_answer_request(prefixes, max_new_tokens, temperature, self.positions, top_p, top_k)
         rows = range(len(prefixes)) if rows is None else rows
-        fields = {"top_p": top_p, "top_k": top_k} | without(barred or [])
+        fields = {"top_p": top_p, "top_k": top_k} | without(self.reserved)
         parameters = [
             sampling_parameters(max_new_tokens, temperature, self.stops, row_seed(seed, row, 1), **fields)
             for row in rows
@@ -271,12 +283,8 @@ class VLLMTraceSampler(EngineTraceSampler):
                 raise
             raise Refused(f"vLLM refuses {model_path} with engine {engine}: {error}") from error
         config = self.llm.llm_engine.vllm_config
-        cache, allowed = config.cache_config, (vocabulary.size if vocabulary else 0) + 2
-        if config.use_v2_model_runner and allowed > MOST_ALLOWED:  # a request with more would kill the engine
-            raise Refused(
-                f"{model_path} has {vocabulary.size} abstract tokens, vLLM's model runner takes {MOST_ALLOWED - 2} at "
-                "most; set VLLM_USE_V2_MODEL_RUNNER=0 for the older one, or use backend: hf"
-            )
+        cache = config.cache_config
+        check_runner(config, model_path, vocabulary)
         super().__init__(
             partial(complete_here, self.llm),
             model_path,

@@ -133,7 +133,11 @@ class AbstractGRPOTrainer(SealedTrainer, TimedGRPOTrainer):
             keep_inputs_narrow(self.model)
         temperature = args.temperature if args.trace_temperature is None else args.trace_temperature
         self.trace_policy = TracePolicy(
-            [*self.codebook, self.end], self.vocabulary.m_min, self.vocabulary.m_max, temperature
+            [*self.codebook, self.end],
+            self.vocabulary.m_min,
+            self.vocabulary.m_max,
+            temperature,
+            self.vocabulary.all_ids(tokenizer),
         )
         for scored in (self.model, self.ref_model):
             if scored is not None:
@@ -194,10 +198,7 @@ class AbstractGRPOTrainer(SealedTrainer, TimedGRPOTrainer):
             traces = random_traces(traces, self.codebook, seed, rows)
         heads = [[*trace, self.end] for trace in traces]
         given = [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)]
-        barred = sampler.reserved if self._probing else None  # as evaluation
-        answers = sampler.complete_answers(
-            given, self.max_completion_length - m_max - 1, hot[1], seed, rows, barred=barred
-        )
+        answers = sampler.complete_answers(given, self.max_completion_length - m_max - 1, hot[1], seed, rows)
         return [head + ids for head, ids in zip(heads, answers, strict=True)]
 
     def _calculate_rewards(self, *args, **kwargs) -> Tensor:
