@@ -8,9 +8,8 @@ of a checkpoint agree; that is verified after writing, on what is on disk.
 import json
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -30,6 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from abscot_trl.attention import check_supported
+from abscot_trl.card import new_origin, read_origin, save_origin, write_card
 from abscot_trl.errors import Refused
 from abscot_trl.storage import check_folder, written_whole
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -292,7 +292,7 @@ def init_checkpoint(args: InitArguments) -> Path:
     model = load_model(args.base_model, args.dtype)
     extend_model(model, ids, args.initialisation, args.seed)
     with written_whole(args.output_dir) as folder:
-        save_checkpoint(model, tokenizer, vocabulary, folder)
+        save_checkpoint(model, tokenizer, vocabulary, folder, new_origin(args.base_model))
         verify_checkpoint(folder, model.get_input_embeddings().weight[torch.tensor(ids)])
     return Path(args.output_dir)
 
@@ -313,24 +313,21 @@ def _start_codes(args: InitArguments) -> Path:
         for matrix in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             matrix[codes] = matrix[stands_for]
     with written_whole(args.output_dir) as folder:
-        save_checkpoint(model, tokenizer, vocabulary, folder)
+        save_checkpoint(model, tokenizer, vocabulary, folder, read_origin(args.base_model))
         rows = model.get_input_embeddings().weight[torch.tensor(vocabulary.all_ids(tokenizer))]
         verify_checkpoint(folder, rows)
     return Path(args.output_dir)
 
 
-def save_checkpoint(model, tokenizer, vocabulary: AbstractVocabulary, folder: str | Path) -> None:
-    """Write weights (safetensors), tokenizer, vocabulary and model card into `folder`."""
+def save_checkpoint(
+    model, tokenizer, vocabulary: AbstractVocabulary, folder: str | Path, origin: dict | None = None
+) -> None:
+    """Write weights (safetensors), tokenizer, vocabulary, origin where it is known, and model card into `folder`."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     vocabulary.save(folder)
-    write_model_card(folder, vocabulary)
-
-
-def write_model_card(folder: str | Path, vocabulary: AbstractVocabulary) -> None:
-    """README.md of a checkpoint: what it is, and how to run it without this package."""
-    card = Template((Path(__file__).parent / "model_card.md").read_text())
-    (Path(folder) / "README.md").write_text(card.substitute(asdict(vocabulary)))
+    save_origin(folder, origin or {})
+    write_card(folder, vocabulary)
 
 
 @dataclass
@@ -372,6 +369,6 @@ def merge_adapter(args: MergeArguments) -> Path:
         raise _unreadable(args.adapter, "adapter", error) from error
     merged = adapted.merge_and_unload()
     with written_whole(args.output_dir) as folder:
-        save_checkpoint(merged, tokenizer, vocabulary, folder)
+        save_checkpoint(merged, tokenizer, vocabulary, folder, read_origin(args.adapter))
         verify_checkpoint(folder)
     return Path(args.output_dir)

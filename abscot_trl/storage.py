@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 MANIFEST_KINDS = {"stage": str, "phase": str, "settings": dict, "inputs": dict, "wall_s": float, "attempts": int}
 SETTINGS = "settings.json"  # in a folder of parts: what they were begun with
 PRUNED = "pruned.json"  # in a model's folder: the digest it had before its weights were removed
+CARD = "README.md"  # in a model's folder: words about it, which are written again, and no part of what it is
 TEMPORARY = ".abscot-tmp"  # how a file ends that a kill left unfinished
 INPUTS = ("model", "model_name_or_path", "base_model", "adapter", "data", "traces", "codes", "splits")
 INPUTS += ("problems", "not_in", "prompts")
@@ -212,26 +213,32 @@ def files_digest(files: Iterable[str | Path]) -> str:
     return hashlib.sha256(json.dumps([[Path(file).name, file_digest(file)] for file in files]).encode()).hexdigest()
 
 
-def path_digest(path: str | Path, with_folders: bool = False) -> str | None:
-    """Of a file its bytes; of a folder `files_digest`, `with_folders` of all files below; `None` where neither is."""
+def path_digest(path: str | Path, with_folders: bool = False, with_card: bool = False) -> str | None:
+    """
+    Of a file its bytes; of a folder `files_digest`, `with_folders` of all files below; `None` where neither is.
+
+    A folder's README.md counts only `with_card`, as it did in earlier versions.
+    """
     path = Path(path)
     if (path / PRUNED).is_file():
         return read_json(path / PRUNED, "use another run_dir", "digest")["digest"]
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        found = path.rglob("*") if with_folders else path.iterdir()
-        return files_digest(sorted(p for p in found if p.is_file() and p.name != MANIFEST))
+        found, left_out = path.rglob("*") if with_folders else path.iterdir(), {MANIFEST, CARD}
+        left_out -= {CARD} if with_card else set()
+        return files_digest(sorted(p for p in found if p.is_file() and p.name not in left_out))
     return None
 
 
-def input_digests(settings: dict) -> dict[str, str]:
+def input_digests(settings: dict, with_card: bool = False) -> dict[str, str]:
     """The digest of each path among `settings`, of a list of paths one after another; a hub id has none."""
     digests = {}
     for key in INPUTS:
         value = settings.get(key)
         found = [
-            path_digest(str(path), key in WITH_FOLDERS) for path in (value if isinstance(value, list) else [value])
+            path_digest(str(path), key in WITH_FOLDERS, with_card)
+            for path in (value if isinstance(value, list) else [value])
         ]
         if found and None not in found:
             digests[key] = " ".join(found)

@@ -26,8 +26,10 @@ from abscot_trl.loop.memory import GIB, stage_disk
 from abscot_trl.loop.record import RECORDS, environment, write_record
 from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
 from abscot_trl.phases import TRAINING
+from abscot_trl.report.card import write_results_card
 from abscot_trl.report.tables import results_table
 from abscot_trl.storage import (
+    CARD,
     INPUTS,
     MANIFEST,
     PRUNED,
@@ -50,7 +52,9 @@ def _differences(then: dict, now: dict) -> str:
     other = [
         f"other files at {key} {now['settings'][key]}"
         for key, digest in now["inputs"].items()
-        if key not in words and then["inputs"].get(key, digest) != digest  # an older version noted fewer
+        if key not in words
+        and then["inputs"].get(key, digest) != digest  # an older version noted fewer, and cards with the rest
+        and then["inputs"][key] != input_digests({key: now["settings"][key]}, with_card=True)[key]
     ]
     return ", ".join([*words.values(), *other])
 
@@ -272,6 +276,12 @@ def drive(
         if not (run / "splits.json").is_file():
             save_splits(run / "splits.json", splits, n_rows, args.seed)
         return run_all(run, todo, chosen, args, f"{title} ", after)
+
+
+def tell(run: str | Path, model: str | Path) -> None:
+    """Write what `run` found of `model` on its card, unless that was edited."""
+    if write_results_card(run, model) is False:
+        print(f"{model}/{CARD} is not as this package wrote it: it stays as it is", flush=True)  # noqa: T201
 
 
 def print_times(times: list[tuple[str, float]]) -> None:

@@ -8,9 +8,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from abscot_trl.report.runs import read_log
-from abscot_trl.storage import MANIFEST, read_json, read_manifest, write_whole
-from abscot_trl.training.resume import LOG_FILE
+from abscot_trl.report.runs import read_log, row_count
+from abscot_trl.storage import MANIFEST, read_manifest, write_whole
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "vllm", "datasets", "math-verify")
 RECORDS = ("losses.csv", "losses.png", "record.md")
@@ -53,19 +52,6 @@ def environment() -> dict:
     }
 
 
-def _read_own(folder: Path, name: str, key: str, kind: type):
-    return read_json(folder / name, f"remove {folder} and run the stage again", **{key: kind})[key]
-
-
-def _row_count(folder: Path) -> int | None:
-    """Rows that a stage made or trained on."""
-    if (folder / LOG_FILE).is_file():
-        return _read_own(folder, LOG_FILE, "rows", dict).get("rows")
-    if (folder / "summary.json").is_file():
-        return _read_own(folder, "summary.json", "traces", int)
-    return None
-
-
 def _table(logs: dict[str, list[dict]]) -> str:
     """`losses.csv`: a line a logged step, columns by the log's names."""
     names = list(dict.fromkeys(key for log in logs.values() for entry in log for key in entry))
@@ -87,7 +73,7 @@ def write_record(run: Path, stages: list) -> None:
     total = 0.0
     for stage in done:
         manifest = read_manifest(stage.output, "wall_s", "attempts")
-        rows, steps = _row_count(stage.output), logs[stage.name][-1]["step"] if stage.name in logs else None
+        rows, steps = row_count(stage.output), logs[stage.name][-1]["step"] if stage.name in logs else None
         cells = [stage.name, rows, steps, f"{manifest['wall_s']:.1f}", manifest["attempts"]]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
         total += manifest["wall_s"]

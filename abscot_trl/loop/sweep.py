@@ -15,7 +15,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.arguments import EvaluateArguments
 from abscot_trl.evaluation.results import read_results, write_results
 from abscot_trl.loop.arguments import DriverOptions
-from abscot_trl.loop.driver import locked, run_all
+from abscot_trl.loop.driver import locked, run_all, tell
 from abscot_trl.loop.stages import Stage, check_server, is_done
 from abscot_trl.phases import check_fields, read_yaml
 from abscot_trl.report.runs import rounds
@@ -168,6 +168,7 @@ def sweep(args: SweepArguments) -> list[dict]:
 
     def after(number: int) -> list[dict]:
         write_results(path, collect(run, todo))
+        tell(run, todo[number - 1].settings["model"])
         return collect(run, todo)
 
     with locked(run):

@@ -23,7 +23,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
 from abscot_trl.evaluation.statistics import own_scores, paired_difference
 from abscot_trl.loop.arguments import RunArguments
-from abscot_trl.loop.driver import drive
+from abscot_trl.loop.driver import drive, tell
 from abscot_trl.loop.launch import check_launch
 from abscot_trl.loop.lengths import check_lengths
 from abscot_trl.loop.stages import Stage, check_stages, phase_recipes
@@ -273,6 +273,12 @@ def warmup(args: WarmupArguments) -> list[dict]:
     splits = run_splits(Path(args.run_dir) / "splits.json", len(data), args.rounds, args.rows_per_phase, args.seed)
     for sentence in check_lengths(todo, row_lengths(data), splits, AbstractVocabulary.load(args.model), args.model):
         print(f"WARNING: {sentence}", flush=True)  # noqa: T201
+
+    def ended(stage: Stage) -> None:
+        if stage.phase == "evaluate":
+            tell(args.run_dir, stage.settings["model"])
+        judge(stage, args.stop_when_empty)
+
     return drive(
         todo,
         args,
@@ -281,5 +287,5 @@ def warmup(args: WarmupArguments) -> list[dict]:
         len(data),
         collect=lambda: collect_results(args),
         warn=lambda: lost_rounds(args),
-        judge=lambda stage: judge(stage, args.stop_when_empty),
+        judge=ended,
     )

@@ -13,7 +13,7 @@ from abscot_trl.report import plots, rl, sections
 from abscot_trl.report.page import browser, page
 from abscot_trl.report.runs import over_training, read_answers, reinforced, warmups
 from abscot_trl.report.tables import escaped, markdown_table, results_table
-from abscot_trl.report.verdict import measured, verdicts
+from abscot_trl.report.verdict import verdict_line, verdicts
 from abscot_trl.storage import check_folder, write_whole
 
 MARKER = ".report"  # in the output: digest and name of each file that a report wrote there
@@ -60,12 +60,7 @@ def _markdown(title: str, command: str, judged: list[dict], parts: list[dict]) -
         f"Made by `{_plain(command)}`; the answers one by one: [report.html](report.html).",
         "",
     ]
-    for v in judged:
-        own, (low, high) = v["own"], v["own"]["ci95"]
-        about = f"{own['accuracy']:.1f} [{low:.1f}, {high:.1f}] in {own['tokens']:.1f} tokens a problem"
-        about = "; ".join(filter(None, [about, v["cost"], v["numbers"] and f"after {v['numbers']}", v["remark"]]))
-        name = v["model"] + (f", {v['task']}" if v["task"] else "")
-        lines.append(f"- **{escaped(name)}: {escaped(v['words'])}.** {escaped(about)}; {escaped(measured([own]))}.")
+    lines += map(verdict_line, judged)
     for section in parts:
         lines += ["", f"## {section['title']}", "", *([escaped(section["words"]), ""] if section["words"] else [])]
         for table in section["tables"]:

@@ -177,6 +177,16 @@ def read_log(folder: Path) -> list[dict]:
     return list(steps.values())
 
 
+def row_count(folder: Path) -> int | None:
+    """Rows that a stage made or trained on."""
+    remedy = f"remove {folder} and run the stage again"
+    if (folder / LOG_FILE).is_file():
+        return read_json(folder / LOG_FILE, remedy, rows=dict)["rows"].get("rows")
+    if (folder / "summary.json").is_file():
+        return read_json(folder / "summary.json", remedy, traces=int)["traces"]
+    return None
+
+
 def _not_to_be_shown(entry: dict) -> str | None:
     """What of a logged step of GRPO is damaged, in words."""
     counts, rollouts = entry.get("codebook_counts", [0]), entry.get("rollouts", [])

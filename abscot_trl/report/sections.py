@@ -8,14 +8,9 @@ from abscot_trl.report import codebook, plots
 from abscot_trl.report.gauges import readings, says
 from abscot_trl.report.runs import Group, read_losses, read_settings, read_wall_times
 from abscot_trl.report.tables import cells, header_of
-from abscot_trl.report.verdict import comparisons, measured
+from abscot_trl.report.verdict import INTERVALS, comparisons, measured
 
 PUBLISHED = Path(__file__).with_name("published.json")
-INTERVALS = (
-    "Accuracy in points with 95 % intervals over the problems (Wilson's, at the scores' own variance where they are "
-    "not right or wrong); tokens are means a problem, the two delimiters of a trace not counted."
-)
-
 FOLLOWS = (
     " follows: how many of the answers after another problem's trace are that problem's, of those where the two "
     "problems have different answers; by chance: how many are a third problem's."

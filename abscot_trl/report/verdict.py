@@ -2,7 +2,12 @@
 
 from math import hypot
 
-from abscot_trl.report.tables import label
+from abscot_trl.report.tables import escaped, label
+
+INTERVALS = (
+    "Accuracy in points with 95 % intervals over the problems (Wilson's, at the scores' own variance where they are "
+    "not right or wrong); tokens are means a problem, the two delimiters of a trace not counted."
+)
 
 WORDS = {
     "tokens": "the tokens of its traces carry: random ones cost accuracy, and so does another problem's trace",
@@ -159,6 +164,15 @@ def verdicts(results: list[dict], chance: float | None = None) -> list[dict]:
             }
         )
     return judged
+
+
+def verdict_line(v: dict) -> str:
+    """One of [`verdicts`] as an item of a Markdown list."""
+    own, (low, high) = v["own"], v["own"]["ci95"]
+    about = f"{own['accuracy']:.1f} [{low:.1f}, {high:.1f}] in {own['tokens']:.1f} tokens a problem"
+    about = "; ".join(filter(None, [about, v["cost"], v["numbers"] and f"after {v['numbers']}", v["remark"]]))
+    name = v["model"] + (f", {v['task']}" if v["task"] else "")
+    return f"- **{escaped(name)}: {escaped(v['words'])}.** {escaped(about)}; {escaped(measured([own]))}."
 
 
 def measured(rows: list[dict]) -> str:

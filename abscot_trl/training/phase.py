@@ -12,7 +12,8 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig
 
-from abscot_trl.checkpoint import check_model, load_tokenizer, verify_checkpoint, write_model_card
+from abscot_trl.card import read_origin, save_origin, write_card
+from abscot_trl.checkpoint import check_model, load_tokenizer, verify_checkpoint
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.data.splits import part_rows
 from abscot_trl.storage import at_work
@@ -133,9 +134,11 @@ def train(
         log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
         log = {"rows": counts or trainer.row_counts, "steps": trainer.state.global_step, "log": log}
         (final / LOG_FILE).write_text(json.dumps(log, indent=2, sort_keys=True) + "\n")
+        origin = read_origin(path)
+        save_origin(final, origin | {"trained": [*origin.get("trained", []), trainer_class.__name__]})
         if not model_args.use_peft:
             verify_checkpoint(final)
-            write_model_card(final, vocabulary)
+            write_card(final, vocabulary)
         for file in sorted(final.iterdir(), key=lambda file: file.name == LOG_FILE):
             file.replace(output / file.name)
         final.rmdir()
