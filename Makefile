@@ -24,11 +24,11 @@ named    = $(if $(TUNING)$(ACCELERATE),$(addprefix --tuning ,$(tuning)) $(addpre
 by       = $(addprefix --accelerate_config ,$(launcher))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines rl-demo test test-fast lint new init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
+.PHONY: help install demo demo-baselines rl-demo test test-fast lint new init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve push bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
-	@echo "  make init|data|evaluate|concise     a phase of RECIPE; bottleneck|distill|grpo: with TUNING; traces: with METHOD; merge|report|serve: by ARGS"
+	@echo "  make init|data|evaluate|concise     a phase of RECIPE; bottleneck|distill|grpo: with TUNING; traces: with METHOD; merge|report|serve|push: by ARGS"
 	@echo "  variables: RECIPE=$(RECIPE) METHOD=informed|paper BENCHMARK=$(BENCHMARK) ROUNDS=$(ROUNDS) ARGS='--field value ..'"
 	@echo "  over what the recipe says: TUNING=lora|full ACCELERATE=single|ddp|zero2|zero3|.. RUN=name   (here $(tuning), $(launcher), $(run))"
 
@@ -83,7 +83,7 @@ baseline: $(READY) ## one baseline by hand: NAME=sft|cot|pause|icot|cut-cot|conc
 traces: $(READY)
 	$(ABSCOT) traces --config recipes/$(RECIPE)/traces.$(METHOD).yaml $(ARGS)
 
-merge report serve: $(READY)
+merge report serve push: $(READY)
 	$(ABSCOT) $@ $(ARGS)
 
 warmup: $(READY) ## the policy iteration of RECIPE by METHOD; a killed one goes on with the same command

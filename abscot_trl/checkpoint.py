@@ -67,7 +67,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
         raise _unreadable(path, "config.json", error) from error
 
 
-def _weight_files(folder: str | Path) -> list[Path]:
+def weight_files(folder: str | Path) -> list[Path]:
     index = Path(folder) / "model.safetensors.index.json"
     names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
     return [Path(folder) / name for name in sorted(set(names))]
@@ -128,7 +128,7 @@ def check_model(path: str | Path, dtype: str | None = "auto") -> None:
     if not Path(path).is_dir():
         return
     try:
-        for file in _weight_files(path):
+        for file in weight_files(path):
             with safe_open(file, "pt"):
                 pass
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
@@ -251,7 +251,7 @@ def verify_checkpoint(folder: str | Path, expected_rows: Tensor | None = None) -
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     with ExitStack() as files:
-        opened = [files.enter_context(safe_open(file, "pt")) for file in _weight_files(folder)]
+        opened = [files.enter_context(safe_open(file, "pt")) for file in weight_files(folder)]
         tensors = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
         if embedding not in tensors:
             raise Refused(f"{folder}: its weights hold no {embedding}")

@@ -129,6 +129,12 @@ PHASES = {
         ("abscot_trl.serving.server:ServeArguments",),
         folder=None,
     ),
+    "push": Phase(
+        "upload a trained checkpoint to the hub, private unless you say otherwise",
+        "abscot_trl.serving.push:push",
+        ("abscot_trl.serving.push:PushArguments",),
+        folder=None,
+    ),
     "report": Phase(
         "figures, codebook and answers of one or more runs side by side: report.md, report.html",
         "abscot_trl.report.make:report",
