@@ -33,7 +33,10 @@ class Segment(IntEnum):
 
 @dataclass
 class Example:
-    """One training example or problem: chat messages up to the answer, verbal CoT, answer, and gold for grading."""
+    """
+    One training example or problem: chat messages up to the answer, verbal CoT, answer, and gold for grading; of a
+    problem that its own task scores, what that needs (`entry`, JSON).
+    """
 
     prompt: list[dict[str, str]]
     cot: str
@@ -41,6 +44,7 @@ class Example:
     gold: str | None = None
     id: str = ""
     source: str = ""
+    entry: str = ""
 
 
 def prompt_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:

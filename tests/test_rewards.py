@@ -16,12 +16,12 @@ import pytest
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from abscot_trl.errors import Refused
+from abscot_trl.evaluation import puzzle_child
+from abscot_trl.evaluation.puzzles import puzzle_answer, score_puzzle
 from abscot_trl.rewards import judge as judging
-from abscot_trl.rewards import puzzle_child
 from abscot_trl.rewards.accuracy import accuracy
 from abscot_trl.rewards.arguments import RewardArguments, reward_functions
 from abscot_trl.rewards.judge import Judge, read_score
-from abscot_trl.rewards.puzzles import puzzle_answer, score_puzzle
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 KEY = "sk-of-the-user-31337"
@@ -354,9 +354,7 @@ def test_an_answer_that_never_ends_is_wrong_and_only_that_one(caplog):
 
 def test_the_child_loads_no_torch():
     """Its address space is limited once it runs: what torch takes of it would make right answers wrong."""
-    code = (
-        "import sys, abscot_trl.rewards.puzzle_child; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
-    )
+    code = "import sys, abscot_trl.evaluation.puzzle_child; sys.exit(bool({'torch', 'trl'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

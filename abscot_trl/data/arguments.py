@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from abscot_trl.data.dolci import SHUFFLE_BUFFER
 from abscot_trl.data.overlap import NOT_IN_HELP, OVERLAP_HELP, OnOverlap
+from abscot_trl.data.reasoning_gym import is_generated
 from abscot_trl.errors import Refused
 
 Format = Literal["dolci", "problems"]
@@ -16,7 +17,7 @@ class DataArguments:
     """What to read, what to keep, and where to put it."""
 
     data: list[str] = field(
-        metadata={"help": "Local .parquet or .jsonl files, folders of them, or one dataset id on the hub."}
+        metadata={"help": "Local .parquet or .jsonl files, folders of them, one hub id, or reasoning_gym:<task>."}
     )
     tokenizer: str = field(metadata={"help": "Folder of the extended checkpoint (`abscot init`)."})
     output_dir: str = field(metadata={"help": "Folder to write; must not exist yet."})
@@ -25,7 +26,7 @@ class DataArguments:
         metadata={"help": "dolci: messages with think tags; problems: GSM8K or MATH rows with a worked solution."},
     )
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset, e.g. main."})
-    data_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    data_split: str = field(default="train", metadata={"help": "Split of a hub dataset or a task."})
     sources: list[str] | None = field(default=None, metadata={"help": "Keep only rows of these `dataset_source`s."})
     max_prompt_tokens: int | None = field(default=None, metadata={"help": "Drop rows with a longer prompt."})
     max_cot_tokens: int | None = field(default=None, metadata={"help": "Longest verbal CoT; see `overlong`."})
@@ -59,6 +60,8 @@ class DataArguments:
             self.sources = [self.sources]
         if isinstance(self.not_in, str):
             self.not_in = [self.not_in]
+        if any(map(is_generated, self.data)):
+            self.data_format = "problems"
         for name, kind in (("data_format", Format), ("overlong", Overlong), ("overlap", OnOverlap)):
             choices = get_args(kind)
             if getattr(self, name) not in choices:

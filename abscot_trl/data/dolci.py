@@ -14,6 +14,7 @@ import pyarrow.parquet
 from datasets import IterableDataset, load_dataset
 from pyarrow import ArrowException
 
+from abscot_trl.data import reasoning_gym
 from abscot_trl.errors import Refused
 from abscot_trl.examples import Example
 
@@ -136,8 +137,9 @@ def iter_rows(
     On their way they are JSON: a value that JSON lacks (a date) comes as its text.
 
     Args:
-        data (`str` or `list[str]`): .parquet or .jsonl files, folders of them, or one hub dataset id.
-        split, config (`str`): of a hub dataset; local files have none.
+        data (`str` or `list[str]`): .parquet or .jsonl files, folders of them, one hub dataset id, or names of
+            `data/reasoning_gym.py`.
+        split, config (`str`): of a hub dataset; local files have none, reasoning-gym has `train` and `test`.
         seed (`int`): of the shuffle.
         shuffle_buffer (`int`): rows held in memory to draw from; 0 keeps the order of the files.
 
@@ -156,9 +158,11 @@ def iter_packed(
     shuffle_buffer: int = SHUFFLE_BUFFER,
 ) -> Iterator[dict[str, Any]]:
     """`iter_rows`, each row compressed (see `unpack`): 20,000 rows of Dolci are gigabytes, packed a quarter of it."""
-    files = data_files(data)
-    if files is None:
-        rows = _hub_rows(data if isinstance(data, str) else data[0], split, config)
+    names, files = [data] if isinstance(data, str) else list(data), data_files(data)
+    if any(map(reasoning_gym.is_generated, names)):
+        rows = IterableDataset.from_generator(_generated_rows, gen_kwargs={"names": names, "split": split})
+    elif files is None:
+        rows = _hub_rows(names[0], split, config)
         rows = rows.map(pack, remove_columns=rows.column_names)
     else:
         # Whether a parquet file is whole stands in its footer: read them all before hours of work.
@@ -170,8 +174,13 @@ def iter_packed(
 
 
 def data_files(data: str | list[str]) -> list[str] | None:
-    """The local files that `data` names, `None` where it is a hub id; raises as `local_files`."""
+    """The local files that `data` names, `None` where it is a hub id or generated; raises as `local_files`."""
     names = [data] if isinstance(data, str) else list(data)
+    generated = [name for name in names if reasoning_gym.is_generated(name)]
+    if generated and len(generated) < len(names):
+        raise Refused(f"{generated[0]} cannot be read with files or a hub dataset; prepare them one by one")
+    if generated:
+        return None
     if len(names) == 1 and is_hub_id(names[0]):
         return None
     return [file for name in names for file in local_files(name)]
@@ -229,6 +238,11 @@ def local_files(name: str) -> list[str]:
     if not any(found.values()):
         raise Refused(f"{name}: no .parquet or .jsonl file in this folder")
     return found[".parquet"] or found[".jsonl"]
+
+
+def _generated_rows(names: list[str], split: str) -> Iterator[dict[str, Any]]:
+    for name in names:
+        yield from map(pack, reasoning_gym.rows(name, split))
 
 
 def _packed_rows(files: list[str]) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.arguments import DataArguments
 from abscot_trl.data.dolci import data_files, iter_packed
 from abscot_trl.data.overlap import load_index
+from abscot_trl.data.reasoning_gym import check_cot, is_generated
 from abscot_trl.data.rows import FEATURES, KEPT, OVERLAP
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
 from abscot_trl.errors import Refused
@@ -66,6 +67,8 @@ def prepare(args: DataArguments) -> dict[str, Any]:
     vocabulary.ids(tokenizer)  # says what to do when the tokenizer was not extended
     elsewhere = {"output_dir", "num_proc"}  # where and by whom the work is done, not what it is
     settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
+    for name in filter(is_generated, args.data):
+        check_cot(name, args.data_split)
     files, trace_tokens, digest = data_files(args.data), vocabulary.m_max + 2, tokenizer_digest(tokenizer)
     inputs = {"tokenizer": digest, "trace_tokens": trace_tokens, "data": files and files_digest(files)}
     index = load_index(args.not_in)

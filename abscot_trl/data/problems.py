@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from abscot_trl.data.dolci import RowRejected, iter_rows
+from abscot_trl.data.reasoning_gym import cot_of
 from abscot_trl.errors import Refused
 from abscot_trl.examples import Example
 
 HOTPOTQA, GPQA, ALPACAEVAL, MATHS = "hotpotqa", "gpqa", "alpacaeval", "maths"
+GYM = "reasoning_gym"  # asked as maths is, graded by the task itself
 GPQA_COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 MODES = ("verbal", "direct", "abstract")
 
@@ -38,9 +40,9 @@ _INSTRUCTIONS = {
 
 
 def kind_of(source: str) -> str:
-    """How problems of a `source` are asked and graded: `hotpotqa`, `gpqa`, `alpacaeval` (not here) or `maths`."""
+    """How problems of a `source` are asked and graded: as one of the above (`alpacaeval` not here)."""
     kind = source.partition("/")[0]
-    return kind if kind in (HOTPOTQA, GPQA, ALPACAEVAL) else MATHS
+    return kind if kind in (HOTPOTQA, GPQA, GYM, ALPACAEVAL) else MATHS
 
 
 def last_boxed(text: str, tries: int = 8, length: int = 2000) -> str | None:
@@ -72,6 +74,7 @@ def problem_to_example(row: dict[str, Any]) -> Example:
     | problem, solution | hendrycks/MATH | solution | its last `\boxed{}` |
     | problem, answer | AIME | "" | answer |
     | Question, Correct Answer, Incorrect Answer 1 .. 3 | Idavidrein/gpqa | "" | the right option's letter |
+    | entry (question, answer, metadata), source | `reasoning_gym.py` | what the entry has, or "" | answer |
     | instruction, dataset | AlpacaEval | "" | `None`: a judge compares it (`evaluation/alpaca.py`) |
 
     `answer` is `The answer is \boxed{gold}.` where the row has only the bare result, for HotpotQA `Answer: gold`.
@@ -94,6 +97,8 @@ def problem_to_example(row: dict[str, Any]) -> Example:
 
     if {"prompt", "cot", "answer", "gold"} <= columns:
         return example(*(_text(row, name) for name in ("prompt", "cot", "answer", "gold")))
+    if isinstance(row.get("entry"), dict):
+        return _of_gym(row)
     if {"question", "context", "answer"} <= columns:
         answer = _text(row, "answer")
         return example(_hotpot_prompt(row), "", f"Answer: {answer}", answer, HOTPOTQA)
@@ -119,6 +124,15 @@ def problem_to_example(row: dict[str, Any]) -> Example:
             raise RowRejected("malformed", "the solution holds no \\boxed{} result")
         return example(_text(row, "problem"), cot, _boxed(gold), gold)
     raise RowRejected("malformed", f"columns {sorted(columns)} are those of no known problem set")
+
+
+def _of_gym(row: dict[str, Any]) -> Example:
+    entry = row["entry"]
+    prompt = [{"role": "user", "content": _text(entry, "question") if "question" in entry else ""}]
+    gold = _text(entry, "answer") if entry.get("answer") is not None else None
+    answer = "" if gold is None else _boxed(gold)
+    source, text = _first(row, "source"), json.dumps(entry)
+    return Example(prompt, cot_of(entry), answer, gold, _first(row, "id"), source, text)
 
 
 def _first(row: dict[str, Any], *columns: str) -> str:
@@ -176,8 +190,8 @@ def load_problems(
     data: str | list[str], split: str = "test", config: str | None = None, limit: int | None = None
 ) -> list[Example]:
     """
-    The problems of local files (.jsonl, .parquet, .json, .csv) or of a hub dataset, in their order, the first `limit`
-    at most. One without an id gets its row's number.
+    The problems of local files (.jsonl, .parquet, .json, .csv), a hub dataset or a task of reasoning-gym, in their
+    order, the first `limit` at most. One without an id gets its row's number.
 
     Raises:
         Refused: a row that is no problem; leaving it out would change the score. The message says which. A hub
@@ -221,6 +235,6 @@ def with_instruction(example: Example, mode: str) -> list[dict[str, str]]:
     kind = kind_of(example.source)
     if kind == ALPACAEVAL:
         return example.prompt
-    instruction = _INSTRUCTIONS[kind, "verbal" if mode == "verbal" else "direct"]
+    instruction = _INSTRUCTIONS[MATHS if kind == GYM else kind, "verbal" if mode == "verbal" else "direct"]
     *earlier, last = example.prompt
     return [*earlier, {"role": "user", "content": f"{last['content']}\n\n{instruction}"}]

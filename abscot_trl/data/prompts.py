@@ -31,7 +31,6 @@ FEATURES = Features(
     {"prompt": List({"role": Value("string"), "content": Value("string")})}
     | {name: Value("string") for name in ("gold", "source", "id", "entry")}
 )
-GENERATED = "reasoning_gym:"  # how the name of generated prompts begins
 # Verifiers of open-instruct's rows whose ground truth is a result in a box.
 MATHS = ("math", "gsm8k", "strict_math")
 
@@ -45,13 +44,13 @@ class PromptArguments:
 
     Args:
         prompts (`list[str]`): each one or a folder of .jsonl, .parquet files, a .json or .csv file, a hub id, or
-            `reasoning_gym:<task>[:<size>[:<seed>]]`; the size is otherwise `prompt_rows`, the seed `prompt_seed`.
+            `reasoning_gym:<task>?size=1000&seed=0` (`data/reasoning_gym.py`).
     """
 
     prompts: list[str] = field(
-        metadata={"help": "Files, folders or hub ids of prompts, or reasoning_gym:<task>[:<size>[:<seed>]]."}
+        metadata={"help": "Files, folders or hub ids of prompts, or reasoning_gym:<task>?size=1000."}
     )
-    prompts_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    prompts_split: str = field(default="train", metadata={"help": "Split of a hub dataset or a task."})
     prompts_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset, e.g. main."})
     max_prompt_tokens: int = field(default=2048, metadata={"help": "Longer prompts are left out and counted."})
     instruction: bool = field(
@@ -61,7 +60,7 @@ class PromptArguments:
     prompt_rows: int | None = field(default=None, metadata={"help": "Keep this many prompts at most."})
     not_in: list[str] = field(default_factory=list, metadata={"help": NOT_IN_HELP})
     overlap: OnOverlap = field(default="error", metadata={"help": OVERLAP_HELP})
-    prompt_seed: int = field(default=0, metadata={"help": "Seed of the prompts' order and of generated ones."})
+    prompt_seed: int = field(default=0, metadata={"help": "Seed of the prompts' order."})
 
     def __post_init__(self):
         for name in ("prompts", "not_in"):
@@ -172,9 +171,6 @@ def _fate(candidate: _Candidate, args: PromptArguments, tokenizer, special: re.P
 
 def _candidates(args: PromptArguments, malformed: Counter[str]) -> Iterator[_Candidate]:
     for name in args.prompts:
-        if name.startswith(GENERATED):
-            yield from _generated(name, args)
-            continue
         for number, row in enumerate(problem_rows(name, args.prompts_split, args.prompts_config), 1):
             try:
                 example = row_to_prompt(row)
@@ -183,7 +179,7 @@ def _candidates(args: PromptArguments, malformed: Counter[str]) -> Iterator[_Can
                 malformed[str(rejection).removeprefix(f"{rejection.reason}: ")] += 1
 
 
-def _candidate(args: PromptArguments, example: Example, identifier: str, where: str, entry: str = "") -> _Candidate:
+def _candidate(args: PromptArguments, example: Example, identifier: str, where: str) -> _Candidate:
     messages, text = example.prompt, asked(example.prompt)
     named = "Answer:" in text if kind_of(example.source) == HOTPOTQA else "\\boxed" in text
     if args.instruction and example.gold is not None and not named:
@@ -193,7 +189,7 @@ def _candidate(args: PromptArguments, example: Example, identifier: str, where: 
         json.dumps([messages, example.gold, example.source, name], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise RowRejected("malformed", "half of a surrogate pair") from error
-    return _Candidate(messages, example.gold, example.source, name, entry, text, f"{where} ({name})")
+    return _Candidate(messages, example.gold, example.source, name, example.entry, text, f"{where} ({name})")
 
 
 def row_to_prompt(row: dict[str, Any]) -> Example:
@@ -270,39 +266,3 @@ def _turns(text: str) -> list[dict[str, str]]:
         {"role": role, "content": text[mark.end() : end].strip()}
         for role, mark, end in zip(roles, marks, ends, strict=True)
     ]
-
-
-def _generated(name: str, args: PromptArguments) -> Iterator[_Candidate]:
-    """
-    The entries of `reasoning_gym:<task>[:<size>[:<seed>]]`.
-
-    Raises:
-        Refused: reasoning-gym is not installed, or has no such task; no size; entries that JSON does not keep.
-    """
-    task, *numbers = name.removeprefix(GENERATED).split(":")
-    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-        raise Refused(f"prompts: {name!r} is not {GENERATED}<task>[:<size>[:<seed>]] with whole numbers")
-    size, seed = [*map(int, numbers), *[args.prompt_rows, args.prompt_seed][len(numbers) :]]
-    if not size:
-        raise Refused(f"prompts: {name!r} is generated; say how many, {GENERATED}{task}:10000, or set prompt_rows")
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise Refused(f"prompts: {name} needs reasoning-gym ({error}); pip install 'reasoning-gym>=0.1.25'") from error
-    try:
-        dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
-    except ValueError as error:
-        raise Refused(f"prompts: reasoning-gym makes no {task!r}: {error}") from error
-    for number, entry in enumerate(dataset):
-        text = json.dumps(entry)
-        # The score is taken from the JSON, in which arc_agi's grids come back as lists: another score.
-        if number == 0 and dataset.score_answer(entry["answer"], json.loads(text)) != dataset.score_answer(
-            entry["answer"], entry
-        ):
-            raise Refused(
-                f"prompts: entries of {task} do not survive JSON, so answers could not be scored; leave it out"
-            )
-        messages = [{"role": "user", "content": entry["question"]}]
-        source, identifier = f"reasoning_gym/{task}", f"{task}-{seed}-{number}"
-        example = Example(messages, "", "", entry["answer"], identifier, source)
-        yield _candidate(args, example, identifier, f"{name}: entry {number}", text)

@@ -189,9 +189,9 @@ class Answerer:
         problem, drawn = self.problems[row[0]], self.donors(row[1])
 
         def given(other: Example) -> bool | None:
-            if self.grade(stated(other.gold, problem.source), problem.gold, problem.source) >= RIGHT:
+            if self.grade(stated(other.gold, problem.source), problem.gold, problem.source, problem.entry) >= RIGHT:
                 return None
-            return self.grade(response, other.gold, problem.source) >= RIGHT
+            return self.grade(response, other.gold, other.source, other.entry) >= RIGHT
 
         donor, unseen = self.problems[drawn[row[0]]], self.problems[drawn[drawn[row[0]]]]
         return {"donor": donor.id, "follows": given(donor), "follows_chance": given(unseen)}
@@ -253,7 +253,7 @@ class Answerer:
             "response": response,
             "answer": extract_answer(response, problem.source) if graded else None,
             "gold": problem.gold,
-            "score": self.grade(response, problem.gold, problem.source) if graded else None,
+            "score": self.grade(response, problem.gold, problem.source, problem.entry) if graded else None,
             "trace_tokens": trace_tokens,
             "answer_tokens": answer_tokens,
             "truncated": output.truncated,

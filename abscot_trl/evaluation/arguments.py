@@ -16,7 +16,8 @@ class EvaluateArguments(SamplerArguments):
 
     Args:
         model (`str`): a checkpoint; `verbal` and `direct` take any model, `abstract` an extended one.
-        problems (`str`): hub id or file of problems with their gold answers (AlpacaEval's have none).
+        problems (`str`): hub id or file of problems with their gold answers (AlpacaEval's have none), or
+            `reasoning_gym:<task>?size=1000&seed=0` (`data/reasoning_gym.py`), which its task scores.
         output_dir (`str`): where `results.json` and `answers.jsonl` go. Finished parts are kept in
             `<output_dir>.parts` until all are; the same command goes on from them.
         name (`str`): what `results.json` calls the model (`informed`, `paper`, `sft`, `base`, ..).
@@ -39,7 +40,7 @@ class EvaluateArguments(SamplerArguments):
     """
 
     model: str = field(metadata={"help": "Checkpoint folder or hub id."})
-    problems: str = field(metadata={"help": "Hub id or file (.jsonl, .parquet, .json, .csv) of problems."})
+    problems: str = field(metadata={"help": "Hub id, file (.jsonl, .parquet, .json, .csv), or reasoning_gym:<task>."})
     output_dir: str = field(metadata={"help": "Where results.json and answers.jsonl go."})
     name: str = field(default="model", metadata={"help": "The model's name in results.json."})
     task: str = field(default="math", metadata={"help": "The task's name in results.json."})

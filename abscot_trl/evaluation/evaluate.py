@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import load_tokenizer
-from abscot_trl.data.problems import ALPACAEVAL, HOTPOTQA, kind_of, load_problems
+from abscot_trl.data.problems import ALPACAEVAL, GYM, HOTPOTQA, kind_of, load_problems
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.answering import Answerer
 from abscot_trl.evaluation.arguments import EvaluateArguments
@@ -45,7 +45,7 @@ def check_problems(problems: list[Example], args: EvaluateArguments) -> str:
     kinds = {kind_of(problem.source) for problem in problems}
     if not problems:
         raise Refused(f"{args.problems} holds no problem")
-    if len(kinds) > 1 and kinds & {ALPACAEVAL, HOTPOTQA}:
+    if len(kinds) > 1 and kinds & {ALPACAEVAL, HOTPOTQA, GYM}:
         raise Refused(f"{args.problems} mixes {', '.join(sorted(kinds))} problems, which have no common measure")
     if kinds != {ALPACAEVAL} and any(problem.gold is None for problem in problems):
         raise Refused(f"{args.problems}: each problem needs a gold answer to be graded")
@@ -91,7 +91,7 @@ class Evaluation:
             spans = [range(i, min(i + step, len(problems))) for i in range(0, len(problems), step)]
             self.units += [(mode, swap, span) for swap in args.swaps_of(mode) for span in spans]
         self.sizes = [len(span) * args.samples_of(mode) for mode, _, span in self.units]
-        text = json.dumps([[p.prompt, p.gold, p.id, p.source] for p in problems])
+        text = json.dumps([[p.prompt, p.gold, p.id, p.source, *filter(None, [p.entry])] for p in problems])
         self.parts = Parts(args.output_dir, phase_settings(args, prompts=hashlib.sha256(text.encode()).hexdigest()))
 
     def records(self, mode: str, swap: str) -> list[dict]:

@@ -1,12 +1,13 @@
-"""Right or wrong: boxed maths by math-verify, GPQA by the letter, HotpotQA by its official rules."""
+"""Right or wrong: maths by math-verify, GPQA by the letter, HotpotQA by its rules, reasoning-gym by its tasks."""
 
 import re
 import string
 from collections import Counter
 
-from abscot_trl.data.problems import GPQA, HOTPOTQA, kind_of, last_boxed
+from abscot_trl.data.problems import GPQA, GYM, HOTPOTQA, kind_of, last_boxed
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.equality import equal
+from abscot_trl.evaluation.puzzles import puzzle_answer, score_puzzle
 
 LENGTH = 500  # characters of an answer; longer ones are wrong unread (the longest gold in MATH has 81)
 RIGHT = 0.5  # the least score of an answer that is called right, where scores are not 1 or 0 (HotpotQA's F1)
@@ -43,8 +44,17 @@ _UNITS = {
 _CHOICE = re.compile(r"^\W*([A-D])(?:\W*$|[).:,])")  # B, (B), B) 10 m
 
 
-def score(response: str, gold: str, source: str = "") -> float:
-    """1 or 0, or F1 in 0..1 for HotpotQA: as the instruction of a problem of that `source` asked."""
+def score(response: str, gold: str | None, source: str = "", entry: str | None = "") -> float:
+    """
+    1 or 0, F1 in 0..1 for HotpotQA, for a problem of reasoning-gym what its own task gives in 0..1, by its `entry`.
+
+    Raises:
+        Refused: an empty `gold`; a problem of reasoning-gym without a sound entry, or no reasoning-gym.
+    """
+    if kind_of(source) == GYM:
+        if not entry:
+            raise Refused(f"a row of {source} has no `entry`, which its task scores by; prepare the problems again")
+        return score_puzzle(source.partition("/")[2], response, entry)
     if kind_of(source) == HOTPOTQA:
         return hotpot_scores(short_answer(response), gold)[1]
     if kind_of(source) == GPQA:
@@ -61,6 +71,8 @@ def extract_answer(response: str, source: str = "") -> str | None:
     """The short answer that is graded: what is boxed or stated, GPQA's letter, HotpotQA's line; `None` without it."""
     if kind_of(source) == HOTPOTQA:
         return short_answer(response) or None
+    if kind_of(source) == GYM:
+        return puzzle_answer(response) or None
     answer = _answer_of(response)
     choice = _CHOICE.match(_TEXTS.sub(r"\1", answer)) if kind_of(source) == GPQA else None
     return choice.group(1) if choice else answer or None
@@ -69,6 +81,8 @@ def extract_answer(response: str, source: str = "") -> str | None:
 def normal_form(answer: str | None, source: str = "") -> str:
     """What two answers must share to count as one (votes, changed answers); equal values may differ in it."""
     answer = answer or ""
+    if kind_of(source) == GYM:
+        return answer
     return _normalise_words(answer) if kind_of(source) == HOTPOTQA else _plain(_normalise(answer))
 
 

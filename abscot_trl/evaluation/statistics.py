@@ -11,7 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
-from abscot_trl.data.problems import HOTPOTQA, kind_of
+from abscot_trl.data.problems import GYM, HOTPOTQA, kind_of
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.grading import hotpot_scores, normal_form
 from abscot_trl.evaluation.results import is_number
@@ -147,7 +147,8 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
     Args:
         records (`list[dict]`): the answers of one model, mode and swap, problem by problem.
         own (`list[dict]`): the same problems' answers without a swap; `records` itself for those.
-        source (`str`): the problems' source: of HotpotQA `accuracy` is F1, and `em` is there too.
+        source (`str`): the problems' source: of HotpotQA `accuracy` is F1, and `em` is there too; of
+            reasoning-gym it is the mean score, of which a task may give a part (`metric: score`).
 
     Returns:
         `dict`: with k samples a problem `accuracy` is avg@k; `maj` and `pass` (of F1: the best answer's) from k = 2.
@@ -160,9 +161,9 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
         A figure's interval is `<figure>_ci95`, `accuracy`'s is `ci95`.
     """
     figures = {"accuracy": scores_by_problem(records, samples)}
-    hotpot = kind_of(source) == HOTPOTQA
+    kind = kind_of(source)
     forms = [normal_form(record["answer"], source) for record in records]
-    if hotpot:
+    if kind == HOTPOTQA:
         exact = [float(hotpot_scores(r["answer"] or "", r["gold"])[0]) for r in records]
         figures["em"] = list(map(fmean, by_problem(exact, samples)))
     if samples > 1:
@@ -179,7 +180,8 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
             for record, form, key in zip(records, forms, keys, strict=True)
         ]
         figures |= means_of("repeats", same, samples)
-    row = describe_answers(records, samples, decoding) | {"metric": "f1" if hotpot else "accuracy"}
+    metric = {HOTPOTQA: "f1", GYM: "score"}.get(kind, "accuracy")
+    row = describe_answers(records, samples, decoding) | {"metric": metric}
     for name, values in figures.items():
         row[name] = 100 * fmean(values)
         row["ci95" if name == "accuracy" else f"{name}_ci95"] = list(mean_interval(values))

@@ -12,6 +12,7 @@ from abscot_trl.report.runs import read_log, row_count
 from abscot_trl.storage import MANIFEST, read_manifest, write_whole
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "vllm", "datasets", "math-verify")
+PACKAGES += ("reasoning-gym",)
 RECORDS = ("losses.csv", "losses.png", "record.md")
 COLUMNS = ["step", "learning_rate", "loss", "loss_trace", "loss_end", "loss_answer", "grad_norm", "num_tokens"]
 COLUMNS += ["padding", "sequences_per_step", "supervised_tokens_per_step"]

@@ -4,7 +4,7 @@ import re
 
 FIGURES = {"em": "EM", "maj": "maj", "pass": "pass", "win_rate": "win rate", "follows": "follows"}  # with intervals
 OPTIONAL = FIGURES | {"truncated": "truncated", "swapped": "swapped"}
-METRICS = {"f1": " F1", "lc_win_rate": " LC"}
+METRICS = {"f1": " F1", "score": " score", "lc_win_rate": " LC"}
 
 
 def label(row: dict) -> str:

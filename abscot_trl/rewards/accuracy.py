@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from abscot_trl.errors import Refused
+from abscot_trl.data.problems import GYM, kind_of
 from abscot_trl.evaluation.grading import score
-from abscot_trl.rewards.puzzles import SOURCE, score_puzzle
 from abscot_trl.rewards.texts import Messages, completion_text
 
 
@@ -17,7 +16,7 @@ def accuracy(
 ) -> list[float | None]:
     r"""
     1 or 0 by math-verify or GPQA's letter, F1 for HotpotQA (`evaluation/grading.py`), and for a problem of
-    reasoning-gym what its own task gives (`rewards/puzzles.py`).
+    reasoning-gym what its own task gives (`evaluation/puzzles.py`).
 
     Args:
         gold (`list[str | None]`): what is right; `None` where there is nothing to verify, and so no reward.
@@ -36,8 +35,4 @@ def accuracy(
 
 
 def _score(response: str, gold: str | None, source: str, entry: str | None) -> float | None:
-    if not source.startswith(SOURCE):
-        return None if gold is None else score(response, gold, source)
-    if entry is None:
-        raise Refused(f"a row of {source} has no `entry`, which its task scores by; prepare the problems again")
-    return score_puzzle(source.removeprefix(SOURCE), response, entry)
+    return None if gold is None and kind_of(source) != GYM else score(response, gold, source, entry)

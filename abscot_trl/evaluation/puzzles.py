@@ -10,10 +10,8 @@ from abscot_trl.data.problems import last_boxed
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.child import LIMITS, Child
 
-SOURCE = "reasoning_gym/"  # how the `source` of such a problem begins; its task follows
-
 logger = logging.getLogger(__name__)
-_child = Child("abscot_trl.rewards.puzzle_child")
+_child = Child("abscot_trl.evaluation.puzzle_child")
 
 
 def score_puzzle(task: str, response: str, entry: str) -> float:

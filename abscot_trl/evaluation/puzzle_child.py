@@ -1,5 +1,5 @@
 """
-What scores reasoning-gym's problems, in the child process of `rewards/puzzles.py`.
+What scores reasoning-gym's problems, in the child process of `evaluation/puzzles.py`.
 
 It imports little: torch and transformers would take seconds of each start, and most of the address space it may have.
 """
