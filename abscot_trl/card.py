@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from abscot_trl.errors import Refused
-from abscot_trl.report.tables import escaped
+from abscot_trl.markdown import escaped
 from abscot_trl.storage import CARD, read_json, write_whole
 from abscot_trl.vocabulary import AbstractVocabulary
 

@@ -101,6 +101,8 @@ def test_after_a_warmup_by_one_command(checkpoint, tmp_path):
     run = Path(fields["run_dir"])
     assert read_results(run / "results.json") == rows
     verify_checkpoint(run / "grpo" / "train-merged")
+    card = (run / "grpo" / "train-merged" / "README.md").read_text()
+    assert all(words in card for words in ("AbstractGRPOTrainer", "| informed-grpo ", "20 prompts (grpo/train)"))
     assert next(entry["kl"] for entry in log(run / "grpo" / "train") if "kl" in entry) == 0.0
     rewards, kept = (
         [entry["reward"] for entry in entries if "reward" in entry]

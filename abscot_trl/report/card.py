@@ -9,8 +9,9 @@ from abscot_trl.card import write_card
 from abscot_trl.data.dolci import is_hub_id
 from abscot_trl.data.prepare import COUNTS_FILE
 from abscot_trl.evaluation.results import read_results
+from abscot_trl.markdown import escaped, markdown_table
 from abscot_trl.report.runs import read_log, rounds, row_count
-from abscot_trl.report.tables import escaped, markdown_table, results_table
+from abscot_trl.report.tables import results_table
 from abscot_trl.report.verdict import INTERVALS, measured, verdict_line, verdicts
 from abscot_trl.storage import MANIFEST, PRUNED, read_json, read_manifest
 from abscot_trl.vocabulary import AbstractVocabulary

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import read_results
+from abscot_trl.markdown import escaped, markdown_table
 from abscot_trl.report import plots, rl, sections
 from abscot_trl.report.page import browser, page
 from abscot_trl.report.runs import over_training, read_answers, reinforced, warmups
-from abscot_trl.report.tables import escaped, markdown_table, results_table
+from abscot_trl.report.tables import results_table
 from abscot_trl.report.verdict import verdict_line, verdicts
 from abscot_trl.storage import check_folder, write_whole
 

@@ -2,7 +2,8 @@
 
 from math import hypot
 
-from abscot_trl.report.tables import escaped, label
+from abscot_trl.markdown import escaped
+from abscot_trl.report.tables import label
 
 INTERVALS = (
     "Accuracy in points with 95 % intervals over the problems (Wilson's, at the scores' own variance where they are "
