@@ -17,7 +17,7 @@ from abscot_trl.storage import MANIFEST, PRUNED, read_json, read_manifest
 from abscot_trl.vocabulary import AbstractVocabulary
 
 MADE_FROM = ("base_model", "model_name_or_path", "model", "codes", "traces", "adapter")  # folders that stages made
-FIELDS = ("method", "given", "ratio", "steps_apart", "temperature", "channel", "rehearsal", "learning_rate")
+FIELDS = ("method", "given", "ratio", "temperature", "channel", "rehearsal", "learning_rate")
 FIELDS += ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 FIELDS += ("use_peft", "lora_r", "rewards", "num_generations", "beta", "seed")  # of a recipe, those that matter
 UNKNOWN = "not known"
