@@ -104,6 +104,40 @@ def random_traces(traces: list[list[int]], codebook: list[int], seed: int, rows:
     return [rng.choice(codebook, len(trace)).tolist() for rng, trace in zip(draws, traces, strict=True)]
 
 
+def trace_and_answer(
+    sampler,
+    prompts: list[list[int]],
+    vocabulary: AbstractVocabulary,
+    room: int,
+    temperatures: tuple[float, float],
+    seed: int,
+    rows: list[int],
+    random: bool = False,
+) -> tuple[list[Trace], list[list[int]], list]:
+    """
+    z ~ pi_abs(. | x), then y ~ pi(. | x, z) (section 3.3).
+
+    Args:
+        sampler: of transformers or of an engine.
+        prompts (`list[list[int]]`): token ids that end in the begin delimiter.
+        room (`int`): tokens of z, its end delimiter and y.
+        temperatures: of z and of y; 0 is greedy.
+        rows (`list[int]`): the rows' numbers; with `seed` they fix the draws.
+        random (`bool`): a random trace of its length takes the place of each.
+
+    Returns:
+        the traces; [z; <endabstract>] of each, as ids; the answers, as the sampler's `complete_answers` gives them.
+    """
+    prefixes = [prompt[:-1] for prompt in prompts]  # the sampler adds the begin delimiter
+    traces = sampler.sample(prefixes, vocabulary.m_max, vocabulary.m_min, temperatures[0], seed, rows)
+    if random:
+        swapped = random_traces([trace.token_ids for trace in traces], sampler.codebook, seed, rows)
+        traces = [Trace(ids, [0.0] * len(ids)) for ids in swapped]
+    heads = [[*trace.token_ids, sampler.end] for trace in traces]
+    given = [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)]
+    return traces, heads, sampler.complete_answers(given, room - vocabulary.m_max - 1, temperatures[1], seed, rows)
+
+
 class AbstractVLLMGeneration(VLLMGeneration):
     """
     [`~trl.generation.vllm_generation.VLLMGeneration`] whose completions are [z; <endabstract>; y].
@@ -224,23 +258,13 @@ class AbstractVLLMGeneration(VLLMGeneration):
     def _rollouts(self, prompts: list[list[int]], first_row: int, seed: int) -> Completions:
         """z, then y after it. Rows are numbered over all processes."""
         rows = list(range(first_row, first_row + len(prompts)))
-        prefixes = [prompt[:-1] for prompt in prompts]  # the sampler adds the begin delimiter
-        temperature = self.temperature if self.trace_temperature is None else self.trace_temperature
-        traces = self.sampler.sample(prefixes, self.m_max, self.m_min, temperature, seed, rows)
-        if self.swap == "random":
-            swapped = random_traces([trace.token_ids for trace in traces], self.sampler.codebook, seed, rows)
-            traces = [Trace(ids, [0.0] * len(ids)) for ids in swapped]
-        heads = [[*trace.token_ids, self.end] for trace in traces]
-        answers = self.sampler.complete_answers(
-            [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)],
-            self.max_completion_length - self.m_max - 1,
-            self.temperature,
-            seed,
-            rows,
+        hot = (self.temperature if self.trace_temperature is None else self.trace_temperature), self.temperature
+        found = trace_and_answer(
+            self.sampler, prompts, self.vocabulary, self.max_completion_length, hot, seed, rows, self.swap == "random"
         )
         return [
             (head + ids, [*trace.logps, trace.end_logp, *logps])
-            for trace, head, (ids, logps) in zip(traces, heads, answers, strict=True)
+            for trace, head, (ids, logps) in zip(*found, strict=True)
         ]
 
     def _sample_there(self, prompts: list[list[int]], seed: int, profiler) -> Completions:

@@ -29,7 +29,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.examples import prompt_ids
 from abscot_trl.rewards.accuracy import accuracy
 from abscot_trl.traces.hf import HFTraceSampler
-from abscot_trl.traces.rollout import AbstractVLLMGeneration, check_room, random_traces
+from abscot_trl.traces.rollout import AbstractVLLMGeneration, check_room, trace_and_answer
 from abscot_trl.traces.vllm import row_seed
 from abscot_trl.training.adapters import keep_inputs_narrow, mend_output_head
 from abscot_trl.training.grpo_config import AbstractGRPOConfig
@@ -190,15 +190,11 @@ class AbstractGRPOTrainer(SealedTrainer, TimedGRPOTrainer):
         """z, then y after it, by transformers; rows are numbered over all processes."""
         sampler = HFTraceSampler(model, self._tokenizer, self.vocabulary, batch_tokens=2**62)  # one batch, as trl
         first = self.accelerator.process_index * len(prompts)
-        rows, m_max = list(range(first, first + len(prompts))), self.vocabulary.m_max
         hot = (0.0, 0.0) if self._probing else (self.trace_policy.temperature, self.temperature)
-        prefixes = [prompt[:-1] for prompt in prompts]  # the sampler adds the begin delimiter
-        traces = [t.token_ids for t in sampler.sample(prefixes, m_max, self.vocabulary.m_min, hot[0], seed, rows)]
-        if self._probing == "random":
-            traces = random_traces(traces, self.codebook, seed, rows)
-        heads = [[*trace, self.end] for trace in traces]
-        given = [[*prompt, *head] for prompt, head in zip(prompts, heads, strict=True)]
-        answers = sampler.complete_answers(given, self.max_completion_length - m_max - 1, hot[1], seed, rows)
+        _, heads, answers = trace_and_answer(
+            sampler, prompts, self.vocabulary, self.max_completion_length, hot, seed,
+            list(range(first, first + len(prompts))), self._probing == "random",
+        )  # fmt: skip
         return [head + ids for head, ids in zip(heads, answers, strict=True)]
 
     def _calculate_rewards(self, *args, **kwargs) -> Tensor:
