@@ -96,7 +96,7 @@ class ReportArguments:
 
 
 def report(args: ReportArguments, command: str | None = None) -> Path:
-    """`abscot report`: join the runs, print the table, write `report.md`, its figures and `report.html`."""
+    """`abscot report`: join the runs, print table and verdicts, write `report.md`, its figures and `report.html`."""
     paths = [Path(run) for run in args.runs]
     folders = [path if path.is_dir() else path.parent for path in paths]
     output = Path(args.output_dir) if args.output_dir is not None else folders[0] / "report"
@@ -154,6 +154,6 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
     text = _markdown(args.title, command, judged, parts)
     html = page(args.title, command, judged, parts, browser(groups))
     write_own(output, figures | {"report.md": text.encode(), "report.html": html.encode()})
-    said = [rl.says(name, *one) for name, one in learnt.items()]
+    said = [f"{v['model']}: {v['words']}." for v in judged] + [rl.says(name, *one) for name, one in learnt.items()]
     print("\n".join([results_table(results)] * bool(results) + said))  # noqa: T201
     return output / "report.md"
