@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binomtest
 
-from abscot_trl.report.verdict import difference, following, verdicts
+from abscot_trl.report.verdict import difference, following, measured, verdicts
 
 PROBE = {"follows": 63.2, "follows_ci95": [59.8, 66.4], "follows_n": 812, "follows_chance": 4.1}
 
@@ -95,6 +95,16 @@ def test_how_often_the_answer_follows_another_trace():
     rows[2]["repeats"] = 95.6
     assert verdicts(rows)[0]["words"].endswith(f"; {words}, and the one that the trace gave there in 96 %")
     assert following({key: value for key, value in PROBE.items() if key != "follows_chance"}).endswith("812 cases")
+
+
+def test_how_it_was_measured_is_said_where_it_differs():
+    large, small = rows_of(own=90, random=20), rows_of(n=50, own=90, random=20)
+    for row in small:
+        row |= {"task": "s", "decoding": {"seed": 1}}
+    assert measured(large) == "n = 1000" and measured(large, large) == ""
+    assert measured(small, [*large, *small]) == "n = 50"  # the only seed that there is
+    assert [v["measured"] for v in verdicts(large + small)] == ["n = 1000", "n = 50"]
+    assert [v["measured"] for v in verdicts(small)] == [""]
 
 
 def test_traces_that_are_alike_are_said():

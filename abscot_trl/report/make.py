@@ -14,7 +14,7 @@ from abscot_trl.report import plots, rl, sections
 from abscot_trl.report.page import browser, page
 from abscot_trl.report.runs import over_training, read_answers, reinforced, warmups
 from abscot_trl.report.tables import results_table
-from abscot_trl.report.verdict import verdict_line, verdicts
+from abscot_trl.report.verdict import measured, verdict_line, verdicts
 from abscot_trl.storage import check_folder, write_whole
 
 MARKER = ".report"  # in the output: digest and name of each file that a report wrote there
@@ -54,12 +54,13 @@ def _png(figure) -> bytes:
     return buffer.getvalue()
 
 
-def _markdown(title: str, command: str, judged: list[dict], parts: list[dict]) -> str:
+def _markdown(title: str, command: str, head: str, judged: list[dict], parts: list[dict]) -> str:
     lines = [
         f"# {escaped(title)}",
         "",
         f"Made by `{_plain(command)}`; the answers one by one: [report.html](report.html).",
         "",
+        *([f"Measured with {escaped(head)}; what differs is said where it does.", ""] if head else []),
     ]
     lines += map(verdict_line, judged)
     for section in parts:
@@ -137,22 +138,23 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         for name, phases in learnt.items()
         for phase, one in phases.items()
     }
+    judged, head = verdicts(main, args.chance), measured(main) if main else ""
     parts = [
         sections.results_section(main, args.chance) if main else None,
         sections.swaps_section(main),
-        sections.stages_section(results + sweeps),
-        sections.codebook_section([entry for entry in groups if entry[2].mode == "abstract"], summaries),
+        sections.stages_section(results + sweeps, main),
+        sections.codebook_section([entry for entry in groups if entry[2].mode == "abstract"], summaries, judged),
         rl.section(learnt),
         sections.gauges_section(trained),
         sections.training_section(trained),
         sections.published_section(main),
         sections.settings_section(runs),
     ]
-    parts, judged = [part for part in parts if part], verdicts(main, args.chance)
+    parts = [part for part in parts if part]
     command = command or f"abscot report --runs {' '.join(args.runs)}"
     figures = {f"{name}.png": _png(figure) for part in parts for name, (figure, _) in part["figures"].items()}
-    text = _markdown(args.title, command, judged, parts)
-    html = page(args.title, command, judged, parts, browser(groups))
+    text = _markdown(args.title, command, head, judged, parts)
+    html = page(args.title, command, head, judged, parts, browser(groups))
     write_own(output, figures | {"report.md": text.encode(), "report.html": html.encode()})
     said = [f"{v['model']}: {v['words']}." for v in judged] + [rl.says(name, *one) for name, one in learnt.items()]
     print("\n".join([results_table(results)] * bool(results) + said))  # noqa: T201
