@@ -298,7 +298,7 @@ def init_checkpoint(args: InitArguments) -> Path:
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(  # noqa: T201
         f"{args.base_model} with {len(ids)} more tokens: {vocabulary.size} of the codebook, {vocabulary.begin} and "
-        f"{vocabulary.end}; a trace holds {vocabulary.m_min} to {vocabulary.m_max} of the codebook. "
+        f"{vocabulary.end}; a trace holds {vocabulary.m_min} to {vocabulary.m_max} codebook tokens. "
         f"{size_words(size)} on disk.\nnext: abscot data --tokenizer {args.output_dir} .."
     )
     return Path(args.output_dir)

@@ -184,7 +184,7 @@ def test_init_grows_never_shrinks_and_keeps_the_tie(tmp_path, rows, tied, capsys
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert toy_tokenizer().chat_template in tokenizer.chat_template and len(tokenizer) == 58
     said, size = capsys.readouterr().out, sum(file.stat().st_size for file in out.iterdir())
-    assert f"{source} with 18 more tokens: 16 of the codebook" in said and "a trace holds 2 to 9 of" in said
+    assert f"{source} with 18 more tokens: 16 of the codebook" in said and "a trace holds 2 to 9 codebook" in said
     assert f". {size / 1024:.0f} KiB on disk.\nnext: abscot data --tokenizer {out}" in said
 
 

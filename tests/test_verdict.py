@@ -83,6 +83,8 @@ def test_chance_is_where_accuracy_ends():
     rows = rows_of(half=3, own=21, random=20, other=21, none=21)
     assert [verdicts(rows, chance)[0]["level"] for chance in (None, 0.0, 20.0)] == ["nothing", "nothing", "open"]
     assert "at 21.0 (guessing: 20)" in verdicts(rows, 20.0)[0]["words"]
+    rows[2] |= PROBE | {"follows_chance": 19.2}  # of the evaluation's own, where nobody says
+    assert [verdicts(rows, chance)[0]["level"] for chance in (None, 0.0, 20.0)] == ["open", "nothing", "open"]
     assert verdicts(rows_of(half=1, own=7.9, random=3.2, other=0.5, none=4.8))[0]["level"] == "tokens"
 
 

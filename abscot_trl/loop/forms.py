@@ -123,7 +123,7 @@ def choose(shape: Shape, family: str, hardware: Hardware, rows: Rows) -> tuple[d
     least = size_words(full.least)
     if full.least <= FULL * hardware.gib * GIB:
         why = f"full fine-tuning, {_again(full)}: {size_words(full.memory)} {of}; it can do with {least}"
-        return forms, "full", f"{why}, within half of them"
+        return forms, "full", f"{why}, within half of it"
     if lora.memory > MOST * hardware.gib * GIB:
         raise Refused(
             f"{shape.parameters / 1e9:.1f}B parameters and rows of {rows.longest} tokens take "
@@ -134,7 +134,7 @@ def choose(shape: Shape, family: str, hardware: Hardware, rows: Rows) -> tuple[d
     if 0 < hardware.gpus < 8:  # full fine-tuning stands beside it, for accelerate_configs/zero3.yaml's 8 GPUs
         size = hardware.words.rpartition(" x ")[2].removeprefix("one ").removesuffix(" GPU")
         forms["full"] = form_of("full", shape, family, Hardware(8, hardware.gib, f"8 x {size}"), rows)
-    return forms, "lora", f"{why}, over half of them"
+    return forms, "lora", f"{why}, over half of it"
 
 
 def _again(form: Form) -> str:

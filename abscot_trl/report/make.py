@@ -82,6 +82,7 @@ class ReportArguments:
         runs (`list[str]`): folders that hold a `results.json`, or such files; or what `abscot grpo` trained.
         output_dir (`str`, *optional*): where it all goes; `report` in the first run's folder.
         chance (`float`, *optional*): accuracy of guessing in points, drawn as a line; near it no verdict is passed.
+            Left out, the verdict takes how often an answer after another problem's trace is a third problem's.
     """
 
     runs: list[str] = field(metadata={"help": "Folders with a results.json, or such files, or of abscot grpo."})

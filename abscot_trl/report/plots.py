@@ -220,7 +220,7 @@ def codebook(analyses: dict[str, dict]) -> Figure:
         positions.set(xlabel="position in the trace", ylabel="nats", ylim=(0, None))
         positions.set_title("entropy of the token; dotted: uniform, ln M")
         information.set(xlabel="position in the trace", ylabel="nats", ylim=(0, None))
-        information.set_title("information on the gold answer; band: chance, dotted: all")
+        information.set_title("information on the answer; band: chance, dotted: all")
         lengths.set(xlabel="codebook tokens in a trace", ylabel="% of traces")
         lengths.set_title("length")
         lengths.set_xlim(lengths.get_xlim()[0] - 0.6, lengths.get_xlim()[1] + 0.6)

@@ -219,6 +219,7 @@ def settings_section(runs: dict[str, Path]) -> dict | None:
         [(f"{name}: " if len(runs) > 1 else "") + phase, ", ".join(f"{k} {v}" for k, v in settings.items())]
         for name, run in runs.items()
         for phase, settings in read_settings(run).items()
+        if settings
     ]
     words = "Of each phase what all its stages share, from their manifests."
     return _section("Settings", words, tables=[_table("", ["phase", "settings"], rows)]) if rows else None

@@ -130,7 +130,8 @@ def verdicts(results: list[dict], chance: float | None = None) -> list[dict]:
     One for each row in abstract mode after its own trace.
 
     Args:
-        chance (`float`, *optional*): accuracy of guessing in points; 0 when left out.
+        chance (`float`, *optional*): accuracy of guessing in points. When left out, how often an answer was that of a
+            third problem (`follows_chance`), or 0.
 
     Returns:
         `model` (label), `task`, `level` (a key of `WORDS`), `words`, `remark`, `measured` (how, where not as
@@ -142,7 +143,8 @@ def verdicts(results: list[dict], chance: float | None = None) -> list[dict]:
     for own in (row for row in results if row["mode"] == "abstract" and row["swap"] == "own"):
         mine = [c for c in comparisons(results) if _key(c["row"]) == _key(own) and c["swap"] in SWAPS]
         by_swap = {c["swap"]: c for c in mine}
-        level, why = _judge(own, by_swap, chance or 0.0)
+        known = by_swap["other"]["row"].get("follows_chance", 0.0) if "other" in by_swap else 0.0
+        level, why = _judge(own, by_swap, known if chance is None else chance)
         words = WORDS[level] + (f": {why}" if why else "")
         follows = following(by_swap["other"]["row"]) if "other" in by_swap else ""
         beside = _beside(own, results)
