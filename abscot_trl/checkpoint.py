@@ -32,6 +32,7 @@ from abscot_trl.attention import check_supported
 from abscot_trl.card import new_origin, read_origin, save_origin, write_card
 from abscot_trl.errors import Refused
 from abscot_trl.storage import check_folder, written_whole
+from abscot_trl.units import size_words
 from abscot_trl.vocabulary import AbstractVocabulary
 
 INITIALISATIONS = ("mean+noise", "normal", "zeros")
@@ -294,6 +295,12 @@ def init_checkpoint(args: InitArguments) -> Path:
     with written_whole(args.output_dir) as folder:
         save_checkpoint(model, tokenizer, vocabulary, folder, new_origin(args.base_model))
         verify_checkpoint(folder, model.get_input_embeddings().weight[torch.tensor(ids)])
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    print(  # noqa: T201
+        f"{args.base_model} with {len(ids)} more tokens: {vocabulary.size} of the codebook, {vocabulary.begin} and "
+        f"{vocabulary.end}; a trace holds {vocabulary.m_min} to {vocabulary.m_max} codebook tokens. "
+        f"{size_words(size)} on disk.\nnext: abscot data --tokenizer {args.output_dir} .."
+    )
     return Path(args.output_dir)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -74,6 +75,11 @@ def _machine_refuses() -> Iterator[None]:
         raise Refused(f"{error.filename or 'here'}: {error.strerror}; mend that and run the same command") from error
 
 
+def _means_something(record: logging.LogRecord) -> bool:
+    """DeepSpeed, which peft and accelerate import, warns of a machine without GPU whether or not it is used."""
+    return not record.getMessage().startswith("Setting accelerator to CPU.")
+
+
 def run_script(name: str) -> None:
     """
     What `python -m abscot_trl.scripts.<name>` does: run the phase and show its result.
@@ -83,6 +89,7 @@ def run_script(name: str) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
     phase, folder = PHASES[name], None
+    logging.getLogger("DeepSpeed").addFilter(_means_something)
     try:
         with _machine_refuses():
             given = parse_phase(name)

@@ -165,7 +165,7 @@ def test_bad_limits(limits):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rows", [40, 64, 200])
-def test_init_grows_never_shrinks_and_keeps_the_tie(tmp_path, rows, tied):
+def test_init_grows_never_shrinks_and_keeps_the_tie(tmp_path, rows, tied, capsys):
     source = base(tmp_path / "base", rows, tied)
     out = init_checkpoint(InitArguments(source, str(tmp_path / "out"), codebook_size=16, m_max=9, m_min=2))
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (source, out))
@@ -183,6 +183,9 @@ def test_init_grows_never_shrinks_and_keeps_the_tie(tmp_path, rows, tied):
     assert after.config.vocab_size == len(new)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert toy_tokenizer().chat_template in tokenizer.chat_template and len(tokenizer) == 58
+    said, size = capsys.readouterr().out, sum(file.stat().st_size for file in out.iterdir())
+    assert f"{source} with 18 more tokens: 16 of the codebook" in said and "a trace holds 2 to 9 codebook" in said
+    assert f". {size / 1024:.0f} KiB on disk.\nnext: abscot data --tokenizer {out}" in said
 
 
 def test_initialisations():

@@ -248,7 +248,10 @@ def test_seven_commands_lead_from_a_model_and_200_rows_to_a_served_answer(tmp_pa
     commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("abscot ")]
     assert [words[0] for words in commands] == ["init", "data", "plan", "warmup", "report", "serve"]
     shown = {words[0]: abscot(*words) for words in commands[:-1]}
-    assert "1 x CPU" in shown["plan"]
+    assert "1 x CPU" in shown["plan"] and "66 more tokens" in shown["init"]
+    assert not [line for text in shown.values() for line in text.splitlines() if "WARNING" in line]  # all is well
+    assert shown["warmup"].count("compete with the whole vocabulary") == 2  # once a phase
+    assert "informed: nothing can be told about its traces: n = 20 is too few" in shown["report"]
     rows = json.loads((tmp_path / "runs/mine/informed/results.json").read_text())
     assert {row["swap"] for row in rows} == {"own", "random", "shuffled", "other", "none"}
     assert {row["n"] for row in rows} == {20} and (tmp_path / "runs/mine/informed/report/report.html").is_file()

@@ -8,10 +8,12 @@ import subprocess
 import tempfile
 from dataclasses import asdict
 from html.parser import HTMLParser
+from io import BytesIO
 
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import binomtest
 
@@ -21,10 +23,11 @@ from abscot_trl.evaluation.statistics import summarise
 from abscot_trl.evaluation.swaps import donors, swap_traces
 from abscot_trl.loop.record import COLUMNS
 from abscot_trl.phases import parse_phase
-from abscot_trl.report import make
+from abscot_trl.report import make, plots
 from abscot_trl.report.make import ReportArguments, report, write_own
 from abscot_trl.report.page import as_json, browser
 from abscot_trl.report.runs import TEXT_LIMIT, over_training, read_answers, read_losses, read_settings, read_wall_times
+from abscot_trl.report.sections import codebook_section
 from abscot_trl.storage import write_whole
 from abscot_trl.traces.files import summarise_traces
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -259,7 +262,7 @@ def test_markdown_holds_every_figure(made):
         often = f"{row['follows']:.0f} % \\[{low:.0f}, {high:.0f}\\] of {row['follows_n']} cases (by chance 25 %)"
         assert f"the answer is that problem's in {often}.**" in line
         assert f"{row['follows']:.1f} ({low:.1f}-{high:.1f}), 25.0 by chance" in cells
-    assert all("n = 300" in line and "seed 3" in line and "temperature" in line for line in verdicts)
+    assert text.count("n = 300; seed 3; trace temperature 0.0") == 1 and "n = 300" not in "".join(verdicts)
     images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert cells.count("informed round2/distill") == len(SWAPPED) and cells.count("round1/bottleneck") == 2
     assert {
@@ -291,13 +294,36 @@ def test_page_holds_every_figure(made):
     assert len(page.all("img")) >= 7 and all(
         a["src"].startswith("data:image/svg+xml;base64,") for a in page.all("img")
     )
-    assert page.text.count("n = 300; seed 3; trace temperature 0.0") >= 4 + len(page.all("article"))
+    assert page.text.count("n = 300; seed 3; trace temperature 0.0") == 1
     assert len(page.problems) == 20 and "300 of 300 problems, page 1 of 15" in page.text
     tokens = page.all("span", "token")
     colours = {a["title"]: set() for a in tokens}
     for a in tokens:
         colours[a["title"]].add(a["style"])
     assert len(colours) == 8 and all(len(found) == 1 for found in colours.values()), "a colour a token"
+
+
+def test_what_traces_tell_is_not_what_answers_read(made):
+    """The informed traces end in the answer, the paper's are all alike."""
+    groups = [(made[0], group.label, group) for group in read_answers(made[0]) if group.mode == "abstract"]
+    for level, said in (("tokens", False), ("open", False), ("nothing", True)):
+        judged = [{"model": name, "task": "chain", "level": level} for name in ("informed", "paper")]
+        _, caption = codebook_section(groups, {}, judged)["figures"]["codebook"]
+        assert ("informed: one token of a trace tells" in caption) == said and "paper" not in caption
+        assert "not whether the answer reads its trace" in caption
+
+
+def test_losses_can_be_read():
+    """At the 555 pixels that a figure has on the page 8 pt are 9 pixels; the legend lies beside the lines."""
+    log = [{"step": s, "loss_trace": 16 / s, "loss_trace_uniform": 4.2, "loss_answer": 1 / s} for s in range(1, 9)]
+    figure = plots.losses({f"round{t}/{phase}": log for t in (1, 2) for phase in ("bottleneck", "distill")})
+    shown = [text for text in figure.findobj(Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in shown) * 555 / (72 * figure.get_figwidth()) >= 9
+    plots.save(figure, BytesIO())
+    (legend,), axes = figure.legends, figure.axes[0]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert [text.get_text() for text in legend.get_texts()] == ["trace", "ln M", "answer", "learning rate"]
+    assert {4.2} in [set(line.get_ydata()) for line in axes.lines]
 
 
 def test_filters(made):

@@ -200,6 +200,7 @@ def test_summary_by_hand():
     assert np.allclose(mixed["entropy_by_position"], [0.5 * np.log(2) + 0.5 * np.log(4), np.log(2)])
     text = describe_traces(mixed | {"dropped_too_long": 7})
     assert "4 traces, 4 distinct, 0 empty, 7 rows dropped" in text and "0.0 % at m_max 9" in text
+    assert "<TOKEN_B>" in text and "<TOKEN_C>" not in describe_traces(summary | {"dropped_too_long": 7})  # not used
     assert summary["traces"] == 4 and summary["distinct"] == 3 and summary["empty"] == 1
     assert summary["lengths"] == {"0": 1, "1": 1, "2": 2} and summary["length_mean"] == 1.25
     assert (

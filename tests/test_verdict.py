@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binomtest
 
-from abscot_trl.report.verdict import difference, following, verdicts
+from abscot_trl.report.verdict import difference, following, measured, verdicts
 
 PROBE = {"follows": 63.2, "follows_ci95": [59.8, 66.4], "follows_n": 812, "follows_chance": 4.1}
 
@@ -83,6 +83,8 @@ def test_chance_is_where_accuracy_ends():
     rows = rows_of(half=3, own=21, random=20, other=21, none=21)
     assert [verdicts(rows, chance)[0]["level"] for chance in (None, 0.0, 20.0)] == ["nothing", "nothing", "open"]
     assert "at 21.0 (guessing: 20)" in verdicts(rows, 20.0)[0]["words"]
+    rows[2] |= PROBE | {"follows_chance": 19.2}  # of the evaluation's own, where nobody says
+    assert [verdicts(rows, chance)[0]["level"] for chance in (None, 0.0, 20.0)] == ["open", "nothing", "open"]
     assert verdicts(rows_of(half=1, own=7.9, random=3.2, other=0.5, none=4.8))[0]["level"] == "tokens"
 
 
@@ -95,6 +97,16 @@ def test_how_often_the_answer_follows_another_trace():
     rows[2]["repeats"] = 95.6
     assert verdicts(rows)[0]["words"].endswith(f"; {words}, and the one that the trace gave there in 96 %")
     assert following({key: value for key, value in PROBE.items() if key != "follows_chance"}).endswith("812 cases")
+
+
+def test_how_it_was_measured_is_said_where_it_differs():
+    large, small = rows_of(own=90, random=20), rows_of(n=50, own=90, random=20)
+    for row in small:
+        row |= {"task": "s", "decoding": {"seed": 1}}
+    assert measured(large) == "n = 1000" and measured(large, large) == ""
+    assert measured(small, [*large, *small]) == "n = 50"  # the only seed that there is
+    assert [v["measured"] for v in verdicts(large + small)] == ["n = 1000", "n = 50"]
+    assert [v["measured"] for v in verdicts(small)] == [""]
 
 
 def test_traces_that_are_alike_are_said():

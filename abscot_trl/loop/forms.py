@@ -12,6 +12,7 @@ from abscot_trl.loop.duration import GPUS, batch_seconds, this_cpu
 from abscot_trl.loop.memory import GIB, Shape, trained_parameters, training_memory
 from abscot_trl.loop.new_rows import Rows
 from abscot_trl.phases import read_yaml
+from abscot_trl.units import size_words
 
 CODEBOOK, RANK = 64, 32
 FULL = 0.5  # of a GPU's memory: full fine-tuning that takes no more leaves room for longer rows
@@ -119,20 +120,21 @@ def choose(shape: Shape, family: str, hardware: Hardware, rows: Rows) -> tuple[d
     forms = {tuning: form_of(tuning, shape, family, hardware, rows) for tuning in ("lora", "full")}
     lora, full = forms["lora"], forms["full"]
     of = f"of {hardware.gib:.0f} GiB{' a GPU' if hardware.gpus else ''}"
+    least = size_words(full.least)
     if full.least <= FULL * hardware.gib * GIB:
-        why = f"full fine-tuning, {_again(full)}: {full.memory / GIB:.3g} {of}; it can do with {full.least / GIB:.3g}"
-        return forms, "full", f"{why}, within half of them"
+        why = f"full fine-tuning, {_again(full)}: {size_words(full.memory)} {of}; it can do with {least}"
+        return forms, "full", f"{why}, within half of it"
     if lora.memory > MOST * hardware.gib * GIB:
         raise Refused(
             f"{shape.parameters / 1e9:.1f}B parameters and rows of {rows.longest} tokens take "
             f"{lora.memory / GIB:.0f} GiB with LoRA and gradient checkpointing, {hardware.words} has "
             f"{hardware.gib:.0f}, a quarter of which stays free; take a larger GPU or a smaller model"
         )
-    why = f"LoRA, {_again(lora)}: {lora.memory / GIB:.3g} {of}; full fine-tuning takes {full.least / GIB:.3g} at least"
+    why = f"LoRA, {_again(lora)}: {size_words(lora.memory)} {of}; full fine-tuning takes {least} at least"
     if 0 < hardware.gpus < 8:  # full fine-tuning stands beside it, for accelerate_configs/zero3.yaml's 8 GPUs
         size = hardware.words.rpartition(" x ")[2].removeprefix("one ").removesuffix(" GPU")
         forms["full"] = form_of("full", shape, family, Hardware(8, hardware.gib, f"8 x {size}"), rows)
-    return forms, "lora", f"{why}, over half of them"
+    return forms, "lora", f"{why}, over half of it"
 
 
 def _again(form: Form) -> str:

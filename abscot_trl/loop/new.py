@@ -19,6 +19,7 @@ from abscot_trl.loop.forms import CODEBOOK, FUSED, RANK, Form, Hardware, choose,
 from abscot_trl.loop.memory import GIB, Shape, shape_of_model
 from abscot_trl.loop.new_rows import Rows, power_of_two, rows_of
 from abscot_trl.storage import check_folder, write_whole
+from abscot_trl.units import count_words
 from abscot_trl.vocabulary import AbstractVocabulary
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -206,12 +207,11 @@ def new(args: NewArguments) -> str:
     for path, text in [*parts.items(), *((folder / name, text) for name, text in files.items())]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-    size = f"{shape.parameters / 1e9:.2f}B" if shape.parameters > 1e8 else f"{shape.parameters / 1e6:.1f}M"
     chosen, packs = form.recipe, " packs" if hardware.gpus else " rows"
     steps = {"init": "init", "data": "data", "plan": "warmup.informed", "warmup": "warmup.informed"}
     commands = [f"abscot {phase} --config {recipe}/{name}.yaml" for phase, name in steps.items()]
     lines = [
-        f"{recipe}: {args.model} ({size} parameters) on {hardware.words}",
+        f"{recipe}: {args.model} ({count_words(shape.parameters)} parameters) on {hardware.words}",
         f"- {why}",
         f"- accelerate configuration {form.accelerate}; {'vLLM' if hardware.gpus else 'transformers'} samples",
         f"- rows of up to {rows.longest} tokens; {chosen['global_batch_size']}{packs} a step, "

@@ -37,6 +37,7 @@ from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.phases import TRAINING, read_yaml
 from abscot_trl.traces.initial import RANDOM_METHODS
 from abscot_trl.training.steps import accumulation_of, probes, steps_of
+from abscot_trl.units import count_words, size_words, time_words
 from abscot_trl.vocabulary import AbstractVocabulary
 
 PACKED = 0.97  # how full packed rows are, while nothing is known of their lengths
@@ -174,7 +175,7 @@ def plan(args: PlanArguments) -> dict:
     warnings += _data_warnings(args, setting) + _disk_warnings(args, table)
     known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
     assumptions = [
-        f"{shape.parameters / 1e9:.2f}B parameters; {gpus} x {card.name}, ZeRO stage {zero}",
+        f"{count_words(shape.parameters)} parameters; {gpus} x {card.name}, ZeRO stage {zero}",
         "mean tokens " + ", ".join(f"{name} {values.mean():.0f}" for name, values in lengths.items()) + f": {known}",
         "hours: as measured on an H100, to other cards by their data sheets (abscot_trl/loop/duration.py); what GPUs "
         "wait for each other, evaluations and loading are not counted"
@@ -272,7 +273,7 @@ def _disk_warnings(args: PlanArguments, table: list[dict]) -> list[str]:
     needed, free = _disk(table), shutil.disk_usage(there).free
     if needed <= free:
         return []
-    return [f"the run writes about {needed / GIB:.0f} GiB, {free / GIB:.0f} are free at {there}; `keep: last`?"]
+    return [f"the run writes about {size_words(needed)}, {size_words(free)} are free at {there}; `keep: last`?"]
 
 
 def _data_warnings(args: PlanArguments, setting: Setting) -> list[str]:
@@ -289,28 +290,18 @@ def _data_warnings(args: PlanArguments, setting: Setting) -> list[str]:
 
 def describe_plan(planned: dict) -> str:
     """The plan as a Markdown table, a stage a line, with totals, assumptions and warnings."""
-    header = "| stage | rows | steps | tokens | trained | GiB a GPU | disk GiB | hours |"
-    lines = [header, "|---|" + "---:|" * 7]
-
-    def number(value, unit=1.0, digits=0) -> str:
-        return "" if value is None else f"{value / unit:,.{digits}f}"
-
+    lines = ["| stage | rows | steps | tokens | trained | memory a GPU | disk | time |", "|---|" + "---:|" * 7]
+    columns = {"rows": "{:,}".format, "steps": "{:,}".format, "tokens": count_words, "trained": count_words}
+    columns |= {"memory": size_words, "disk": size_words, "hours": lambda hours: time_words(3600 * hours)}
     for line in planned["stages"]:
-        steps = ("~" if line.get("packed") else "") + number(line.get("steps"))
-        cells = [
-            line["name"],
-            number(line.get("rows")),
-            steps,
-            number(line.get("tokens"), 1e6, 1) + "M" * ("tokens" in line),
-        ]
-        cells += [number(line.get("trained"), 1e6, 1) + "M" * ("trained" in line), number(line.get("memory"), GIB, 1)]
-        cells += [number(line.get("disk"), GIB, 2), number(line.get("hours"), 1, 2)]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [words(line[name]) if name in line else "" for name, words in columns.items()]
+        cells[1] = "~" * line.get("packed", False) + cells[1]
+        lines.append(f"| {line['name']} | {' | '.join(cells)} |")
     steps = sum(line.get("steps", 0) for line in planned["stages"])
     tokens = sum(line.get("tokens", 0) for line in planned["stages"] if line["phase"] in TRAINING)
-    hours = number(sum(line["hours"] for line in planned["stages"] if "hours" in line) or None, 1, 1)
-    disk = _disk(planned["stages"]) / GIB
-    lines.append(f"| total |  | {steps:,} | {tokens / 1e6:,.0f}M trained |  |  | {disk:,.0f} | {hours} |")
+    hours = sum(line.get("hours", 0) for line in planned["stages"])
+    cells = ["total", "", f"{steps:,}", f"{count_words(tokens)} trained", "", "", size_words(_disk(planned["stages"]))]
+    lines.append(f"| {' | '.join(cells)} | {time_words(3600 * hours) if hours else ''} |")
     lines += ["", *(f"- {sentence}" for sentence in planned["assumptions"])]
     lines += [f"- WARNING: {sentence}" for sentence in planned["warnings"]]
     return "\n".join(lines)

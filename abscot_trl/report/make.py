@@ -14,7 +14,7 @@ from abscot_trl.report import plots, rl, sections
 from abscot_trl.report.page import browser, page
 from abscot_trl.report.runs import over_training, read_answers, reinforced, warmups
 from abscot_trl.report.tables import results_table
-from abscot_trl.report.verdict import verdict_line, verdicts
+from abscot_trl.report.verdict import measured, verdict_line, verdicts
 from abscot_trl.storage import check_folder, write_whole
 
 MARKER = ".report"  # in the output: digest and name of each file that a report wrote there
@@ -54,12 +54,13 @@ def _png(figure) -> bytes:
     return buffer.getvalue()
 
 
-def _markdown(title: str, command: str, judged: list[dict], parts: list[dict]) -> str:
+def _markdown(title: str, command: str, head: str, judged: list[dict], parts: list[dict]) -> str:
     lines = [
         f"# {escaped(title)}",
         "",
         f"Made by `{_plain(command)}`; the answers one by one: [report.html](report.html).",
         "",
+        *([f"Measured with {escaped(head)}; what differs is said where it does.", ""] if head else []),
     ]
     lines += map(verdict_line, judged)
     for section in parts:
@@ -81,6 +82,7 @@ class ReportArguments:
         runs (`list[str]`): folders that hold a `results.json`, or such files; or what `abscot grpo` trained.
         output_dir (`str`, *optional*): where it all goes; `report` in the first run's folder.
         chance (`float`, *optional*): accuracy of guessing in points, drawn as a line; near it no verdict is passed.
+            Left out, the verdict takes how often an answer after another problem's trace is a third problem's.
     """
 
     runs: list[str] = field(metadata={"help": "Folders with a results.json, or such files, or of abscot grpo."})
@@ -96,7 +98,7 @@ class ReportArguments:
 
 
 def report(args: ReportArguments, command: str | None = None) -> Path:
-    """`abscot report`: join the runs, print the table, write `report.md`, its figures and `report.html`."""
+    """`abscot report`: join the runs, print table and verdicts, write `report.md`, its figures and `report.html`."""
     paths = [Path(run) for run in args.runs]
     folders = [path if path.is_dir() else path.parent for path in paths]
     output = Path(args.output_dir) if args.output_dir is not None else folders[0] / "report"
@@ -137,23 +139,24 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         for name, phases in learnt.items()
         for phase, one in phases.items()
     }
+    judged, head = verdicts(main, args.chance), measured(main) if main else ""
     parts = [
         sections.results_section(main, args.chance) if main else None,
         sections.swaps_section(main),
-        sections.stages_section(results + sweeps),
-        sections.codebook_section([entry for entry in groups if entry[2].mode == "abstract"], summaries),
+        sections.stages_section(results + sweeps, main),
+        sections.codebook_section([entry for entry in groups if entry[2].mode == "abstract"], summaries, judged),
         rl.section(learnt),
         sections.gauges_section(trained),
         sections.training_section(trained),
         sections.published_section(main),
         sections.settings_section(runs),
     ]
-    parts, judged = [part for part in parts if part], verdicts(main, args.chance)
+    parts = [part for part in parts if part]
     command = command or f"abscot report --runs {' '.join(args.runs)}"
     figures = {f"{name}.png": _png(figure) for part in parts for name, (figure, _) in part["figures"].items()}
-    text = _markdown(args.title, command, judged, parts)
-    html = page(args.title, command, judged, parts, browser(groups))
+    text = _markdown(args.title, command, head, judged, parts)
+    html = page(args.title, command, head, judged, parts, browser(groups))
     write_own(output, figures | {"report.md": text.encode(), "report.html": html.encode()})
-    said = [rl.says(name, *one) for name, one in learnt.items()]
+    said = [f"{v['model']}: {v['words']}." for v in judged] + [rl.says(name, *one) for name, one in learnt.items()]
     print("\n".join([results_table(results)] * bool(results) + said))  # noqa: T201
     return output / "report.md"

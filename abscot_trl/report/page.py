@@ -15,7 +15,7 @@ from pathlib import Path
 from abscot_trl.evaluation.grading import normal_form
 from abscot_trl.report.plots import save
 from abscot_trl.report.runs import TEXT_LIMIT, Group
-from abscot_trl.report.verdict import SWAPS, measured
+from abscot_trl.report.verdict import SWAPS
 from abscot_trl.vocabulary import AbstractVocabulary
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -112,8 +112,8 @@ def _headline(v: dict) -> dict:
         )
         bars.append([SWAPS[c["swap"]], c["row"]["accuracy"], *c["row"]["ci95"], words])
     paired = {c["paired"] for c in v["comparisons"]}
-    words = "; differences are " + ("paired by problem" if paired == {True} else "not paired") if paired else ""
-    words = f"{measured([own])}{words}; 95 % intervals."
+    words = "differences are " + ("paired by problem" if paired == {True} else "not paired") if paired else ""
+    words = "; ".join(filter(None, [v["measured"], words, "95 % intervals."]))
     return {
         **{k: v[k] for k in ("model", "task", "level", "words", "remark", "cost")},
         "headline": headline,
@@ -122,7 +122,7 @@ def _headline(v: dict) -> dict:
     }
 
 
-def page(title: str, command: str, verdicts: list, sections: list, answers: dict) -> str:
+def page(title: str, command: str, head: str, verdicts: list, sections: list, answers: dict) -> str:
     """`report.html` filled with what `report` found; figures go in as SVG."""
     drawn = []
     for section in sections:
@@ -134,7 +134,13 @@ def page(title: str, command: str, verdicts: list, sections: list, answers: dict
                 {"name": name, "image": image, "caption": caption, "wide": bool(figure.get_figwidth() > 8.5)}
             )
         drawn.append({**section, "figures": figures})
-    data = {"title": title, "command": command, "verdicts": list(map(_headline, verdicts)), "sections": drawn}
+    data = {
+        "title": title,
+        "command": command,
+        "head": head,
+        "verdicts": list(map(_headline, verdicts)),
+        "sections": drawn,
+    }
     template = TEMPLATE.read_text()
     hashes = {
         tag: base64.b64encode(

@@ -9,7 +9,7 @@ import matplotlib.lines
 import matplotlib.patches
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from abscot_trl.report.tables import label
 
@@ -89,8 +89,9 @@ def over_tokens(results: list[dict], chance: float | None = None) -> Figure:
                     fontsize=9,
                 )
             if chance is not None:
-                axes.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.0f}")
-                axes.legend(loc="center right")
+                axes.axhline(chance, color="grey", linestyle=":")
+                about = {"transform": axes.get_yaxis_transform(), "color": "#666666", "fontsize": 9}
+                axes.text(0.01, chance + 1, f"chance {chance:.0f}", **about)
             axes.set(xscale="log", xlabel="generated tokens a problem (mean)", ylabel="accuracy", ylim=(-4, 104))
             axes.set(title=short(task) if len(tasks) > 1 else "")
             axes.margins(x=0.35)
@@ -167,12 +168,23 @@ def over_stages(results: list[dict]) -> Figure:
                 errors = np.array([_errors(row["accuracy"], row["ci95"]) for row in rows]).reshape(-1, 2).T
                 if rows:
                     axes.errorbar(x, y, yerr=errors, color=_colour(swap, swaps), marker="o", markersize=4, capsize=2)
-            axes.set_xticks(range(len(stages)), list(map(short, stages)), rotation=30, ha="right", fontsize=8)
+            axes.set_xticks(range(len(stages)), list(map(short, stages)), rotation=30, ha="right", fontsize=9)
             axes.set(title=short(" ".join(filter(None, panel))), ylim=(-2, 104))
         figure.axes[0].set_ylabel("accuracy")
         handles = [matplotlib.patches.Patch(color=_colour(swap, swaps)) for swap in swaps]
-        figure.legend(handles, swaps, title="answer after", fontsize=8, loc="outside right upper")
+        figure.legend(handles, swaps, title="answer after", loc="outside right upper")
     return figure
+
+
+def draw_ranks(axes, shares: np.ndarray, size: int, **style) -> None:
+    """Shares of all tokens, above 0 and falling, over ranks 1 .. `size`, both axes logarithmic."""
+    axes.plot(range(1, len(shares) + 1), shares, **style)
+    axes.set(xscale="log", yscale="log", xlabel="rank")
+    axes.set_xticks([2**k for k in range(size.bit_length())], [str(2**k) for k in range(size.bit_length())])
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
 
 
 def codebook(analyses: dict[str, dict]) -> Figure:
@@ -181,13 +193,14 @@ def codebook(analyses: dict[str, dict]) -> Figure:
     lengths. A colour a model; `analyses` are `abscot_trl.report.codebook.analyse`'s, by model.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.0, 7.2), layout="constrained")
+        figure = Figure(figsize=(9.0, 6.6), layout="constrained")
         (ranks, positions), (information, lengths) = figure.subplots(2, 2)
+        size = max(len(a["token_counts"]) for a in analyses.values())
         for i, (name, a) in enumerate(analyses.items()):
             colour, line = MODEL_COLOURS[i % 8], {"marker": "o", "markersize": 4}
             shares = -np.sort(-np.array(a["token_counts"])) / sum(a["token_counts"]) if sum(a["token_counts"]) else []
             used = np.count_nonzero(shares)
-            ranks.plot(range(1, used + 1), shares[:used], color=colour, linestyle="", **line, label=short(name))
+            draw_ranks(ranks, shares[:used], size, color=colour, linestyle="", **line, label=short(name))
             if a["zipf"]:
                 fit = np.arange(1, len(shares) + 1.0) ** -a["zipf"]["exponent"]
                 ranks.plot(range(1, len(shares) + 1), fit / fit.sum(), color=colour, linewidth=1)
@@ -202,17 +215,12 @@ def codebook(analyses: dict[str, dict]) -> Figure:
             at, n = list(map(int, a["lengths"])), np.array(list(a["lengths"].values()))
             width = 0.85 / len(analyses)
             lengths.bar(np.array(at) + (i - (len(analyses) - 1) / 2) * width, 100 * n / n.sum(), width, color=colour)
-        ranks.set(xscale="log", yscale="log", xlabel="rank", ylabel="share of all tokens")
-        size = max(len(a["token_counts"]) for a in analyses.values())
-        ranks.set_xticks([2**k for k in range(size.bit_length())], [str(2**k) for k in range(size.bit_length())])
-        ranks.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ranks.set_title("how often each token is used; line: fitted power law")
-        ranks.minorticks_off()
-        ranks.legend(fontsize=8)
+        ranks.set(ylabel="share of all tokens", title="how often each token is used; line: power law")
+        figure.legend(loc="outside upper center", ncols=4)
         positions.set(xlabel="position in the trace", ylabel="nats", ylim=(0, None))
         positions.set_title("entropy of the token; dotted: uniform, ln M")
         information.set(xlabel="position in the trace", ylabel="nats", ylim=(0, None))
-        information.set_title("information on the gold answer; band: permuted, dotted: all of it")
+        information.set_title("information on the answer; band: chance, dotted: all")
         lengths.set(xlabel="codebook tokens in a trace", ylabel="% of traces")
         lengths.set_title("length")
         lengths.set_xlim(lengths.get_xlim()[0] - 0.6, lengths.get_xlim()[1] + 0.6)
@@ -235,38 +243,45 @@ def codebook_over_training(summaries: dict[str, list[dict]]) -> Figure:
             axes.plot(x, entropies, marker="s", label="entropy / ln M")
             axes.plot(x, [s["distinct"] / s["traces"] for s in stages], marker="^", label="distinct traces")
             names = [s["stage"].removesuffix("-traces") for s in stages]
-            axes.set_xticks(x, names, rotation=30, ha="right", fontsize=8)
+            axes.set_xticks(x, names, rotation=30, ha="right", fontsize=9)
             axes.set(title=short(name), ylim=(-0.03, 1.05))
         panels[0].set_ylabel("share")
-        panels[0].legend(fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
 def losses(logs: dict[str, list[dict]]) -> Figure:
-    """Losses of trace and answer (left, nats a token) and the learning rate (right) over all steps, stage by stage."""
+    """
+    Over all steps, stage by stage: losses of trace and answer (left, nats a token; dotted: ln M), and the learning
+    rate (right).
+    """
+    lines = {
+        "loss_trace": {"label": "trace", "color": "C0", "linewidth": 1.3},
+        "loss_trace_uniform": {"label": "ln M", "color": "C0", "linewidth": 1, "linestyle": ":"},
+        "loss_answer": {"label": "answer", "color": "C1", "linewidth": 1.3},
+    }
+    lines = {key: style for key, style in lines.items() if any(key in entry for log in logs.values() for entry in log)}
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.right": True}):
-        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axis = figure.subplots()
         rates, offset = axis.twinx(), 0
         for stage, log in logs.items():
             steps = [offset + entry["step"] for entry in log]
-            rates.plot(steps, [entry.get("learning_rate", float("nan")) for entry in log], color="0.75", linewidth=1)
-            for key, color in (("loss_trace", "C0"), ("loss_answer", "C1")):
+            rates.plot(steps, [entry.get("learning_rate", float("nan")) for entry in log], color="0.7", linewidth=1)
+            for key, style in lines.items():
                 values = [entry.get(key, float("nan")) for entry in log]
-                axis.plot(steps, values, color=color, linewidth=1, marker="." if len(log) == 1 else None)
+                axis.plot(steps, values, marker="." if len(log) == 1 else None, **style)
             axis.axvline(offset, color="0.9", linewidth=1, zorder=0)
-            axis.text(
-                offset, 1.0, short(stage), transform=axis.get_xaxis_transform(), fontsize=7, rotation=30, va="bottom"
-            )
+            about = {"transform": axis.get_xaxis_transform(), "fontsize": 9, "rotation": 30, "va": "bottom"}
+            axis.text(offset, 1.0, short(stage), **about)
             offset += log[-1]["step"]
-        handles = [
-            matplotlib.lines.Line2D([], [], color=c, label=name)
-            for c, name in (("C0", "trace"), ("C1", "answer"), ("0.75", "learning rate"))
-        ]
-        axis.legend(handles=handles, fontsize=8)
+        shown = [*lines.values(), {"color": "0.7", "label": "learning rate"}]
+        handles = [matplotlib.lines.Line2D([], [], **style) for style in shown]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         axis.set(xlabel="step", ylabel="nats a token")
         rates.set_ylabel("learning rate")
         rates.set_ylim(bottom=0)
+        rates.yaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
@@ -286,11 +301,12 @@ def gauges(read: dict[str, list[dict]]) -> Figure:
             predictable.axhline(log[-1]["predictable_uniform"], color="grey", linestyle=":")
             useful.set_title(short(stage))
             predictable.set(xlabel="step", ylim=(0, None))
+            predictable.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         panels[0, 0].set_ylabel("answer, nats a token")
         panels[1, 0].set_ylabel("trace, nats a token")
         swaps = ("own", "random", "other", "none")
         handles = [matplotlib.patches.Patch(color=SWAP_COLOURS[swap]) for swap in swaps]
-        figure.legend(handles, swaps, title="answer after", fontsize=8, loc="outside right upper")
+        figure.legend(handles, swaps, title="answer after", loc="outside right upper")
     return figure
 
 

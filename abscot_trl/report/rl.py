@@ -5,12 +5,12 @@ import re
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from abscot_trl.evaluation.results import is_number
 from abscot_trl.evaluation.statistics import wilson_interval
 from abscot_trl.report.codebook import fit_zipf
-from abscot_trl.report.plots import MODEL_COLOURS, STYLE, SWAP_COLOURS, short
+from abscot_trl.report.plots import MODEL_COLOURS, STYLE, SWAP_COLOURS, draw_ranks, short
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHOWN = 5  # steps whose rollouts are shown: the first, the last, and some between
@@ -118,14 +118,7 @@ def _draw_seconds(axes, log: list[dict], names: dict[str, str]) -> None:
 def _draw_ranks(axes, counts: list[tuple[str, np.ndarray]]) -> None:
     for (name, uses), colour in zip(counts, ("#8a949e", SWAP_COLOURS["own"]), strict=False):
         shares = -np.sort(-uses[uses > 0]) / uses.sum()
-        axes.plot(range(1, len(shares) + 1), shares, color=colour, marker="o", markersize=3, linewidth=1, label=name)
-    size = len(counts[0][1])
-    axes.set(xscale="log", yscale="log", xlabel="rank")
-    axes.set_xticks([2**k for k in range(size.bit_length())], [str(2**k) for k in range(size.bit_length())])
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.minorticks_off()
+        draw_ranks(axes, shares, len(uses), color=colour, marker="o", markersize=3, linewidth=1, label=name)
 
 
 def over_steps(log: list[dict], name: str, held_out: int = 0) -> Figure | None:
@@ -133,7 +126,7 @@ def over_steps(log: list[dict], name: str, held_out: int = 0) -> Figure | None:
     if not (shown := panels(log, name)):
         return None
     rows = -(-len(shown) // 2)
-    with matplotlib.rc_context(STYLE | {"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 7.5}):
+    with matplotlib.rc_context(STYLE | {"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5}):
         figure = Figure(figsize=(6.4, 2.2 * rows + 0.2), layout="constrained")
         places = [*figure.subplots(rows, 2, squeeze=False).flat]
         for axes, (title, names) in zip(places, shown.items(), strict=False):

@@ -130,19 +130,21 @@ def verdicts(results: list[dict], chance: float | None = None) -> list[dict]:
     One for each row in abstract mode after its own trace.
 
     Args:
-        chance (`float`, *optional*): accuracy of guessing in points; 0 when left out.
+        chance (`float`, *optional*): accuracy of guessing in points. When left out, how often an answer was that of a
+            third problem (`follows_chance`), or 0.
 
     Returns:
-        `model` (label), `task`, `level` (a key of `WORDS`), `words`, `remark`, `numbers` (each swap with its
-        difference), `cost` (accuracy and tokens beside verbal and direct answers), `own` (the row), `reference` (the
-        row it was first set beside, or `None`), `comparisons`. Where an interval could hide an effect of `MATTERS`
-        points the level is `open`, not `nothing`.
+        `model` (label), `task`, `level` (a key of `WORDS`), `words`, `remark`, `measured` (how, where not as
+        all `results`), `numbers` (each swap with its difference), `cost` (accuracy and tokens beside verbal and direct
+        answers), `own` (the row), `reference` (the row it was first set beside, or `None`), `comparisons`. Where an
+        interval could hide an effect of `MATTERS` points the level is `open`, not `nothing`.
     """
     judged = []
     for own in (row for row in results if row["mode"] == "abstract" and row["swap"] == "own"):
         mine = [c for c in comparisons(results) if _key(c["row"]) == _key(own) and c["swap"] in SWAPS]
         by_swap = {c["swap"]: c for c in mine}
-        level, why = _judge(own, by_swap, chance or 0.0)
+        known = by_swap["other"]["row"].get("follows_chance", 0.0) if "other" in by_swap else 0.0
+        level, why = _judge(own, by_swap, known if chance is None else chance)
         words = WORDS[level] + (f": {why}" if why else "")
         follows = following(by_swap["other"]["row"]) if "other" in by_swap else ""
         beside = _beside(own, results)
@@ -153,6 +155,7 @@ def verdicts(results: list[dict], chance: float | None = None) -> list[dict]:
                 "level": level,
                 "words": "; ".join(filter(None, [words, follows])),
                 "remark": _remarks(level, by_swap),
+                "measured": measured([own], results),
                 "numbers": ", ".join(
                     f"{SWAPS[swap]} {c['row']['accuracy']:.1f} ({c['difference']:+.1f} "
                     f"[{c['interval'][0]:+.1f}, {c['interval'][1]:+.1f}])"
@@ -171,14 +174,19 @@ def verdict_line(v: dict) -> str:
     """One of [`verdicts`] as an item of a Markdown list."""
     own, (low, high) = v["own"], v["own"]["ci95"]
     about = f"{own['accuracy']:.1f} [{low:.1f}, {high:.1f}] in {own['tokens']:.1f} tokens a problem"
-    about = "; ".join(filter(None, [about, v["cost"], v["numbers"] and f"after {v['numbers']}", v["remark"]]))
+    swapped = v["numbers"] and f"after {v['numbers']}"
+    about = "; ".join(filter(None, [about, v["cost"], swapped, v["remark"], v["measured"]]))
     name = v["model"] + (f", {v['task']}" if v["task"] else "")
-    return f"- **{escaped(name)}: {escaped(v['words'])}.** {escaped(about)}; {escaped(measured([own]))}."
+    return f"- **{escaped(name)}: {escaped(v['words'])}.** {escaped(about)}."
 
 
-def measured(rows: list[dict]) -> str:
-    """How the figures of `rows` came about: n, samples, seeds, decoding."""
+def measured(rows: list[dict], among: list[dict] | None = None) -> str:
+    """How the figures of `rows` came about: n, samples, seeds, decoding; only what is not said of all `among`."""
+    said = _conditions(among) if among else []
+    return "; ".join(part for part in _conditions(rows) if part not in said)
 
+
+def _conditions(rows: list[dict]) -> list[str]:
     def values(name: str) -> str:
         given = [row["decoding"].get(name) for row in rows if row.get("decoding")]
         given = sorted({value for value in given if value is not None}, key=lambda value: (str(type(value)), value))
@@ -196,5 +204,4 @@ def measured(rows: list[dict]) -> str:
         "max_new_tokens": "max_new_tokens",
         "backend": "backend",
     }
-    parts += [f"{word} {values(name)}" for name, word in words.items() if values(name)]
-    return "; ".join(parts)
+    return parts + [f"{word} {values(name)}" for name, word in words.items() if values(name)]

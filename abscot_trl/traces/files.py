@@ -139,5 +139,6 @@ def describe_traces(summary: dict) -> str:
     )
     used = sorted(enumerate(s["token_counts"]), key=lambda item: -item[1])
     tokens = AbstractVocabulary(len(used)).tokens
-    lines += _bars("use of each token", [tokens[i] for i, _ in used], [count for _, count in used])
+    used = [(tokens[i], count) for i, count in used if count]
+    lines += _bars("use of each token", *map(list, zip(*used, strict=True))) if used else []
     return "\n".join(lines)

@@ -26,6 +26,11 @@ from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.training.resume import FINAL, LOG_FILE, SealedTrainer, begin_output, check_output, last_checkpoint
 from abscot_trl.vocabulary import AbstractVocabulary
 
+STARTS = (
+    "loss_trace may start far above loss_trace_uniform (ln M): the new tokens first compete with the whole "
+    "vocabulary. Below it something was learnt about the trace."
+)
+
 
 @dataclass
 class TrainArguments:
@@ -125,6 +130,8 @@ def train(
     trainer.accelerator.wait_for_everyone()  # all have found the folder as it was
     if trainer.is_world_process_zero():
         begin_output(output)
+        if trainer_class is not BaselineTrainer:
+            print(STARTS, flush=True)  # noqa: T201
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=last_checkpoint(output, trainer.accelerator))
     final = output / FINAL  # moved into place once it is whole
