@@ -130,7 +130,7 @@ def train(
     trainer.accelerator.wait_for_everyone()  # all have found the folder as it was
     if trainer.is_world_process_zero():
         begin_output(output)
-        if trainer_class is not BaselineTrainer:
+        if trainer_class in (BottleneckSFTTrainer, SelfDistillationTrainer):
             print(STARTS, flush=True)  # noqa: T201
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=last_checkpoint(output, trainer.accelerator))
