@@ -171,7 +171,7 @@ def test_greedy_answers_equal_transformers(checkpoint, sampled):
 def test_answers_hold_no_reserved_token(checkpoint, sampled):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     hf, given = HFTraceSampler(model, tokenizer, AbstractVocabulary.load(checkpoint)), sampled[0]["hot"]["prefixes"]
-    unbarred = HFTraceSampler(model, tokenizer)
+    unbarred = HFTraceSampler(model, tokenizer, None)
     assert {*hf.reserved} & {token for ids in unbarred.complete_answers(given, 8, 2.0) for token in ids}
     assert not {*hf.reserved} & {token for answer in sampled[1]["hot"] for token in answer["token_ids"]}
 
