@@ -142,7 +142,7 @@ def test_rows_and_problems_are_counted_measured_and_held_apart(tmp_path, monkeyp
     assert (
         warm["rows_per_phase"] == kept // 6 * 3 and read_yaml("r/m/warmup.paper.yaml")["rows_per_phase"] == kept // 6
     )
-    assert data_recipe["data"] == ["runs/m/train.jsonl"] and "20 of them held out" in said
+    assert data_recipe["data"] == ["runs/m/train.jsonl"] and "20 others held out" in said
     assert read_yaml("r/m/evaluate.yaml")["problems"] == "runs/m/problems.jsonl"
     tokenizer = toy_tokenizer()
     longest = max(len(tokenizer(row["prompt"] + row["cot"] + row["answer"])["input_ids"]) for row in train[:-2])
@@ -187,8 +187,11 @@ def test_a_tenth_is_held_out_and_500_at_most():
         ({"problems": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"output_dir": "full"}, r"full holds files already \(notes.txt, ..\); choose another"),
         ({"output_dir": "a b"}, "letters, digits"),
-        ({"data": "few.jsonl"}, "9 of 9 rows can be trained on as problems .*; 12 are needed"),
-        ({"data_format": "dolci"}, "0 of 200 rows can be trained on as dolci .rejected.malformed 200.; 12 are needed"),
+        ({"data": "few.jsonl"}, "9 of 9 rows can be trained on as problems; 12 are needed"),
+        (
+            {"data_format": "dolci"},
+            "0 of 200 rows .* dolci .left out: malformed 200; the first: malformed.*messages is not a non-empty",
+        ),
         (
             {"hardware": "1x1gb", "model": "large"},
             "3.4B parameters and rows of 8192 tokens take .* GiB with LoRA .*, one 1 GB GPU has 0",

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.data.arguments import DataArguments
-from abscot_trl.data.dolci import RowRejected, is_hub_id, iter_rows, pack
+from abscot_trl.data.dolci import RowRejected, is_hub_id, iter_rows, pack, parse_row, unpack
 from abscot_trl.data.problems import load_problems, problem_to_example
-from abscot_trl.data.rows import RowMaker
+from abscot_trl.data.rows import KEPT, RowMaker
 from abscot_trl.errors import Refused
 from abscot_trl.training.steps import GAUGE_ROWS, ROWS_A_PROBE
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -111,7 +111,7 @@ def rows_of(
     rows, parts, held = iter_rows(data, shuffle_buffer=0), {}, ""
     if data_format == "problems" and not problems:
         rows, tested = held_out(list(rows))
-        held = f", {len(tested)} of them held out"
+        held = f", {len(tested)} others held out"
         data, problems = str(runs / "train.jsonl"), str(runs / "problems.jsonl")
         parts = {Path(data): _lines(rows), Path(problems): _lines(tested)}
     found = measured(rows, data, data_format, tokenizer, positions, cpu)
@@ -141,6 +141,19 @@ def _asked(row: dict) -> str | None:
     return example.prompt[-1]["content"] if example.gold else None
 
 
+def _left_out(sample: list[tuple[int, bytes]], outcomes: list[str], data_format: str) -> str:
+    """Rows that are left out, counted by reason, and what is wrong with the first; nothing where there are none."""
+    left = [(row, outcome) for (_, row), outcome in zip(sample, outcomes, strict=True) if outcome not in KEPT]
+    if not left:
+        return ""
+    counts = ", ".join(f"{outcome.partition('.')[2]} {n}" for outcome, n in Counter(name for _, name in left).items())
+    try:
+        (parse_row if data_format == "dolci" else problem_to_example)(unpack(left[0][0]))
+    except RowRejected as error:
+        counts += f"; the first: {error}"
+    return f" (left out: {counts})"
+
+
 def measured(
     rows: Iterable[dict], data: str, data_format: str, tokenizer: PreTrainedTokenizerBase, positions: int, cpu: bool
 ) -> dict:
@@ -157,11 +170,9 @@ def measured(
             sample[at : at + 1] = [(n, pack(row))]
     arguments = DataArguments(data=[data], tokenizer="", output_dir="", data_format=data_format)
     outcomes, table = RowMaker(arguments, tokenizer, AbstractVocabulary())(sample)
+    out = _left_out(sample, outcomes, data_format)
     if len(table) < 12:
-        raise Refused(
-            f"{data}: {len(table)} of {n} rows can be trained on as {data_format} "
-            f"({', '.join(f'{name} {count}' for name, count in Counter(outcomes).items()) or 'no row'}); 12 are needed"
-        )
+        raise Refused(f"{data}: {len(table)} of {n} rows can be trained on as {data_format}{out}; 12 are needed")
     prompt, cot, answer = (
         pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in ("prompt", "cot", "answer")
     )
@@ -181,5 +192,5 @@ def measured(
     limit = ROWS if kept > ROWS else None
     return found | {
         "kept": min(kept, ROWS) // 6 * 6, "longest": longest, "answer": replies, "limit": limit, "fits": words,
-        "words": f"{data}: {words}",
+        "words": f"{data}: {words}{out}",
     }  # fmt: skip

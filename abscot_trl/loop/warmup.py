@@ -249,6 +249,12 @@ def judge(stage: Stage, stop_when_empty: bool) -> None:
                 f"stopped after {stage.name}, as stop_when_empty asks: {WORDS[level(found[-1])]}. All that was made "
                 "stays; the same command without stop_when_empty goes on from there"
             )
+    elif stage.phase in PARTS and (wanted := stage.settings.get("gauge_rows", GAUGE_ROWS)):
+        print(  # noqa: T201
+            f"{stage.name}: whether its answers read their traces is not known, its rows are too few for gauges "
+            f"({ROWS_A_PROBE} for each of gauge_rows {wanted})",
+            flush=True,
+        )
 
 
 def warmup(args: WarmupArguments) -> list[dict]:
