@@ -6,15 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 import torch
-from sampling import need_vllm
 from test_recipes import SHAPES, meta_model
 from tiny import tiny_model
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig, MistralForCausalLM
@@ -27,7 +24,6 @@ from abscot_trl.loop.new import recipe_files
 from abscot_trl.loop.new_rows import Rows, held_out
 from abscot_trl.loop.plan import plan
 from abscot_trl.phases import PHASES, check_fields, parse_phase, read_yaml, run_phase
-from abscot_trl.serving.server import bind
 from abscot_trl.vocabulary import AbstractVocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,8 +232,8 @@ def test_refusals_write_nothing(change, expected, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_seven_commands_lead_from_a_model_and_200_rows_to_a_served_answer(tmp_path):
-    """On a CPU, as `abscot new` prints them; no file is edited. The last needs vLLM."""
+def test_six_commands_lead_from_a_model_and_200_rows_to_a_report(tmp_path, monkeypatch):
+    """On a CPU, as `abscot new` prints them; no file is edited. What they served is tests/test_serve.py's."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def abscot(*words: str) -> str:
@@ -258,30 +254,9 @@ def test_seven_commands_lead_from_a_model_and_200_rows_to_a_served_answer(tmp_pa
     rows = json.loads((tmp_path / "runs/mine/informed/results.json").read_text())
     assert {row["swap"] for row in rows} == {"own", "random", "shuffled", "other", "none"}
     assert {row["n"] for row in rows} == {20} and (tmp_path / "runs/mine/informed/report/report.html").is_file()
-    need_vllm()
-    with bind("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "abscot_trl.cli", *commands[-1], "--port", str(port)]
-    model, url = commands[-1][commands[-1].index("--model") + 1], f"http://127.0.0.1:{port}"
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=log, stderr=log
-    ) as server:  # fmt: skip
-        try:
-            while not answers(f"{url}/health"):
-                assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
-                time.sleep(1)
-            body = {"model": model, "messages": [{"role": "user", "content": "7+4-2="}], "max_tokens": 32}
-            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]
-        finally:
-            server.terminate()
-    assert re.fullmatch(r"(<TOKEN_[A-Z]+>)+", reply["reasoning_content"])
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url).is_success
-    except httpx.TransportError:
-        return False
+    monkeypatch.chdir(tmp_path)
+    (serve,) = parse_phase("serve", commands[-1][1:])
+    assert AbstractVocabulary.load(serve.model).size == 64 and serve.engine == {"gpu_memory_utilization": 0.3}
 
 
 def test_of_many_rows_some_are_drawn_and_a_recipe_takes_no_more_than_it_needs(tmp_path, monkeypatch):

@@ -85,5 +85,5 @@ def test_the_recipes_plan(tmp_path, monkeypatch):
     found = plan(PlanArguments(**fields, model_config=config_of("4b", tmp_path) + "/config.json"))
     (line,) = (line for line in found["stages"] if line["name"] == "grpo/train")
     (words,) = (words for words in found["warnings"] if words.startswith("grpo/train: "))
-    assert line["steps"] == 500 and "draws 256 completions, about 187 thousand tokens" in words
+    assert line["steps"] == 500 and "draws 256 completions, about 183 thousand tokens" in words
     assert line["hours"] > 1
