@@ -130,7 +130,7 @@ def test_an_answer_may_repeat_what_its_trace_led_to_and_follow_no_gold(arguments
     own, other, _ = evaluate(arguments)
     led_to = [(VALUES[i] + 1) % 5 if i % 3 else VALUES[i] for i in range(N)]
     said = [(VALUES[d] + 1) % 5 if i % 3 else VALUES[i] for i, d in enumerate(DONORS)]
-    same = [said[i] == led_to[d] for i, d in enumerate(DONORS) if VALUES[i] != VALUES[d]]
+    same = [said[i] == led_to[d] for i, d in enumerate(DONORS) if VALUES[i] != VALUES[d] and led_to[i] != led_to[d]]
     assert other["repeats"] == pytest.approx(100 * np.mean(same)) and 20 < other["repeats"] < 80 > other["follows"]
     assert other["repeats_ci95"] == pytest.approx(wilson_interval(sum(same), len(same))) and "repeats" not in own
     check(other, said)
@@ -154,6 +154,7 @@ def test_a_model_that_does_not_follow_its_trace_does_so_by_chance(arguments, scr
     scripted(answer)
     _, other, _ = evaluate(arguments)
     check(other, [answer(VALUES[d], i) for i, d in enumerate(DONORS)])
+    assert other.get("repeats", 0) < 30  # always the same: there is no case to tell
     low, high = other["follows_chance_ci95"]
     assert low <= other["follows"] < high
 

@@ -156,8 +156,8 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
         answers that are those of the donor, the problem whose trace they came after, over the `follows_n` problems
         of which the donor has another answer; and `follows_chance`: the share that are those of a problem drawn
         likewise, whose trace they have not seen (what a model that does not read its trace comes to in `follows`).
-        `repeats`: over the same problems, the share of answers that are those which the trace led to on its own
-        problem, right or wrong; `follows` cannot pass the share of traces that are right.
+        `repeats`: over those of them whose own trace led to another answer than the donor's did there, the share of
+        answers that are the donor's, right or wrong; `follows` cannot pass the share of traces that are right.
         A figure's interval is `<figure>_ci95`, `accuracy`'s is `ci95`.
     """
     figures = {"accuracy": scores_by_problem(records, samples)}
@@ -174,11 +174,11 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
         figures |= means_of(name, [record[name] for record in records], samples)
     if "follows" in figures:
         led_to = {(r["id"], r["sample"]): normal_form(r["answer"], source) for r in own if r["answer"] is not None}
-        keys = [(r["donor"], r["sample"]) for r in records]
-        same = [
-            form == led_to[key] if key in led_to and record["follows"] is not None else None
-            for record, form, key in zip(records, forms, keys, strict=True)
-        ]
+        same = []
+        for record, form in zip(records, forms, strict=True):
+            here, there = (led_to.get((record[name], record["sample"])) for name in ("id", "donor"))
+            told = record["follows"] is not None and there is not None and here != there
+            same.append(form == there if told else None)  # who always answers alike repeats nothing
         figures |= means_of("repeats", same, samples)
     metric = {HOTPOTQA: "f1", GYM: "score"}.get(kind, "accuracy")
     row = describe_answers(records, samples, decoding) | {"metric": metric}
