@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from abscot_trl.checkpoint import load_config
+from abscot_trl.checkpoint import empty_model
 from abscot_trl.errors import Refused
 from abscot_trl.training.steps import accumulation_of
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -50,10 +50,7 @@ def shape_of(path: str) -> Shape:
     if not file.is_file():
         raise Refused(f"{file} is not there; run `abscot init` first, or give model_config")
     try:
-        config = load_config(file.parent if file.name == "config.json" else file)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return shape_of_model(model)
+        return shape_of_model(empty_model(file.parent if file.name == "config.json" else file))
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         raise Refused(f"{file} is no configuration of a decoder ({error}); give that of another model") from error
 

@@ -20,6 +20,7 @@ from abscot_trl.card import ORIGIN, read_origin
 from abscot_trl.checkpoint import verify_checkpoint, weight_files
 from abscot_trl.errors import Refused
 from abscot_trl.storage import CARD, PRUNED
+from abscot_trl.units import size_words
 from abscot_trl.vocabulary import FILE_NAME
 
 FILES = (CARD, ORIGIN, FILE_NAME, "config.json", "generation_config.json", "model.safetensors.index.json")
@@ -74,21 +75,13 @@ def _hub(endpoint: str) -> Iterator[None]:
         raise Refused(f"{endpoint} cannot be reached ({error!s:.200}): see HF_ENDPOINT and HF_HUB_OFFLINE") from error
 
 
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:.2f} GB"
-
-
 def _agreed(model: Path, files: list[Path], where: str, args: PushArguments) -> bool:
     """Whether the user, who is shown what would go where, wants it so."""
     others = sorted(path.name + "/" * path.is_dir() for path in model.iterdir() if path not in files)
     rows = [(file.name, file.stat().st_size) for file in files]
     rows.append((f"{len(files)} files", sum(size for _, size in rows)))
     print(f"{model} to {where}:")  # noqa: T201
-    print("\n".join(f"  {name:<32} {_size(size):>8}" for name, size in rows))  # noqa: T201
+    print("\n".join(f"  {name:<32} {size_words(size):>8}" for name, size in rows))  # noqa: T201
     print(f"not uploaded: {', '.join(others) or 'nothing else is there'}", flush=True)  # noqa: T201
     if args.yes:
         return True
