@@ -157,14 +157,45 @@ def test_given_problems_are_evaluated_and_no_row_is_held_out(tmp_path, monkeypat
     assert read_yaml("recipes/m/warmup.informed.yaml")["rows_per_phase"] == 99  # 198 are six times 33
 
 
-def test_short_rows_on_a_gpu_make_small_steps(tmp_path, monkeypatch):
-    """Some 24 rows a step or more, not 16 packs of 8192 tokens; gauges of as many rows as there can be."""
+# Rows, hardware -> rows a step, and steps of a phase: three epochs of its rows (of 1080 ten are the gauges').
+FEW = {(1200, "1x80gb"): (24, 69), (200, "1x80gb"): (4, 69), (200, "8x80gb"): (8, 36), (200, "cpu"): (4, 69)}
+
+
+@pytest.mark.parametrize(("n", "hardware"), FEW)
+def test_few_rows_are_not_packed_and_make_small_steps(n, hardware, tmp_path, monkeypatch):
+    """Packs of 8192 tokens would make three steps of them; steps that stay few are said by both commands."""
     monkeypatch.chdir(tmp_path)
-    words = ["--data", problems(tmp_path, 1200), "--hardware", "1x80gb", "--output_dir", "recipes/m"]
-    new("--model", str(base_model(tmp_path / "base", max_position_embeddings=32768)), *words)
+    data, (batch, steps) = problems(tmp_path, n), FEW[n, hardware]
+    base = str(base_model(tmp_path / "base", max_position_embeddings=32768))
+    said = new("--model", base, "--data", data, "--hardware", hardware, "--output_dir", "recipes/m")
     phase, warm = read_yaml("recipes/m/bottleneck.full.yaml"), read_yaml("recipes/m/warmup.informed.yaml")
-    assert phase["max_length"] == 8192 and phase["global_batch_size"] == 1 and warm["tuning"] == "full"
-    assert phase["gauge_rows"] == warm["rows_per_phase"] // 50 == 10
+    assert "packing" not in phase and phase["global_batch_size"] == batch and warm["tuning"] == "full"
+    assert phase.get("gauge_rows") == (10 if n == 1200 else None)
+    run_phase("init", ["--config", "recipes/m/init.yaml"])
+    words = f"which are few: more rows, a smaller global_batch_size {batch} (on fewer GPUs)"
+    assert f" about {steps} steps a phase" in said and (words in said) == (steps < 50)
+    for command in (None, "data"):  # by what was measured, and by the prepared rows
+        if command:
+            run_phase(command, ["--config", f"recipes/m/{command}.yaml"])
+        found = plan(*parse_phase("plan", ["--config", "recipes/m/warmup.informed.yaml"]))
+        assert {line["steps"] for line in found["stages"] if "steps" in line} == {steps}
+        assert f"distill: {steps} steps, {words}" in " ".join(found["warnings"]) or steps >= 50
+
+
+def test_a_plan_before_the_data_takes_the_lengths_that_were_measured(tmp_path, monkeypatch):
+    """Tokens of all stages within 3 % of those of the prepared rows; those of no recipe are fifty times as many."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", problems(tmp_path), "--hardware", "cpu", "--output_dir", "recipes/m"]
+    new("--model", str(base_model(tmp_path / "base")), *words)
+    run_phase("init", ["--config", "recipes/m/init.yaml"])
+
+    def tokens() -> list[float]:
+        (args,) = parse_phase("plan", ["--config", "recipes/m/warmup.paper.yaml"])
+        return [line["tokens"] for line in plan(args)["stages"] if line.get("tokens")]
+
+    before = tokens()
+    run_phase("data", ["--config", "recipes/m/data.yaml"])
+    assert len(before) > 6 and before == pytest.approx(tokens(), rel=0.03)
 
 
 def test_a_tenth_is_held_out_and_500_at_most():
@@ -190,7 +221,7 @@ def test_a_tenth_is_held_out_and_500_at_most():
         ),
         (
             {"hardware": "1x1gb", "model": "large"},
-            "3.4B parameters and rows of 8192 tokens take .* GiB with LoRA .*, one 1 GB GPU has 0",
+            "3.4B parameters and rows of 128 tokens take .* GiB with LoRA .*, one 1 GB GPU has 0",
         ),
         ({"model": "sliding"}, "cannot carry the bottleneck mask: sliding_attention"),
         ({"model": "gpt2"}, "gpt2: its sizes are not named as a Llama's are"),

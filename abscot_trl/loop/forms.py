@@ -75,8 +75,11 @@ def form_of(tuning: str, shape: Shape, family: str, hardware: Hardware, rows: Ro
     leaves = dict.fromkeys(name.rpartition(".")[2] for name, *_ in shape.linear if name != "lm_head")
     fixed = {"use_peft": lora, "dtype": "bfloat16" if lora and not cpu else "float32", "max_length": rows.longest}
     fixed |= {"lora_r": RANK, "lora_target_modules": list(leaves)} if lora else {}
-    fixed["global_batch_size"] = -(-(8 if cpu else rows.packs) // gpus) * gpus
-    least = min(8, 1 << (4096 // rows.longest or 1).bit_length() - 1) if cpu else 1  # 4096 tokens at once, or a row
+    batch = min(8, rows.batch) if cpu else rows.batch
+    fixed["global_batch_size"] = -(-batch // gpus) * gpus
+    least = (
+        min(batch, 1 << (4096 // rows.longest or 1).bit_length() - 1) if cpu else 1
+    )  # 4096 tokens at once, or a row
 
     def option(checkpointing: bool, micro: int, stage: int) -> dict:
         compiles = family in FUSED and stage < 3 and not cpu  # ZeRO-3 gathers weights inside of a layer
@@ -91,8 +94,9 @@ def form_of(tuning: str, shape: Shape, family: str, hardware: Hardware, rows: Ro
         return training_memory(shape, recipe, trained_parameters(shape, recipe, CODEBOOK), at_once, stage, gpus)
 
     def seconds(recipe: dict) -> float:  # a token
-        at_once = rows.longest * recipe["per_device_train_batch_size"]
-        return batch_seconds(shape, recipe, at_once, min(rows.row, rows.longest), GPUS["h100"]) / at_once
+        length = min(rows.row, rows.longest)
+        at_once = (rows.longest if rows.packed else length) * recipe["per_device_train_batch_size"]
+        return batch_seconds(shape, recipe, at_once, length, GPUS["h100"]) / at_once
 
     stage = 3 if not lora and gpus > 1 and memory(option(True, 1, 0), 0) > FULL * hardware.gib * GIB else 0
     name = "cpu" if cpu else "zero3" if stage else "ddp" if gpus > 1 else "single"

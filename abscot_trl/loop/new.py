@@ -17,8 +17,9 @@ from abscot_trl.data.dolci import is_hub_id
 from abscot_trl.errors import Refused
 from abscot_trl.loop.forms import CODEBOOK, FUSED, RANK, Form, Hardware, choose, hardware_of
 from abscot_trl.loop.memory import GIB, Shape, shape_of_model
-from abscot_trl.loop.new_rows import Rows, power_of_two, rows_of
+from abscot_trl.loop.new_rows import EPOCHS, Rows, power_of_two, rows_of
 from abscot_trl.storage import check_folder, write_whole
+from abscot_trl.training.steps import few_steps, steps_of
 from abscot_trl.units import count_words
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -26,13 +27,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Of the templates' values: what a machine says, and what a tuning does.
 CPU = {
     "sampler": "transformers, a CPU", "one": "a CPU", "sampling_dtype": "float32", "backend": "hf",
-    "dtype_words": "as a CPU computes", "attention": "sdpa", "packing": None, "pad": 8, "use_cpu": True, "bf16": False,
+    "dtype_words": "as a CPU computes", "attention": "sdpa", "pad": 8, "use_cpu": True, "bf16": False,
     "workers": None, "shared": "", "use_vllm": None, "vllm_share": None, "vllm_length": None, "generations": 4,
     "rl_steps": 20,
 }  # fmt: skip
 GPU = {
     "sampler": "vLLM, one GPU", "one": "one GPU", "sampling_dtype": "bfloat16", "backend": "vllm",
-    "attention": "flex_attention", "packing": True, "pad": None, "use_cpu": None, "bf16": True, "workers": 4,
+    "attention": "flex_attention", "pad": None, "use_cpu": None, "bf16": True, "workers": 4,
     "shared": " that vLLM shares", "use_vllm": True, "vllm_share": 0.3, "generations": 8, "rl_steps": 500,
 }  # fmt: skip
 LORA = {
@@ -144,14 +145,15 @@ def _values_of_rows(rows: Rows) -> dict[str, Any]:
         "prompt_rows": 20_000 if remote else None, "max_rl_prompt": 2048 if remote else None,
         "not_in": [_quoted(rows.problems)] if remote else None, "overlap": "drop" if remote else None,
         "completion": (completion := min(2048, power_of_two(rows.answer + rows.m_max + 2))),
-        "vllm_length": 2048 + completion + 8,
-    }  # fmt: skip
+        "vllm_length": 2048 + completion + 8, "packing": rows.packed or None,
+    } | {name: rows.lengths.get(name) for name in ("prompt_tokens", "cot_tokens", "answer_tokens")}  # fmt: skip
 
 
 def _values_of_form(form: Form, family: str, shape: Shape, rows: Rows) -> dict[str, Any]:
     """What a tuning's files say."""
     lora, cpu, recipe, hardware = form.tuning == "lora", not form.hardware.gpus, form.recipe, form.hardware
     batch, compiles, processes = recipe["global_batch_size"], recipe["compile_layers"], form.processes
+    size = f"packed rows of {rows.longest} tokens" if rows.packed else "rows"
     tokens, rate = batch * rows.longest, 1e-4 if lora or shape.parameters < 1e9 else 1e-5  # small models take more
     memory = f"{form.memory / GIB:.3g} GiB a GPU of {hardware.gib:.0f}, by abscot plan"
     if form.other:
@@ -164,11 +166,11 @@ def _values_of_form(form: Form, family: str, shape: Shape, rows: Rows) -> dict[s
         "accelerate": form.accelerate, "processes": processes,
         "launcher": form.accelerate + (f" --num_processes {processes}" if processes else ""),
         "engine": f"{{data_parallel_size: {hardware.gpus}}}" if hardware.gpus > 1 else None,
-        "batch_words": f"{batch} rows a step" if cpu else f"{batch} packed rows of {rows.longest} tokens a step",
+        "batch_words": f"{batch} {size} a step",
         "step_words": "rows a step"
-        if cpu
+        if not rows.packed
         else f"packed rows a step over all GPUs: {tokens // 1000}k tokens, about {tokens // rows.row} rows",
-        "bare_words": "" if cpu else f"A step holds about {tokens // rows.bare} rows without CoT.",
+        "bare_words": f"A step holds about {tokens // rows.bare} rows without CoT." if rows.packed else "",
         "dtype": recipe["dtype"], "targets": recipe.get("lora_target_modules"),
         "micro": recipe["per_device_train_batch_size"], "batch": batch,
         "checkpointing": recipe["gradient_checkpointing"], "memory_words": None if cpu else memory,
@@ -198,7 +200,7 @@ def new(args: NewArguments) -> str:
     tokenizer, model = check_base(args.model, AbstractVocabulary(CODEBOOK, 1, 8))
     runs = Path("runs") / folder.absolute().name
     positions, shape = model.config.max_position_embeddings, shape_of_model(model)
-    rows, parts = rows_of(args.data, args.data_format, args.problems, tokenizer, positions, runs, not hardware.gpus)
+    rows, parts = rows_of(args.data, args.data_format, args.problems, tokenizer, positions, runs, hardware.gpus)
     there = [path for path in parts if path.exists()]
     if there:
         raise Refused(f"{there[0]} is there already; remove it, or choose another name for output_dir")
@@ -207,15 +209,18 @@ def new(args: NewArguments) -> str:
     for path, text in [*parts.items(), *((folder / name, text) for name, text in files.items())]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-    chosen, packs = form.recipe, " packs" if hardware.gpus else " rows"
-    steps = {"init": "init", "data": "data", "plan": "warmup.informed", "warmup": "warmup.informed"}
-    commands = [f"abscot {phase} --config {recipe}/{name}.yaml" for phase, name in steps.items()]
+    chosen, packs = form.recipe, " packs" if rows.packed else " rows"
+    chosen, gpus = chosen | {"num_train_epochs": EPOCHS}, max(hardware.gpus, 1)
+    steps = steps_of(rows.trained, chosen, gpus)
+    phases = {"init": "init", "data": "data", "plan": "warmup.informed", "warmup": "warmup.informed"}
+    commands = [f"abscot {phase} --config {recipe}/{name}.yaml" for phase, name in phases.items()]
     lines = [
         f"{recipe}: {args.model} ({count_words(shape.parameters)} parameters) on {hardware.words}",
         f"- {why}",
         f"- accelerate configuration {form.accelerate}; {'vLLM' if hardware.gpus else 'transformers'} samples",
         f"- rows of up to {rows.longest} tokens; {chosen['global_batch_size']}{packs} a step, "
-        f"{chosen['per_device_train_batch_size']} at once",
+        f"{chosen['per_device_train_batch_size']} at once: about {steps} steps a phase"
+        + (f", {few}" if (few := few_steps(steps, chosen, gpus)) else ""),
         f"- data: {rows.words}; {rows.kept // 2:,} rows a phase",
         f"- evaluated on {rows.problems}",
         "next:",

@@ -5,7 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,9 @@ MATH500, RL_PROMPTS = "HuggingFaceH4/MATH-500", "allenai/Dolci-Think-RL-7B"
 ROWS = 30_000  # of a recipe: 2 phases of 15,000
 READ, SAMPLE = 200_000, 2_000  # rows looked at, and tokenised
 HELD_OUT = 500  # problems at most, as many as MATH-500's
-STEP_ROWS = 24  # rows of a step at least, in packs
+STEP_ROWS = 24  # rows of a step; at least, in packs
+EPOCHS = 3  # as templates/bottleneck.yaml has it
+STEPS = 100  # of a phase: where packs of 8192 tokens make fewer, rows are not packed
 LONGEST = 32_768
 
 
@@ -46,6 +48,8 @@ class Rows:
         prompts (`str`): what reinforcement learning samples answers to.
         limit (`int`, *optional*): of `abscot data`.
         fits (`str`, *optional*): how many rows fit, in words.
+        lengths (`dict`): of those that fit, mean tokens as `abscot plan` takes them, where they were measured.
+        packed (`bool`): whether rows are packed: on GPUs, where that leaves a phase enough steps.
         words (`str`): where these figures come from.
     """
 
@@ -60,6 +64,8 @@ class Rows:
     prompts: str = RL_PROMPTS
     limit: int | None = ROWS
     fits: str | None = None
+    lengths: dict[str, int] = field(default_factory=dict)
+    packed: bool = True
     words: str = f"lengths are assumed (5000 tokens a row), and that {ROWS} rows are there: abscot data counts them"
 
     @property
@@ -82,9 +88,19 @@ class Rows:
         return affordable if 2 <= affordable < GAUGE_ROWS else None
 
     @property
-    def packs(self) -> int:
-        """Packed rows of a step: some 24 rows or more."""
-        return power_of_two(STEP_ROWS * self.row / self.longest)
+    def batch(self) -> int:
+        """
+        Rows of a step, 24, or fewer where only so they make some `STEPS` steps, 4 at least; packed rows with 24 or
+        more in them.
+        """
+        if self.packed:
+            return power_of_two(STEP_ROWS * self.row / self.longest)
+        return min(STEP_ROWS, max(4, power_of_two(EPOCHS * self.kept / 2 / STEPS)))
+
+    @property
+    def trained(self) -> int:
+        """Rows, or packed rows, of a phase B, whose are the shorter."""
+        return math.ceil(self.kept / 2 * self.bare / self.longest) if self.packed else self.kept // 2
 
 
 def rows_of(
@@ -94,7 +110,7 @@ def rows_of(
     tokenizer: PreTrainedTokenizerBase,
     positions: int,
     runs: Path,
-    cpu: bool,
+    gpus: int,
 ) -> tuple[Rows, dict[Path, str]]:
     """
     The rows at `data`, and files to write: of local problems without `problems` those trained on and those held out.
@@ -107,14 +123,15 @@ def rows_of(
     data_format = data_format or ("dolci" if "messages" in next(iter_rows(data, shuffle_buffer=0), {}) else "problems")
     if is_hub_id(data):
         fits = "of Dolci about 22 % fits at 8192, 44 % at 16384, 90 % at 24576" if "dolci" in data.lower() else None
-        return Rows(data, data_format, problems or MATH500, longest=min(8192, positions), fits=fits), {}
+        known = {"longest": min(8192, positions), "fits": fits, "packed": gpus > 0}
+        return Rows(data, data_format, problems or MATH500, **known), {}
     rows, parts, held = iter_rows(data, shuffle_buffer=0), {}, ""
     if data_format == "problems" and not problems:
         rows, tested = held_out(list(rows))
         held = f", {len(tested)} others held out"
         data, problems = str(runs / "train.jsonl"), str(runs / "problems.jsonl")
         parts = {Path(data): _lines(rows), Path(problems): _lines(tested)}
-    found = measured(rows, data, data_format, tokenizer, positions, cpu)
+    found = measured(rows, data, data_format, tokenizer, positions, gpus)
     prompts = data if data_format == "problems" else RL_PROMPTS
     words = found.pop("words") + held
     return Rows(data, data_format, problems or MATH500, prompts=prompts, words=words, **found), parts
@@ -155,7 +172,7 @@ def _left_out(sample: list[tuple[int, bytes]], outcomes: list[str], data_format:
 
 
 def measured(
-    rows: Iterable[dict], data: str, data_format: str, tokenizer: PreTrainedTokenizerBase, positions: int, cpu: bool
+    rows: Iterable[dict], data: str, data_format: str, tokenizer: PreTrainedTokenizerBase, positions: int, gpus: int
 ) -> dict:
     """
     Fields of `Rows` by what `abscot data` would make of the rows: of all, or of 2,000 drawn from more.
@@ -173,24 +190,29 @@ def measured(
     out = _left_out(sample, outcomes, data_format)
     if len(table) < 12:
         raise Refused(f"{data}: {len(table)} of {n} rows can be trained on as {data_format}{out}; 12 are needed")
-    prompt, cot, answer = (
-        pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in ("prompt", "cot", "answer")
-    )
+    tokens = {name: pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in ("prompt", "cot", "answer")}
+    prompt, cot, answer = tokens.values()
     bare = prompt + answer
     found = {"row": round((bare + cot).mean()), "bare": round(bare.mean())}
     total = bare + cot + Rows("", "", "", **found).m_max + 2
-    longest = power_of_two(max(64, total.max())) if cpu else 8192
-    while not cpu and (total > longest).mean() > 0.1 and longest < LONGEST:
+    whole = power_of_two(max(64, total.max()))
+    longest = 8192 if gpus else whole
+    while gpus and (total > longest).mean() > 0.1 and longest < LONGEST:
         longest *= 2
     longest = min(longest, positions)
-    fitting = int((total <= longest).sum())
+    fits = total <= longest
+    fitting = int(fits.sum())
     kept = fitting if n <= SAMPLE else int(0.95 * n * fitting / len(sample))  # less what a draw may err by
     if kept < 12:
         raise Refused(f"{data}: {kept} of {n} rows fit the model's {positions} positions; 12 are needed")
+    limit, kept = ROWS if kept > ROWS else None, min(kept, ROWS) // 6 * 6
+    packs = Rows(data, data_format, "", kept=kept, longest=longest, **found)
+    packed = gpus > 0 and EPOCHS * packs.trained >= STEPS * max(packs.batch, gpus)
+    longest = longest if packed else min(longest, whole)
+    lengths = {f"{name}_tokens": round(values[fits].mean()) for name, values in tokens.items()}
     words = f"{fitting} of {len(sample)} rows fit" + (f", drawn from {n}" if n > SAMPLE else "")
     replies = 2048 if data_format == "dolci" else min(2048, max(64, power_of_two(2 * answer.max())))
-    limit = ROWS if kept > ROWS else None
     return found | {
-        "kept": min(kept, ROWS) // 6 * 6, "longest": longest, "answer": replies, "limit": limit, "fits": words,
-        "words": f"{data}: {words}{out}",
+        "kept": kept, "longest": longest, "answer": replies, "limit": limit, "fits": words, "lengths": lengths,
+        "packed": packed, "words": f"{data}: {words}{out}",
     }  # fmt: skip

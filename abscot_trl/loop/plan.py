@@ -36,7 +36,7 @@ from abscot_trl.loop.stages import Stage
 from abscot_trl.loop.warmup import WarmupArguments, stages
 from abscot_trl.phases import TRAINING, read_yaml
 from abscot_trl.traces.initial import RANDOM_METHODS
-from abscot_trl.training.steps import accumulation_of, probes, steps_of
+from abscot_trl.training.steps import accumulation_of, few_steps, probes, steps_of
 from abscot_trl.units import count_words, size_words, time_words
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -53,22 +53,16 @@ class PlanArguments(WarmupArguments):
         gpus (`int`, *optional*): how many; those of the accelerate configuration when left out.
         model_config (`str`, *optional*): a config.json, while `model` is not there yet; left out, that of the base
             model of the `init.yaml` beside the phases' recipes.
-        prompt_tokens, cot_tokens, answer_tokens (`int`): mean lengths, while `data` is not there yet; less in
-            proportion where a phase's `max_length` is.
     """
 
     gpu: str | None = field(default=None, metadata={"help": "Which GPU; the one here otherwise.", "choices": [*GPUS]})
     gpus: int | None = field(default=None, metadata={"help": "How many; the accelerate configuration's otherwise."})
     model_config: str | None = field(default=None, metadata={"help": "A config.json, while model is not there yet."})
-    prompt_tokens: int = field(default=200, metadata={"help": "Mean prompt length, while data is not there yet."})
-    cot_tokens: int = field(default=4500, metadata={"help": "Mean CoT length, while data is not there yet."})
-    answer_tokens: int = field(default=600, metadata={"help": "Mean answer length, while data is not there yet."})
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("gpus", "prompt_tokens", "cot_tokens", "answer_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.gpus is not None and self.gpus < 1:
+            raise Refused(f"gpus must be at least 1, got {self.gpus}")
         if self.gpus is not None and self.num_processes is not None:
             raise Refused("gpus and num_processes say the same thing; leave one of the two out")
 
@@ -173,7 +167,7 @@ def plan(args: PlanArguments) -> dict:
     if launcher.get("use_cpu") and not on_cpu:
         warnings.append(f"accelerate_config {args.accelerate_config} is one of a CPU")
     warnings += _data_warnings(args, setting) + _disk_warnings(args, table)
-    known = "the prepared data" if counts else "assumed (prompt_tokens, cot_tokens, answer_tokens): no data there yet"
+    known = "the prepared data" if counts else "prompt_tokens, cot_tokens, answer_tokens; no data there yet"
     assumptions = [
         f"{count_words(shape.parameters)} parameters; {gpus} x {card.name}, ZeRO stage {zero}",
         "mean tokens " + ", ".join(f"{name} {values.mean():.0f}" for name, values in lengths.items()) + f": {known}",
@@ -253,6 +247,8 @@ def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
         warnings.append(f"{phase}: LoRA with token rows is refused on ZeRO-3 and FSDP; use single, ddp or zero2")
     if recipe.get("warmup_steps", 0) >= max(line["steps"], 1):
         warnings.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {line['steps']} steps")
+    if few := few_steps(line["steps"], recipe, setting.gpus):
+        warnings.append(f"{phase}: {line['steps']} steps, {few}")
     if line["memory"] > setting.card.gib * GIB:
         memory = line["memory"] / GIB
         warnings.append(

@@ -48,6 +48,8 @@ class WarmupArguments(SamplerArguments, RunArguments):
         ratio (`float`): of `content`: tokens of the CoT for each token of its trace.
         distill_from (`str`): what phase B's traces are drawn from: `prompt` (eq. 4) or `cot` (guided); or `content`:
             all traces are made as phase A's first ones, by the same codes, and nothing is sampled.
+        prompt_tokens, cot_tokens, answer_tokens (`int`): mean lengths of the rows, as `abscot plan` takes them while
+            `data` is not there yet (less in proportion where a phase's `max_length` is); else they say nothing.
         grpo (`str`, *optional*): recipe of stage 2, `{tuning}` as in the phases': after the last round its model is
             trained on by `abscot grpo` and evaluated once more, as `<name>-grpo`.
         stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
@@ -72,6 +74,9 @@ class WarmupArguments(SamplerArguments, RunArguments):
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled traces."})
+    prompt_tokens: int = field(default=200, metadata={"help": "Mean prompt length, for a plan without data."})
+    cot_tokens: int = field(default=4500, metadata={"help": "Mean CoT length, for a plan without data."})
+    answer_tokens: int = field(default=600, metadata={"help": "Mean answer length, for a plan without data."})
     grpo: str | None = field(default=None, metadata={"help": "Recipe of GRPO after the last round."})
     stop_when_empty: bool = field(
         default=False, metadata={"help": "Stop after a phase B whose answers do not read their traces, by its gauges."}
@@ -87,6 +92,9 @@ class WarmupArguments(SamplerArguments, RunArguments):
             raise Refused("backend vllm hangs in a process that trains; use launch: accelerate")
         if self.distill_from == "content" != self.initial:
             raise Refused(f"distill_from: content goes with initial: content, not {self.initial}")
+        for name in ("prompt_tokens", "cot_tokens", "answer_tokens"):
+            if getattr(self, name) < 1:
+                raise Refused(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.temperature < math.inf:
             raise Refused(f"temperature {self.temperature} must be finite and not negative")
 

@@ -5,6 +5,7 @@ import math
 from abscot_trl.errors import Refused
 
 GAUGE_ROWS = 64
+FEW = 50  # steps of a phase; fewer are said aloud
 ROWS_A_PROBE = 50  # and reading the gauges once takes 2 % of an epoch at most
 
 
@@ -50,3 +51,12 @@ def steps_of(rows: int, recipe: dict, processes: int) -> int:
         return recipe["max_steps"]
     batches = math.ceil(rows / (recipe.get("per_device_train_batch_size", 8) * processes))
     return math.ceil(recipe.get("num_train_epochs", 3) * math.ceil(batches / accumulation_of(recipe, processes)))
+
+
+def few_steps(steps: int, recipe: dict, processes: int) -> str:
+    """That a phase has few `steps`, and what makes more; nothing where it has enough, or as many as it asks for."""
+    if steps >= FEW or recipe.get("max_steps", -1) > 0:
+        return ""
+    batch, epochs = recipe.get("global_batch_size"), recipe.get("num_train_epochs", 3)
+    size = (f"global_batch_size {batch}" if batch else "batch") + " (on fewer GPUs)" * (processes > 1)
+    return f"which are few: more rows, a smaller {size} or num_train_epochs over {epochs} make more"
