@@ -182,6 +182,16 @@ def test_few_rows_are_not_packed_and_make_small_steps(n, hardware, tmp_path, mon
         assert f"distill: {steps} steps, {words}" in " ".join(found["warnings"]) or steps >= 50
 
 
+@pytest.mark.parametrize(("hardware", "card"), [("1x80gb", "h100"), ("2x141gb", "h200"), ("cpu", "CPU")])
+def test_the_plan_that_it_prints_is_of_a_card_of_that_memory(hardware, card, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = str(base_model(tmp_path / "base"))
+    said = new("--model", base, "--data", problems(tmp_path), "--hardware", hardware, "--output_dir", "recipes/m")
+    (command,) = (line for line in said.splitlines() if line.startswith("abscot plan"))
+    found = plan(*parse_phase("plan", shlex.split(command)[2:]))
+    assert f" x {card}" in found["assumptions"][0]
+
+
 def test_a_plan_before_the_data_takes_the_lengths_that_were_measured(tmp_path, monkeypatch):
     """Tokens of all stages within 3 % of those of the prepared rows; those of no recipe are fifty times as many."""
     monkeypatch.chdir(tmp_path)

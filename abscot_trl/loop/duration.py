@@ -6,7 +6,7 @@ they give within 6 %; `make bench-plan` holds them against steps that they were 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,15 +41,14 @@ GPUS = {  # by the data sheets; the longer name first
 
 
 def card_of(gpu: str | None) -> Card:
-    """The card of that name; without one the GPU that is here, else an h200."""
+    """The card of that name; without one the GPU that is here, else an h100."""
     if gpu is None and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         name = card.name.lower().replace(" ", "-")
         known = [one for kind, one in GPUS.items() if kind in name and "mig" not in name] or [Card("", None, None, 0)]
         return Card(f"{card.name} (found here)", known[0].peak, known[0].bandwidth, card.total_memory / GIB)
     if gpu is None:
-        h200 = GPUS["h200"]
-        return Card("h200 (no GPU is here; `gpu` names another)", h200.peak, h200.bandwidth, h200.gib)
+        return replace(GPUS["h100"], name="h100 (no GPU is here; `gpu` names another)")
     return GPUS[gpu]
 
 

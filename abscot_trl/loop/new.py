@@ -15,6 +15,7 @@ from typing import Any
 from abscot_trl.checkpoint import check_base
 from abscot_trl.data.dolci import is_hub_id
 from abscot_trl.errors import Refused
+from abscot_trl.loop.duration import GPUS
 from abscot_trl.loop.forms import CODEBOOK, FUSED, RANK, Form, Hardware, choose, hardware_of
 from abscot_trl.loop.memory import GIB, Shape, shape_of_model
 from abscot_trl.loop.new_rows import EPOCHS, Rows, power_of_two, rows_of
@@ -214,6 +215,8 @@ def new(args: NewArguments) -> str:
     steps = steps_of(rows.trained, chosen, gpus)
     phases = {"init": "init", "data": "data", "plan": "warmup.informed", "warmup": "warmup.informed"}
     commands = [f"abscot {phase} --config {recipe}/{name}.yaml" for phase, name in phases.items()]
+    if args.hardware != "auto" and hardware.gpus and hardware.gib > GPUS["h100"].gib:
+        commands[2] += " --gpu h200"  # without it a plan takes the card that is here, or an H100
     lines = [
         f"{recipe}: {args.model} ({count_words(shape.parameters)} parameters) on {hardware.words}",
         f"- {why}",

@@ -49,7 +49,7 @@ class PlanArguments(WarmupArguments):
     What `--config WARMUP.yaml` will take.
 
     Args:
-        gpu (`str`, *optional*): for which card to plan; the one that is here when left out, or an h200 without one.
+        gpu (`str`, *optional*): for which card to plan; the one that is here when left out, or an h100 without one.
         gpus (`int`, *optional*): how many; those of the accelerate configuration when left out.
         model_config (`str`, *optional*): a config.json, while `model` is not there yet; left out, that of the base
             model of the `init.yaml` beside the phases' recipes.
@@ -160,6 +160,8 @@ def plan(args: PlanArguments) -> dict:
             warnings.append(f"{stage.name}: {words}")
         elif stage.phase in TRAINING:
             line |= _training(stage, setting)
+            if on_cpu:
+                del line["memory"]
             warnings += _recipe_warnings(line, stage.settings, setting)
         elif stage.phase in ("merge", "init"):
             line["disk"] = 2 * shape.parameters
@@ -174,7 +176,7 @@ def plan(args: PlanArguments) -> dict:
         "hours: as measured on an H100, to other cards by their data sheets (abscot_trl/loop/duration.py); what GPUs "
         "wait for each other, evaluations and loading are not counted"
         if card.peak
-        else "hours are not reckoned on a CPU; memory is that of a step on a GPU in 16 bits"
+        else "memory and time are reckoned of GPUs only: not of a CPU"
         if on_cpu
         else f"hours are not reckoned: of {card.name} no peak is known; `gpu` takes another's ({', '.join(GPUS)})",
         "~ steps of packed rows depend on the traces' lengths; FSDP is taken for ZeRO-3, it was not measured",
@@ -249,11 +251,9 @@ def _recipe_warnings(line: dict, recipe: dict, setting: Setting) -> list[str]:
         warnings.append(f"{phase}: warmup_steps {recipe['warmup_steps']} is not under its {line['steps']} steps")
     if few := few_steps(line["steps"], recipe, setting.gpus):
         warnings.append(f"{phase}: {line['steps']} steps, {few}")
-    if line["memory"] > setting.card.gib * GIB:
-        memory = line["memory"] / GIB
-        warnings.append(
-            f"{phase}: about {memory:.0f} GiB a GPU, which has {setting.card.gib:.0f}; more GPUs, ZeRO or LoRA"
-        )
+    memory, there = line.get("memory", 0) / GIB, setting.card.gib
+    if memory > there:
+        warnings.append(f"{phase}: about {memory:.0f} GiB a GPU, which has {there:.0f}; more GPUs, ZeRO or LoRA")
     return warnings
 
 
@@ -285,19 +285,24 @@ def _data_warnings(args: PlanArguments, setting: Setting) -> list[str]:
 
 
 def describe_plan(planned: dict) -> str:
-    """The plan as a Markdown table, a stage a line, with totals, assumptions and warnings."""
-    lines = ["| stage | rows | steps | tokens | trained | memory a GPU | disk | time |", "|---|" + "---:|" * 7]
-    columns = {"rows": "{:,}".format, "steps": "{:,}".format, "tokens": count_words, "trained": count_words}
-    columns |= {"memory": size_words, "disk": size_words, "hours": lambda hours: time_words(3600 * hours)}
-    for line in planned["stages"]:
-        cells = [words(line[name]) if name in line else "" for name, words in columns.items()]
-        cells[1] = "~" * line.get("packed", False) + cells[1]
-        lines.append(f"| {line['name']} | {' | '.join(cells)} |")
-    steps = sum(line.get("steps", 0) for line in planned["stages"])
-    tokens = sum(line.get("tokens", 0) for line in planned["stages"] if line["phase"] in TRAINING)
-    hours = sum(line.get("hours", 0) for line in planned["stages"])
-    cells = ["total", "", f"{steps:,}", f"{count_words(tokens)} trained", "", "", size_words(_disk(planned["stages"]))]
-    lines.append(f"| {' | '.join(cells)} | {time_words(3600 * hours) if hours else ''} |")
+    """The plan as a Markdown table, a stage a line, with totals, assumptions and warnings; without empty columns."""
+    stages = planned["stages"]
+    columns = {  # title, and words of a value
+        "name": ("stage", str), "rows": ("rows", "{:,}".format), "steps": ("steps", "{:,}".format),
+        "tokens": ("tokens", count_words), "trained": ("trained", count_words), "memory": ("memory a GPU", size_words),
+        "disk": ("disk", size_words), "hours": ("time", lambda hours: time_words(3600 * hours)),
+    }  # fmt: skip
+    columns = {name: column for name, column in columns.items() if any(name in line for line in stages)}
+    rows = [{name: words(line[name]) for name, (_, words) in columns.items() if name in line} for line in stages]
+    for row, line in zip(rows, stages, strict=True):
+        if line.get("packed"):
+            row["steps"] = f"~{row['steps']}"
+    sums = {name: sum(line.get(name, 0) for line in stages) for name in ("steps", "hours")}
+    tokens = sum(line.get("tokens", 0) for line in stages if line["phase"] in TRAINING)
+    total = {"name": "total", "tokens": f"{count_words(tokens)} trained", "disk": size_words(_disk(stages))}
+    total |= {name: columns[name][1](value) for name, value in sums.items() if name in columns}
+    lines = [f"| {' | '.join(title for title, _ in columns.values())} |", "|---|" + "---:|" * (len(columns) - 1)]
+    lines += [f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in [*rows, total]]
     lines += ["", *(f"- {sentence}" for sentence in planned["assumptions"])]
     lines += [f"- WARNING: {sentence}" for sentence in planned["warnings"]]
     return "\n".join(lines)
