@@ -97,6 +97,8 @@ def run_script(name: str) -> None:
             result = resolve_name(phase.function)(*given)
             text = _shown(phase, result)
     except KeyboardInterrupt:
+        if folder and name in ("warmup", "baselines"):
+            print(f"abscot {name}: stopped; the same command goes on from where {folder} is", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Refused as error:
         if os.environ.get("ABSCOT_TRACEBACK"):

@@ -328,6 +328,20 @@ def test_refused_by_the_machine_or_the_user(tmp_path, monkeypatch, run):
         cli.main()
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    def pressed(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("abscot_trl.loop.warmup.warmup", pressed)
+    recipe = ROOT / "recipes/qwen3-4b/warmup.informed.yaml"
+    monkeypatch.setattr(sys, "argv", ["abscot", "warmup", "--config", str(recipe), "--run_dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    said = f"abscot warmup: stopped; the same command goes on from where {tmp_path / 'run'} is\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "notes.txt"])
 def test_a_demo_overwrites_nothing(name, tmp_path, run):
     (tmp_path / name).write_text("mine")
