@@ -569,6 +569,14 @@ def test_odd_results_are_refused_in_one_line(tmp_path, row):
         report(small_run(tmp_path, row=row))
 
 
+def test_a_run_that_has_not_ended_goes_on_with_its_own_command(tmp_path):
+    with pytest.raises(Refused, match="no results; run `abscot evaluate` first"):
+        report(ReportArguments([str(tmp_path)]))
+    (tmp_path / "splits.json").write_text("{}")  # what a warm-up writes first
+    with pytest.raises(Refused, match="holds no results yet: it has not ended, and the same `abscot warmup`"):
+        report(ReportArguments([str(tmp_path)]))
+
+
 def test_a_codebook_that_the_answers_leave(tmp_path):
     arguments = small_run(tmp_path, {"trace": [0, 8]})
     VOCABULARY.save(tmp_path)

@@ -73,6 +73,19 @@ def _markdown(title: str, command: str, head: str, judged: list[dict], parts: li
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).rstrip() + "\n")
 
 
+def _results(run: Path) -> list[dict]:
+    """
+    Raises:
+        Refused: as `read_results`; of a warm-up or baselines, which evaluate themselves, in other words.
+    """
+    if (run / "splits.json").is_file() and not (run / "results.json").exists():
+        raise Refused(
+            f"{run} holds no results yet: it has not ended, and the same `abscot warmup` (or baselines) command goes "
+            "on; or its recipe names no `evaluate`, and `abscot evaluate` scores its last model"
+        )
+    return read_results(run)
+
+
 @dataclass
 class ReportArguments:
     """
@@ -114,7 +127,7 @@ def report(args: ReportArguments, command: str | None = None) -> Path:
         {**row, **({"run": name} if several else {})}
         for path, name in zip(paths, names, strict=True)
         if not learnt[name] or (path if path.is_file() else path / "results.json").exists()
-        for row in read_results(path)
+        for row in _results(path)
     ]
     groups = [
         (folder, group.label + (f" ({name})" if several and name != group.model else ""), group)
