@@ -290,6 +290,8 @@ def test_six_commands_lead_from_a_model_and_200_rows_to_a_report(tmp_path, monke
     shown = {words[0]: abscot(*words) for words in commands[:-1]}
     assert "1 x CPU" in shown["plan"] and "66 more tokens" in shown["init"]
     assert not [line for text in shown.values() for line in text.splitlines() if "WARNING" in line]  # all is well
+    warmup = commands[3]
+    assert [text.count("| model ") for text in (shown["warmup"], abscot(*warmup))] == [1, 1]  # the second time: done
     assert shown["warmup"].count("compete with the whole vocabulary") == 2  # once a phase
     assert "informed: nothing can be told about its traces: n = 20 is too few" in shown["report"]
     rows = json.loads((tmp_path / "runs/mine/informed/results.json").read_text())

@@ -210,14 +210,15 @@ def run_all(
     Returns:
         The results at the end.
     """
-    times, results = [], []
+    times, results, shown = [], [], 0
     for stage in chosen:
+        shown += stage.phase == "evaluate" and options.launch == "accelerate" and not stage.output.exists()
         number = todo.index(stage) + 1
         print(f"[{number}/{len(todo)}] {title}{stage.name}{' (done)' * is_done(stage)}", flush=True)  # noqa: T201
         times.append((stage.name, run_stage(stage, options)))
         prune_models(todo, number, options.keep)
         results = after(number)
-    if results:
+    if results and (shown, sum(stage.phase == "evaluate" for stage in todo)) != (1, 1):  # its process shows its own
         print(results_table(results))  # noqa: T201
     print_times(times)
     return results
