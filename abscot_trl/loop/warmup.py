@@ -54,7 +54,7 @@ class WarmupArguments(SamplerArguments, RunArguments):
             trained on by `abscot grpo` and evaluated once more, as `<name>-grpo`.
         stop_when_empty (`bool`): stop after a phase B whose gauges say that the answer does not read its trace: its
             loss after the own is not 2 standard errors, paired by row, below those after random tokens, another row's
-            trace and none. The same command without it goes on.
+            trace and none. Where that cannot be told it does not stop. The same command without it goes on.
     """
 
     name: str = field(default="informed", metadata={"help": "The recipe's name in results.json."})
@@ -252,7 +252,7 @@ def judge(stage: Stage, stop_when_empty: bool) -> None:
     found = readings(read_log(stage.output)) if stage.phase in PARTS else []
     if found:
         print(f"{stage.name}: {says(found[-1])}", flush=True)  # noqa: T201
-        if stop_when_empty and stage.phase == "distill" and level(found[-1]) != "tokens":
+        if stop_when_empty and stage.phase == "distill" and level(found[-1]) not in ("tokens", "open"):
             raise Refused(
                 f"stopped after {stage.name}, as stop_when_empty asks: {WORDS[level(found[-1])]}. All that was made "
                 "stays; the same command without stop_when_empty goes on from there"
