@@ -98,7 +98,7 @@ def run_script(name: str) -> None:
             text = _shown(phase, result)
     except KeyboardInterrupt:
         if folder and name in ("warmup", "baselines"):
-            print(f"abscot {name}: stopped; the same command goes on from where {folder} is", file=sys.stderr)  # noqa: T201
+            print(f"abscot {name}: stopped; the same command goes on from where it was, in {folder}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Refused as error:
         if os.environ.get("ABSCOT_TRACEBACK"):
@@ -182,12 +182,17 @@ def _launcher(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _launch(phase: str, launcher: list[str], arguments: list[str]) -> None:
     """The phase by accelerate; exits with its code where it failed, for it has said why."""
     from accelerate.commands.launch import main as launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault(DRIVER, str(os.getpid()))  # so that what is launched ends with this process
     sys.argv = ["accelerate", *launcher, "-m", f"abscot_trl.scripts.{phase}", *arguments]
     try:
         launch()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SignalException as error:  # by torchrun
+        sys.exit(128 + error.sigval)
     except subprocess.CalledProcessError as error:  # one process
         sys.exit(error.returncode)
     except ChildFailedError as error:  # several

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny import tiny_model
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig
@@ -338,8 +339,14 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["abscot", "warmup", "--config", str(recipe), "--run_dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match="130"):
         cli.main()
-    said = f"abscot warmup: stopped; the same command goes on from where {tmp_path / 'run'} is\n"
+    said = f"abscot warmup: stopped; the same command goes on from where it was, in {tmp_path / 'run'}\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_launcher_that_is_told_to_stop_shows_no_traceback(monkeypatch, run):
+    launched = [KeyboardInterrupt(), SignalException("told to stop", 15)]
+    monkeypatch.setattr("accelerate.commands.launch.main", lambda: (_ for _ in ()).throw(launched.pop(0)))
+    assert [run("distill", "--accelerate_config", "cpu") for _ in range(2)] == [130, 143]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "notes.txt"])
