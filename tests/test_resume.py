@@ -136,6 +136,8 @@ def test_from_every_checkpoint_a_phase_ends_as_if_never_killed(checkpoint, tmp_p
         again = BottleneckSFTTrainer(str(checkpoint), config, rows(checkpoint), peft_config=peft_config)
         again.train(resume_from_checkpoint=str(path))
         assert again.state.global_step == whole.state.max_steps
+        means = {"train_loss", "train_steps_per_second"}  # over this attempt's steps, divided by all
+        assert means <= whole.state.log_history[-1].keys() and not means & again.state.log_history[-1].keys()
         for a, b in zip(weights(whole), weights(again), strict=True):
             assert torch.equal(a, b)
         assert [entry for entry in again.state.log_history if "train_runtime" not in entry] == log

@@ -80,7 +80,8 @@ class SealCheckpoints(TrainerCallback):
                 f"{state.max_steps}; raise it, or choose another output_dir"
             )
         logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-        self.trainer._total_train_tokens, self.trainer._logged_step = max(logged, default=0), state.global_step
+        self.trainer._total_train_tokens = max(logged, default=0)
+        self.trainer._logged_step = self.trainer._begun_at = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_save
@@ -100,11 +101,19 @@ class SealCheckpoints(TrainerCallback):
 class SealedTrainer:
     """
     What the trainers share, before trl's class: weights and losses that are not finite end a phase before they are
-    written, and the codebook goes with the weights. Has `vocabulary`; `_logged_step` is the last step logged.
+    written, and the codebook goes with the weights. Has `vocabulary`; `_logged_step` is the last step logged,
+    `_begun_at` the step of the checkpoint that the phase goes on from.
     """
 
     _finite = True
-    _logged_step = 0
+    _logged_step = _begun_at = 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Of a resumed phase without transformers' means: they divide what this attempt did by the steps of all."""
+        if self._begun_at:
+            for name in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
+                logs.pop(name, None)
+        super().log(logs, start_time)
 
     def _run_epoch(self, **kwargs):
         """Nothing is left to train after a checkpoint of the last step; transformers would take one step more."""
