@@ -4,6 +4,7 @@ The phases: one table, and how a command line becomes a call.
 What a phase calls is imported when it is called: a training process imports no web server and no plotting.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -272,6 +273,16 @@ def _refuse_usage(message: str) -> typing.NoReturn:
     raise Refused(f"{message}; see --help")
 
 
+def _set_out_help(parser: argparse.ArgumentParser) -> None:
+    """`--config`, which `parse` reads itself, then the fields that must be given, then the others."""
+    words = "A recipe: any of these fields; the command line wins."
+    parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help=words)
+    for action in (action for action in parser._actions if action.required):
+        action.help, action.default = f"{action.help} Required.", argparse.SUPPRESS  # no "(default: None)"
+    for actions in (parser._actions, parser._optionals._group_actions):
+        actions.sort(key=lambda action: (action.dest not in ("help", "config"), not action.required))
+
+
 def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tuple:
     """
     Command line and `--config FILE.yaml` to dataclasses; the command line wins, then the last of several files.
@@ -286,6 +297,8 @@ def parse(classes: tuple[type, ...], arguments: list[str] | None = None) -> tupl
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     parser, recipes = TrlParser(classes), []
     parser.error = _refuse_usage
+    if {"-h", "--help"} & {*arguments}:
+        _set_out_help(parser)
     while "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):

@@ -1,7 +1,9 @@
 """The command line, as a user meets it: help, mistakes, exit codes, what is left of errors that are not the user's."""
 
+import dataclasses
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,7 +59,11 @@ def test_every_phase_has_a_script_and_help(capsys):
             parse_phase(name, ["--help"])
         assert exit.value.code == 0 and callable(cli.resolve_name(phase.function))
         assert phase.show is None or callable(cli.resolve_name(phase.show))
-    assert "--rehearsal" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        listed = re.findall(r"^  (?:-\w, )?--(\w+)", shown, flags=re.MULTILINE)
+        fields = [field for cls in phase.classes for field in dataclasses.fields(cls) if field.init]
+        needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+        assert listed[: 2 + len(needed)] == ["help", "config", *needed] and {f.name for f in fields} <= {*listed}, name
     shown = abscot("--help")
     assert shown.returncode == 0 and all(phase.sentence in shown.stdout for phase in PHASES.values())
     assert abscot().returncode == 2
