@@ -295,6 +295,21 @@ def test_a_batch_that_the_gpus_cannot_share_is_refused_by_its_stage(toy, tmp_pat
         plan(PlanArguments(**fields, gpus=3))
 
 
+def test_a_plan_before_what_trains_its_model_says_so(toy, tmp_path):
+    """SmolLM2's warm-up starts from what a baseline makes of init's model: of the same sizes."""
+    fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
+    trained, model = plan(PlanArguments(**fields)), fields["model"]
+    assert not trained["warnings"]
+    fields["model"] = str(tmp_path / "verbal")
+    with pytest.raises(Refused, match="verbal/config.json is not there; run `abscot init` first"):  # nothing is known
+        plan(PlanArguments(**fields))
+    (tmp_path / "init.yaml").write_text(yaml.safe_dump({"output_dir": str(model), "base_model": "not/there"}))
+    found = plan(PlanArguments(**fields))
+    assert found["stages"] == trained["stages"] and found["warnings"] == [
+        f"{fields['model']} is not there; `abscot init` makes {model}, what trains that one comes before this"
+    ]
+
+
 def test_rows_that_the_sampler_drops_are_not_refused(toy, tmp_path):
     fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump(TRAINING | LORA | {"max_length": 4}))

@@ -42,6 +42,18 @@ def test_the_splits_of_a_run_are_drawn_once(toy, tmp_path, monkeypatch):
     assert drawn == [(64, 2, 16, 0)]
 
 
+def test_a_dry_run_asks_no_hub_for_problems(toy, tmp_path, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise Refused("the hub cannot be reached")
+
+    monkeypatch.setattr("abscot_trl.loop.stages.load_problems", unreachable)
+    fields = toy | recipes(tmp_path, "HuggingFaceH4/MATH-500", LORA)
+    with pytest.raises(Refused, match="cannot be reached"):
+        warmup(WarmupArguments(**fields))
+    assert warmup(WarmupArguments(**fields, dry_run=True)) == []
+    assert capsys.readouterr().out.count("to do") == 14
+
+
 @pytest.mark.slow
 def test_two_rounds_with_lora(toy, tmp_path, capsys):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), LORA)

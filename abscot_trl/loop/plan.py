@@ -67,14 +67,20 @@ class PlanArguments(WarmupArguments):
             raise Refused("gpus and num_processes say the same thing; leave one of the two out")
 
 
+def _init(args: PlanArguments) -> dict:
+    """The recipe of `abscot init` beside the phases' recipes; empty without one."""
+    path = Path(args.bottleneck).with_name("init.yaml")
+    return read_yaml(path) if path.is_file() else {}
+
+
 def _model(args: PlanArguments) -> tuple[Shape, AbstractVocabulary]:
-    """The model's shape and vocabulary; while it is not there, as the recipe of `abscot init` will make it."""
+    """The model's shape and vocabulary; while it is not there, those that the recipe of `abscot init` makes."""
     if (Path(args.model) / "config.json").is_file():
         return shape_of(str(args.model)), AbstractVocabulary.load(args.model)
-    path = Path(args.bottleneck).with_name("init.yaml")
-    init = read_yaml(path) if path.is_file() else {}
-    if init.get("output_dir") != args.model:
-        init = {}
+    init = _init(args)
+    made = str(init.get("output_dir", args.model))
+    if not args.model_config and (Path(made) / "config.json").is_file():
+        return shape_of(made), AbstractVocabulary.load(made)
     names = {"codebook_size": "size", "m_min": "m_min", "m_max": "m_max"}
     vocabulary = AbstractVocabulary(**{name: init[key] for key, name in names.items() if key in init})
     if args.model_config or "base_model" not in init:
@@ -274,6 +280,11 @@ def _disk_warnings(args: PlanArguments, table: list[dict]) -> list[str]:
 
 def _data_warnings(args: PlanArguments, setting: Setting) -> list[str]:
     warnings, needed = [], len(PARTS) * args.rounds * args.rows_per_phase
+    made = _init(args).get("output_dir", args.model)
+    if made != args.model and not (Path(args.model) / "config.json").is_file():
+        warnings.append(
+            f"{args.model} is not there; `abscot init` makes {made}, what trains that one comes before this"
+        )
     m_max, cot, counts = setting.vocabulary.m_max, setting.lengths["cot"].mean(), setting.counts
     if m_max > cot:
         warnings.append(f"m_max {m_max} is over the CoT's {cot:.0f} tokens: a trace should be shorter")

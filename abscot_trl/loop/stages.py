@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from abscot_trl.data.dolci import is_hub_id
 from abscot_trl.data.problems import load_problems
 from abscot_trl.errors import Refused
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
@@ -116,6 +117,7 @@ def check_stages(todo: list[Stage], args: RunArguments) -> None:
     What can be refused before hours are spent: the stages' settings, the problems, a server that cannot serve them.
 
     Training recipes were checked field by field in `stages`; building their `TrainingArguments` here would hold a GPU.
+    A dry run, which evaluates nothing, asks no hub for problems.
 
     Raises:
         Refused: as the stage itself would, later.
@@ -131,8 +133,8 @@ def check_stages(todo: list[Stage], args: RunArguments) -> None:
                 parse(PHASES[stage.phase].classes, ["--config", str(path)])
             except ValueError as error:
                 raise Refused(str(error).replace(str(path), getattr(args, stage.phase, stage.name))) from None
-            if stage.phase == "evaluate":
-                settings = stage.settings
+            settings = stage.settings
+            if stage.phase == "evaluate" and not (args.dry_run and is_hub_id(settings["problems"])):
                 where = settings.get("problems_split", "test"), settings.get("problems_config")
                 load_problems(settings["problems"], *where, limit=1)
 

@@ -279,7 +279,7 @@ def warmup(args: WarmupArguments) -> list[dict]:
     todo = list(stages(args))
     check_launch(todo, args)
     check_stages(todo, args)
-    if args.grpo:
+    if args.grpo and not args.dry_run:  # it may ask the hub
         check_grpo(args, phase_recipes(args)["grpo"])
     if args.stop_when_empty:
         check_gauges(todo, args.rows_per_phase)
