@@ -64,6 +64,11 @@ def test_every_phase_has_a_script_and_help(capsys):
         fields = [field for cls in phase.classes for field in dataclasses.fields(cls) if field.init]
         needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
         assert listed[: 2 + len(needed)] == ["help", "config", *needed] and {f.name for f in fields} <= {*listed}, name
+    with pytest.raises(SystemExit):
+        parse_phase("push", ["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--private [PRIVATE] Only you may see it; false: everybody may. (default: True)" in words
+    assert "--no_private, --no-private The same as --private false. --yes" in words
     shown = abscot("--help")
     assert shown.returncode == 0 and all(phase.sentence in shown.stdout for phase in PHASES.values())
     assert abscot().returncode == 2

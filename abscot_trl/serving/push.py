@@ -37,14 +37,14 @@ class PushArguments:
     Args:
         model (`str`): folder of the checkpoint.
         repo (`str`): the repository, `someone/name`, or `name` of your own; made if it is not there.
-        private (`bool`): whether only you may see it. With `false` it may be public.
+        private (`bool`): whether only you may see it; with `false` everybody may.
         yes (`bool`): upload without asking.
         untrained (`bool`): upload what `abscot init` made, too.
     """
 
     model: str = field(metadata={"help": "Folder of the checkpoint."})
     repo: str = field(metadata={"help": "Repository on the hub: someone/name, or name of your own."})
-    private: bool = field(default=True, metadata={"help": "Only you may see it."})
+    private: bool = field(default=True, metadata={"help": "Only you may see it; false: everybody may."})
     yes: bool = field(default=False, metadata={"help": "Upload without asking."})
     untrained: bool = field(default=False, metadata={"help": "Upload a checkpoint that is not trained, too."})
 
