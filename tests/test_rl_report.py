@@ -17,7 +17,7 @@ from abscot_trl.report import rl
 from abscot_trl.report.make import ReportArguments, report
 from abscot_trl.report.runs import read_losses, read_settings, reinforced
 from abscot_trl.storage import write_whole
-from abscot_trl.training.resume import LOG_FILE
+from abscot_trl.training.resume import LOG_FILE, SEAL
 
 PARTS = ["rollout", "rewards", "scoring", "update", "other"]
 
@@ -72,6 +72,27 @@ def test_a_folder_of_grpo_alone(alone, capsys):
     assert said in text and "accuracy on 4 held-out prompts from " in text and said in capsys.readouterr().out
     assert {"grpo_learning.png", "grpo_traces.png"} <= {path.name for path in (alone / "report").iterdir()}
     assert report(ReportArguments([str(alone)])).read_text() == text
+
+
+def test_a_run_at_work_is_shown_up_to_its_last_checkpoint(alone, tmp_path):
+    """As a phase leaves it when it is killed after step 6, beside a checkpoint that is not whole."""
+    log = json.loads((alone / LOG_FILE).read_text())["log"]
+    before = [entry for entry in log if entry["step"] <= 6]
+    for step, entries in ((4, before[:2]), (6, before), (8, log)):
+        folder = tmp_path / "working" / "grpo" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+        if step < 8:
+            write_whole(folder / SEAL, json.dumps({"step": step, "of": 12}))
+    text = report(ReportArguments([str(tmp_path / "working")])).read_text()
+    assert "grpo, at work (step 6 of 12): 6 steps, reward from " in text
+    steps = [entry for entry in before if "loss" in entry]
+    first, last = map(float, rows_of(text)["reward: total"])
+    assert first == pytest.approx(steps[0]["reward"], rel=6e-3) and last == pytest.approx(
+        steps[-1]["reward"], rel=6e-3
+    )
+    shutil.copy(alone / LOG_FILE, tmp_path / "working" / "grpo")  # and once it has ended, all of it
+    assert [len(log) for log, _ in reinforced(tmp_path / "working").values()] == [len(reinforced(alone)[""][0])]
 
 
 def test_every_series_is_drawn_as_logged(alone):

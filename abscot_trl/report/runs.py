@@ -11,7 +11,7 @@ from types import NoneType
 from abscot_trl.errors import Refused
 from abscot_trl.evaluation.results import is_number
 from abscot_trl.storage import INPUTS, MANIFEST, read_json, read_manifest
-from abscot_trl.training.resume import LOG_FILE
+from abscot_trl.training.resume import LOG_FILE, SEAL, sealed_checkpoints
 from abscot_trl.vocabulary import FILE_NAME, AbstractVocabulary
 
 TEXT_LIMIT = 20_000  # characters of a problem or a response that are kept; a report is no archive
@@ -160,15 +160,19 @@ def over_training(warmup: str | Path) -> list[dict]:
 
 def read_log(folder: Path) -> list[dict]:
     """
-    The logged steps of a training phase, each with what GRPO's probe gave there; none of another phase.
+    The logged steps of a training phase, each with what GRPO's probe gave there; of one at work those up to its last
+    whole checkpoint; none of another phase.
 
     Raises:
         Refused: the log is damaged.
     """
-    path, remedy, steps = folder / LOG_FILE, f"remove {folder} and run the stage again", {}
+    path, name, remedy, steps = folder / LOG_FILE, "log", f"remove {folder} and run the stage again", {}
     if not path.is_file():
-        return []
-    log = read_json(path, remedy, log=list)["log"]
+        sealed = sealed_checkpoints(folder)
+        if not sealed:
+            return []
+        path, name = sealed[-1] / "trainer_state.json", "log_history"
+    log = read_json(path, remedy, **{name: list})[name]
     if not all(isinstance(entry, dict) and is_number(entry.get("step")) for entry in log):
         raise Refused(f"{path} is damaged (no steps); {remedy}")
     for entry in log:
@@ -206,17 +210,19 @@ def _not_to_be_shown(entry: dict) -> str | None:
 def reinforced(run: str | Path) -> dict[str, tuple[list[dict], int]]:
     """
     What GRPO logged in `run`: its steps and the number of its held-out prompts, by the phase's folder below `run`
-    (of the phase itself "").
+    (of the phase itself "") and, while it is at work, how far its last checkpoint is.
 
     Raises:
         Refused: a damaged log; names file and step.
     """
     found = {}
-    for path in sorted(Path(run).rglob(LOG_FILE)):
-        folder = path.parent.relative_to(run)
+    ended = {path.parent: path for path in Path(run).rglob(LOG_FILE)}
+    working = {seal.parents[1]: seal for seal in sorted(Path(run).rglob(SEAL)) if seal.parents[1] not in ended}
+    for phase, path in sorted((ended | working).items()):
+        folder = phase.relative_to(run)
         if any(part.startswith(".") for part in folder.parts):  # not in its place yet
             continue
-        log = read_log(path.parent)
+        log = read_log(phase)
         if not any("reward" in entry for entry in log):
             continue
         wrong = [f"step {entry['step']}: {words}" for entry in log if (words := _not_to_be_shown(entry))]
@@ -224,9 +230,12 @@ def reinforced(run: str | Path) -> dict[str, tuple[list[dict], int]]:
             wrong = ["codebook_counts: of two codebooks"]
         if wrong:
             raise Refused(f"{path} is damaged ({wrong[0]}); run the phase again")
-        rows = read_json(path, "run the phase again").get("rows")
-        held_out = rows.get("held_out") if isinstance(rows, dict) else None
-        found["" if folder == Path() else str(folder)] = log, held_out if type(held_out) is int else 0
+        about = read_json(path, "run the phase again")
+        held_out = about["rows"].get("held_out") if isinstance(about.get("rows"), dict) else None
+        name = "" if folder == Path() else str(folder)
+        if phase in working:
+            name = f"{name or phase.resolve().name}, at work (step {log[-1]['step']:.0f} of {about.get('of')})"
+        found[name] = log, held_out if type(held_out) is int else 0
     return found
 
 
