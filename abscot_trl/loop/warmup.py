@@ -279,8 +279,9 @@ def warmup(args: WarmupArguments) -> list[dict]:
     todo = list(stages(args))
     check_launch(todo, args)
     check_stages(todo, args)
-    if args.grpo and not args.dry_run:  # it may ask the hub
-        check_grpo(args, phase_recipes(args)["grpo"])
+    for stage in todo:
+        if stage.phase == "grpo" and not args.dry_run:  # it may ask the hub
+            check_grpo(args, stage.settings)
     if args.stop_when_empty:
         check_gauges(todo, args.rows_per_phase)
     data, _ = load_prepared(args.data)
