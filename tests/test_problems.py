@@ -1,4 +1,4 @@
-"""GPQA's and AlpacaEval's rows, and what the hub may refuse."""
+"""Problems by their columns: which are read, how they are asked, and what is refused."""
 
 import csv
 import json
@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from datasets.exceptions import DatasetNotFoundError
+from tiny import write_jsonl
 
 from abscot_trl.data import problems as module
 from abscot_trl.data.dolci import RowRejected
-from abscot_trl.data.problems import GPQA_COLUMNS, load_problems, problem_to_example, with_instruction
+from abscot_trl.data.problems import GPQA_COLUMNS, last_boxed, load_problems, problem_to_example, with_instruction
 from abscot_trl.evaluation.grading import score
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
 
 
 def gpqa_row(i: int) -> dict:
@@ -69,7 +71,7 @@ def test_a_gated_hub_says_so(monkeypatch):
         load_problems("Idavidrein/gpqa", "train", "gpqa_diamond")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real rows are not at {DATA}")
+@real_data
 def test_alpacaeval_prompts():
     """All real rows: asked as they stand in every mode, without gold, each with its dataset and a number for id."""
     found = load_problems(str(DATA / "instructions_332.jsonl"))
@@ -102,3 +104,103 @@ def test_rows_that_only_look_like_problems(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{name}: {words}"):
         load_problems(str(tmp_path / name))
+
+
+def test_columns_of_the_hub():
+    gsm8k = problem_to_example(
+        {"question": "How much?", "answer": "It is 2*600=<<2*600=1200>>1200 in all.\n#### 1,200"}
+    )
+    assert (gsm8k.cot, gsm8k.gold) == ("It is 2*600=1200 in all.", "1200")
+    assert (gsm8k.answer, gsm8k.source) == ("The answer is \\boxed{1200}.", "gsm8k")
+    math = problem_to_example({"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}", "level": 5})
+    assert (math.gold, math.cot, math.prompt) == (
+        "\\frac{1}{2}",
+        "so \\boxed{\\frac{1}{2}}",
+        [{"role": "user", "content": "p"}],
+    )
+    aime = problem_to_example({"id": "aime24-I-01", "problem": "p", "answer": 204, "url": None})
+    assert (aime.gold, aime.cot, aime.source) == ("204", "", "aime")
+    context = {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]}
+    hotpot = problem_to_example({"id": "5", "question": "Who?", "answer": "yes", "context": context})
+    assert hotpot.prompt[0]["content"] == "A: One. Two.\n\nB: Three.\n\nQuestion: Who?"
+    assert (hotpot.gold, hotpot.source) == ("yes", "hotpotqa")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        None,
+        {"prompt": "p", "cot": "", "answer": "a", "gold": "1"},
+        {"prompt": "p", "cot": "c", "answer": "a", "gold": None},
+        {"question": "q", "answer": "no mark"},
+        {"question": "q", "answer": "#### 3"},
+        {"problem": "p", "solution": "no box"},
+        {"problem": "p", "answer": True},
+        {"problem": ["p"], "answer": "3"},
+        {"question": "q", "answer": "a", "context": [["A", ["One."]]]},
+        {"instruction": "i", "output": "o"},
+    ],
+)
+def test_unusable_problems(value):
+    with pytest.raises(RowRejected) as rejection:
+        problem_to_example(value)
+    assert rejection.value.reason == "malformed"
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("gsm8k_train", 7473),
+        ("gsm8k_test", 1319),
+        ("math500_test", 500),
+        ("math_train_4500", 4500),
+        ("aime24", 30),
+        ("aime25", 30),
+        ("hotpotqa_dev_500", 500),
+    ],
+)
+def test_real_problems_all_load(name, n):
+    problems = load_problems(str(DATA / f"{name}.jsonl"))
+    assert len(problems) == n
+    assert len({p.id for p in problems}) == n
+    if name != "hotpotqa_dev_500":
+        assert all(last_boxed(p.answer) == p.gold for p in problems)
+    assert len(load_problems(str(DATA / f"{name}.jsonl"), limit=7)) == 7
+
+
+def test_a_bad_problem_is_not_left_out_of_a_score(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"problem": "p", "answer": "1"}, {"problem": "p"}])
+    with pytest.raises(ValueError, match="row 2 is no problem"):
+        load_problems(path)
+
+
+def test_instructions():
+    maths = problem_to_example({"problem": "p", "answer": "1"})
+    verbal, direct, abstract = (with_instruction(maths, m)[0]["content"] for m in ("verbal", "direct", "abstract"))
+    assert verbal.startswith("p\n\n") and "step by step" in verbal and "\\boxed{}" in verbal
+    assert direct == abstract and direct.startswith("p\n\n") and "step" not in direct and "\\boxed{}" in direct
+    assert maths.prompt == [{"role": "user", "content": "p"}]
+    hotpot = problem_to_example({"question": "q", "answer": "a", "context": {"title": ["A"], "sentences": [["One."]]}})
+    assert all("short answer" in with_instruction(hotpot, m)[0]["content"] for m in ("verbal", "abstract"))
+    assert "boxed" not in with_instruction(hotpot, "verbal")[0]["content"]
+    assert "step" not in with_instruction(hotpot, "abstract")[0]["content"]
+    with pytest.raises(ValueError, match="mode must be one of verbal, direct, abstract, got 'cot'"):
+        with_instruction(maths, "cot")
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("\\boxed{1} and \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{4}, then \\boxed{5", "4"),
+        ("\\fbox{ 3 }", "3"),
+        ("\\boxed{}", ""),
+        ("boxed{5}", None),
+        ("\\boxed{" * 100_000, None),
+    ],
+)
+def test_last_boxed(text, box):
+    assert last_boxed(text) == box
