@@ -60,7 +60,7 @@ demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's 
 rl-demo: $(READY) ## GRPO on the demo's models, once `make demo` has ended: informed, paper and a cold start
 	$(BIN)/python recipes/demo/rl.py $(ARGS)
 
-test: $(READY) ## all tests, JOBS=2 files at once (some twenty minutes on two cores)
+test: $(READY) ## all tests, JOBS=2 files at once (some ten minutes on two idle cores)
 	$(PYTEST) $(ARGS)
 
 test-fast: $(READY) ## the tests that take seconds, for the next edit
