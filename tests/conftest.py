@@ -10,8 +10,8 @@ from abscot_trl.phases import run_phase
 from abscot_trl.traces.files import write_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
-LONGEST = ("kill", "distributed", "rollout", "serve", "grpo", "warmup", "vllm", "make_traces", "baselines", "fuzz")
-LONGEST += ("grpo_phase", "evidence", "sweep", "gauges")
+LONGEST = ("kill", "distributed", "rollout", "serve", "harness", "new", "make_traces", "evidence", "warmup", "vllm")
+LONGEST += ("grpo", "fuzz", "sweep", "plan", "grpo_phase", "rl_report", "baselines", "content", "gauges")
 
 
 def pytest_collection_modifyitems(items):

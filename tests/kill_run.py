@@ -154,5 +154,5 @@ def main(fields: dict, folder: Path, seed: int) -> dict:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    print(json.dumps(main(given["fields"], Path(given["folder"]), given["seed"])))
+    for given in map(json.loads, sys.argv[1:]):
+        print(json.dumps(main(given["fields"], Path(given["folder"]), given["seed"])), flush=True)

@@ -57,7 +57,7 @@ class Cell:
     signal: str
     tuning: str
     processes: int
-    moment: str  # `seal`: after the first sealed checkpoint; `parts`: while sampling; `random`: any time
+    moment: str  # `seal`: after the next sealed checkpoint; `parts`: while sampling; `random`: any time
 
     @property
     def name(self) -> str:
@@ -188,7 +188,7 @@ class Table:
     def _moment(self, cell: Cell, folder: Path, driver: subprocess.Popen, attempt: str) -> tuple[int, str]:
         """Wait for the moment; returns whom to kill, and when that was in words."""
         run, start = folder / "run" / "round1", time.monotonic()
-        rank = self.rng.randrange(cell.processes)
+        rank, sealed = self.rng.randrange(cell.processes), set(run.glob("bottleneck/checkpoint-*/sealed.json"))
 
         def victim() -> int | None:
             if cell.victim == "driver":
@@ -199,7 +199,7 @@ class Table:
 
         def due() -> bool:
             if cell.moment == "seal":
-                return any(run.glob("bottleneck/checkpoint-*/sealed.json"))
+                return not sealed.issuperset(run.glob("bottleneck/checkpoint-*/sealed.json"))
             return any(run.glob("distill-traces.parts/settings.json"))
 
         wait = None
@@ -223,7 +223,8 @@ class Table:
             time.sleep(0.01)
         raise AssertionError(f"the moment did not come: {(folder / 'log.txt').read_text()[-2000:]}")
 
-    def run_cell(self, cell: Cell, number: int) -> dict:
+    def run_cell(self, cell: Cell, number: int, then: Cell | None = None) -> dict:
+        """A kill and what came of it; with `then`, the first rerun is killed too, as that cell says."""
         name = f"{number:02}-{cell.name}"
         folder = self.fresh(name)
         attempt = f"{name}:1"
@@ -250,6 +251,9 @@ class Table:
         while code is not None and reruns < 3:  # at once, as a script would that does not look
             reruns += 1
             with self.begin(folder, cell.tuning, cell.processes, f"{name}:{reruns + 1}") as driver:
+                if then and reruns == 1:
+                    pid, _ = self._moment(then, folder, driver, f"{name}:2")
+                    os.kill(pid, getattr(signal, then.signal))
                 try:
                     codes.append(driver.wait(self.timeout_s))
                 except subprocess.TimeoutExpired:

@@ -3,10 +3,7 @@ loop, concise rows from constructed answers, and the driver: same rows, same ste
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from fractions import Fraction
@@ -17,6 +14,7 @@ import torch
 import yaml
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from forked import abscot
 from torch.utils.data import BatchSampler, SequentialSampler
 from trainers import build, rows, settings, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -454,12 +452,12 @@ def test_killed_and_resumed(fields, tmp_path, monkeypatch):
     config = tmp_path / "baselines.yaml"
     config.write_text(yaml.safe_dump(fields))
     seal = Path(fields["run_dir"]) / "icot" / "train" / "checkpoint-2" / "sealed.json"
-    command = [sys.executable, "-m", "abscot_trl.scripts.baselines", "--config", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ) as process:
-        while not seal.is_file() and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = abscot(["baselines", "--config", config], tmp_path / "log")
+    while not seal.is_file() and process.is_alive():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (seal.parents[1] / "manifest.json").exists()
     done, launch = [], driver.launch
     monkeypatch.setattr(driver, "launch", lambda stage, *a: done.append(stage.name) or launch(stage, *a))

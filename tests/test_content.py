@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from forked import abscot
 from safetensors.torch import load_file, save
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warmups import killed_at_every_write, recipes
 
@@ -96,8 +98,11 @@ def test_influence_is_what_later_text_loses(spoken):
     model = AutoModelForCausalLM.from_pretrained(spoken["model"], dtype=torch.float32)
     rows = [load_prepared(spoken["data"])[0][i] for i in range(3)]
     at = [candidates(row)[i::7].tolist() for i, row in enumerate(rows)]
-    found = influences(model, rows, at, batch_tokens=300)
-    for row, some, values in zip(rows, at, found, strict=True):
+    with tqdm(disable=False, file=StringIO()) as bar:
+        lost, states = influences(model, rows, at, 300, bar)
+    assert bar.n == len(rows) + sum(map(len, at)) == len(rows) + len(states)
+    by_row = [part.split([*map(len, at)]) for part in (lost, states)]
+    for row, some, values, there in zip(rows, at, *by_row, strict=True):
         prompt, cot = row["prompt_ids"], row["cot_ids"]
         ids = prompt + cot + row["answer_ids"]
 
@@ -108,9 +113,11 @@ def test_influence_is_what_later_text_loses(spoken):
                 logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             return sum(logps[n - 1, ids[n]].item() for n in range(first, len(ids)))
 
+        with torch.no_grad():
+            plain = model(torch.tensor([ids]), output_hidden_states=True)
+        torch.testing.assert_close(there, plain.hidden_states[-1][0, some], atol=1e-4, rtol=0)
         for k, value in zip(some, values.tolist(), strict=True):
-            with torch.no_grad():
-                order = model(torch.tensor([ids])).logits[0, k - 1].argsort(descending=True).tolist()
+            order = plain.logits[0, k - 1].argsort(descending=True).tolist()
             other = next(token for token in order if token != ids[k])
             assert value == pytest.approx(later(ids, k) - later([*ids[:k], other, *ids[k + 1 :]], k), abs=1e-3)
 
@@ -134,8 +141,15 @@ def test_codes_are_the_commonest_tokens_and_their_neighbours():
 
 
 def test_killed_at_every_write_it_ends_in_the_same_file(arguments, whole, monkeypatch):
+    """And measures the influence of no row again that was saved."""
+    measured, measure = [], content.influences
+    monkeypatch.setattr(
+        content, "influences", lambda model, rows, *a: measured.append(rows) or measure(model, rows, *a)
+    )
     kills = len(list(killed_at_every_write(monkeypatch, content, lambda: make_traces(arguments))))
     assert kills > 3 and files(arguments) == files(whole)
+    parts = ROWS // content.SAVED_ROWS
+    assert len(measured) == 2 * parts  # each once when the kill met its writing, and once more
 
 
 def test_shards_make_the_same_file(arguments, whole):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from kill_table import ENVIRONMENT, Cell, Table, contents
-from warmups import LORA, NODES, recipes
+from warmups import LORA, NODES, recipes, toy_fields
 
 from abscot_trl.errors import Refused
 from abscot_trl.loop.warmup import WarmupArguments, warmup
@@ -23,17 +23,28 @@ from abscot_trl.loop.warmup import WarmupArguments, warmup
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("keep", ["all", "last"])
-def test_killed_again_and_again(toy, tmp_path, keep):
-    training = LORA if keep == "all" else {}
-    training = training | {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
-    fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"), training)
-    fields |= {"run_dir": "run", "keep": keep, "rounds": 2 if keep == "all" else 1}
-    given = {"fields": fields, "folder": str(tmp_path), "seed": 0}
+@pytest.fixture(scope="module")
+def killed(checkpoint, tmp_path_factory):
+    """By `keep`: a run of two rounds by LoRA, one round of full fine-tuning; its fields, folder and what was found."""
+    given = {}
+    for keep, tuning in (("all", LORA), ("last", {})):
+        folder = tmp_path_factory.mktemp(keep)
+        training = tuning | {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+        fields = toy_fields(checkpoint, folder) | recipes(folder, str(folder / "test.jsonl"), training)
+        fields |= {"run_dir": "run", "keep": keep, "rounds": 2 if keep == "all" else 1}
+        given[keep] = {"fields": fields, "folder": str(folder), "seed": 0}
     script = Path(__file__).with_name("kill_run.py")
-    done = subprocess.run([sys.executable, str(script), json.dumps(given)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), *map(json.dumps, given.values())], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = map(json.loads, done.stdout.splitlines()[-2:])
+    return {keep: (one["fields"], Path(one["folder"]), next(found)) for keep, one in given.items()}
+
+
+@pytest.mark.parametrize("keep", ["all", "last"])
+def test_killed_again_and_again(killed, keep):
+    fields, tmp_path, found = killed[keep]
     log = (tmp_path / "killed.jsonl").read_text()
     events = [json.loads(line)[:2] for line in log.splitlines()]
     assert not [event for event in events if event[0] == "error"] and set(found["codes"]) <= {-9, 0}
@@ -61,11 +72,11 @@ def test_killed_again_and_again(toy, tmp_path, keep):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Phase A by LoRA in two ranks, whole and with kills; its traces are made once, in this process."""
+    """Phase A by LoRA in two ranks, whole and with kills; its traces and codes are made once, in this process."""
     table = Table(tmp_path_factory.mktemp("table"), until="round1/bottleneck")
     table.prepare()
     fields = yaml.safe_load((table.folder / "warmup.lora.2.yaml").read_text())
-    fields |= {"launch": "inline", "until": "round1/bottleneck-traces"}
+    fields |= {"launch": "inline", "until": "round1/codes"}
     with contextlib.chdir(table.fresh("begun")):
         warmup(WarmupArguments(**fields))
     table.run_whole("lora", 2)
@@ -75,12 +86,10 @@ def table(tmp_path_factory):
 
 def test_a_part_of_the_table_of_kills(table):
     """Real processes under accelerate; the whole table, with full fine-tuning and one rank: tests/kill_table.py."""
-    cells = [Cell("driver", "SIGKILL", "lora", 2, "seal"), Cell("launcher", "SIGTERM", "lora", 2, "seal")]
-    with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(table.run_cell, cells, range(2)))
-    assert [row["right"] for row in rows] == [True, True], rows
-    assert [row["reruns"] for row in rows] == [1, 1]
-    assert max(row["gone_s"] for row in rows) < 60  # torchrun gives ranks 30 s
+    driver, launcher = Cell("driver", "SIGKILL", "lora", 2, "seal"), Cell("launcher", "SIGTERM", "lora", 2, "seal")
+    row = table.run_cell(driver, 0, then=launcher)
+    assert row["right"] and len(row["rerun_codes"]) == row["reruns"] == 2 and row["rerun_codes"][0] != 0, row
+    assert row["gone_s"] < 60  # torchrun gives ranks 30 s
 
 
 def of_attempt(attempt: str) -> dict[int, tuple[str, str]]:

@@ -4,14 +4,14 @@ import base64
 import json
 import os
 import pty
-import subprocess
-import sys
 import threading
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forked import abscot
 from tiny import make_checkpoint
 
 from abscot_trl.card import save_origin
@@ -110,13 +110,17 @@ def model(tmp_path):
     return folder
 
 
-def run(hub: Hub | None, model: Path, *arguments: str, token: str | None = TOKEN, **options):
+def run(hub: Hub | None, model: Path, *arguments: str, token: str | None = TOKEN, terminal: str | None = None):
+    """`abscot push` in a process of its own: its exit code, stdout and stderr."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     env |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", "HF_HOME": str(model.parent / "home")}
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | ({"HF_TOKEN": token} if token else {})
-    command = [sys.executable, "-m", "abscot_trl.scripts.push", "--model", str(model), *arguments]
-    options = {"stdin": subprocess.DEVNULL} | options
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, **options)
+    env |= {"HF_HUB_DISABLE_XET": "1"} | ({"HF_TOKEN": token} if token else {})
+    said = [model.parent / name for name in ("stdout", "stderr")]
+    for path in said:
+        path.write_text("")
+    process = abscot(["push", "--model", model, *arguments], *said, env, terminal)
+    process.join(120)
+    return SimpleNamespace(returncode=process.exitcode, stdout=said[0].read_text(), stderr=said[1].read_text())
 
 
 @pytest.mark.slow
@@ -156,7 +160,7 @@ def test_it_asks_and_without_a_terminal_refuses(model):
         assert not hub.made and not hub.commits
         ours, theirs = pty.openpty()
         os.write(ours, f"{answer}\n".encode())
-        assert run(hub, model, "--repo", "mine", stdin=theirs).returncode == code
+        assert run(hub, model, "--repo", "mine", terminal=os.ttyname(theirs)).returncode == code
     assert hub.repos == {"me/mine": True} and len(hub.commits) == 1
 
 

@@ -61,8 +61,7 @@ def serving(checkpoint, folder: Path, gpu: int = 0, takes_weights: bool = False)
     port = free_port()
     flags = engine_flags(ENGINE | {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096})
     flags += ["--logprobs-mode=processed_logprobs", "--host=127.0.0.1", f"--port={port}"]
-    url, env = f"http://127.0.0.1:{port}", os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    env |= visible(gpu)
+    url, env = f"http://127.0.0.1:{port}", os.environ | ENVIRONMENT | visible(gpu)
     if takes_weights:
         flags += ["--weight-transfer-config", '{"backend": "nccl"}']
         env |= {"VLLM_SERVER_DEV_MODE": "1"}

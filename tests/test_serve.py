@@ -31,8 +31,6 @@ from abscot_trl.vocabulary import AbstractVocabulary
 pytestmark = pytest.mark.slow
 # A batch is full after 25 of the prompts below: a prefill would be cut.
 ENGINE = sampling.ENGINE | {"max_num_batched_tokens": 256}
-del ENGINE["distributed_executor_backend"]
-ENVIRONMENT = sampling.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 NAME = "tiny"
 USER = {"role": "user", "content": "7+4-2="}
 CHATS = [
@@ -65,7 +63,7 @@ def server(checkpoint, tmp_path_factory):
     (folder / "serve.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "abscot_trl.cli", "serve", "--config", folder / "serve.yaml"]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stderr=log, env=os.environ | ENVIRONMENT)
+        process = subprocess.Popen(command, stderr=log, env=os.environ | sampling.ENVIRONMENT)
     server = Server(f"http://127.0.0.1:{port}", process, folder / "log")
     try:
         wait_until_healthy(server)

@@ -16,6 +16,7 @@ Steps are the CoT's lines; their last tokens, which hold the line break, are nev
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -34,8 +35,10 @@ from abscot_trl.storage import Parts, look_again, phase_settings, write_whole
 from abscot_trl.traces.batching import batches, cut
 from abscot_trl.vocabulary import AbstractVocabulary
 
-CONTENT_FILE = "content.safetensors"
+CONTENT_FILE, PART = "content.safetensors", "influence-{:06}.safetensors"
 FIT_ROWS, FIT_TOKENS = 1024, 8  # rows whose influence is measured, and of each so many tokens
+SAVED_ROWS = 16  # that are measured between two savings: on a CPU all of them may take hours
+CPU_TOKENS = 2048  # of a batch on a CPU at most: larger ones are no faster there, and a bar would stand still
 COLUMNS = ("prompt_ids", "cot_ids", "answer_ids", "step_ends")
 
 
@@ -88,27 +91,33 @@ def _log_probs(model: PreTrainedModel, hidden: Tensor, row: list[int], first: in
 
 
 @torch.inference_mode()
-def influences(model: PreTrainedModel, rows: list[dict], at: list[list[int]], batch_tokens: int) -> list[Tensor]:
-    """The influence, in nats, of the tokens at the indices `at[i]` of [x; c; y] of row i: shape (len(at[i]),)."""
+def influences(
+    model: PreTrainedModel, rows: list[dict], at: list[list[int]], batch_tokens: int, bar: tqdm
+) -> tuple[Tensor, Tensor]:
+    """
+    Of the tokens at the indices `at[i]` of [x; c; y] of row i, row after row: their influence in nats (N,), and the
+    model's last hidden states there (N, d). `bar` is moved on by one a forward pass, of a row or with a token changed.
+    """
     given, before, changed = [steps_at(row) for row in rows], {}, []
+    lost, states = {}, {}
     for batch in batches([len(ids) for ids, _ in given], batch_tokens):
         for i, hidden in zip(batch, padded_states(model, [given[i][0] for i in batch]), strict=True):
             ids = given[i][0]
-            before[i] = _log_probs(model, hidden, ids, 1)
+            before[i], states[i] = _log_probs(model, hidden, ids, 1), hidden[at[i]].float().cpu()
             likeliest = model.get_output_embeddings()(hidden[[k - 1 for k in at[i]]]).topk(2).indices.tolist()
             for k, (first, second) in zip(at[i], likeliest, strict=True):
                 changed.append((i, k, ids[:k] + [second if first == ids[k] else first] + ids[k + 1 :]))
-    lost = {}
-    with tqdm(total=len(changed), desc="influence", unit="token") as bar:
-        for batch in batches([len(ids) for *_, ids in changed], batch_tokens):
-            for (i, k, _), hidden in zip(
-                [changed[n] for n in batch], padded_states(model, [changed[n][2] for n in batch]), strict=True
-            ):
-                ids, steps = given[i]
-                later = int(np.searchsorted(steps, steps[k], side="right"))  # where the next step begins
-                lost[i, k] = (before[i][later - 1 :] - _log_probs(model, hidden, ids, later)).sum()
-            bar.update(len(batch))
-    return [torch.stack([lost[i, k] for k in some]).cpu() for i, some in enumerate(at)]
+        bar.update(len(batch))
+    for batch in batches([len(ids) for *_, ids in changed], batch_tokens):
+        for (i, k, _), hidden in zip(
+            [changed[n] for n in batch], padded_states(model, [changed[n][2] for n in batch]), strict=True
+        ):
+            ids, steps = given[i]
+            later = int(np.searchsorted(steps, steps[k], side="right"))  # where the next step begins
+            lost[i, k] = (before[i][later - 1 :] - _log_probs(model, hidden, ids, later)).sum()
+        bar.update(len(batch))
+    order = [(i, k) for i, some in enumerate(at) for k in some]
+    return torch.stack([lost[one] for one in order]).cpu(), torch.cat([states[i] for i in range(len(rows))])
 
 
 def hidden_states(model: PreTrainedModel, rows: list[dict], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -166,7 +175,24 @@ def fit_codes(taken: list[list[int]], embeddings: Tensor, size: int) -> tuple[Te
     return torch.nn.functional.pad(tokens, (0, size - len(tokens)), value=-1), codes
 
 
-def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dataset) -> dict[str, Tensor]:
+def _measured(model: PreTrainedModel, args, rows: list[dict], at: list[list[int]], folder: Path) -> list[Tensor]:
+    """As `influences`, of `SAVED_ROWS` at a time, which a kill leaves in `folder`."""
+    files = []
+    with tqdm(total=len(rows) + sum(map(len, at)), desc="influence", unit="pass") as bar:
+        for start in range(0, len(rows), SAVED_ROWS):
+            some, there = (every[start : start + SAVED_ROWS] for every in (rows, at))
+            files.append(folder / PART.format(start))
+            if files[-1].is_file():
+                bar.update(len(some) + sum(map(len, there)))
+                continue
+            lost, states = influences(model, some, there, args.batch_tokens, bar)
+            write_whole(files[-1], save({"lost": lost, "states": states}))
+    return [torch.cat([read_tensor(file, name) for file in files]) for name in ("lost", "states")]
+
+
+def _fit(
+    model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dataset, folder: Path
+) -> dict[str, Tensor]:
     """
     What makes the traces: `weights` of influence, the `least` that is taken, `tokens` of the codes and `codes` of the
     tokens.
@@ -176,12 +202,9 @@ def _fit(model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dat
     if not rows:
         raise Refused(f"{args.data}: no CoT holds a token that a trace could take; use rows with longer steps")
     at = [np.sort(rng.permutation(candidates(row))[:FIT_TOKENS]).tolist() for row in rows]
-    states = {}
-    for batch, hidden in hidden_states(model, rows, args.batch_tokens):
-        states |= {i: hidden[k, at[i]].float().cpu() for k, i in enumerate(batch)}
-    lost = influences(model, rows, at, args.batch_tokens)
-    weights = fit_influence(torch.cat([states[i] for i in range(len(rows))]).numpy(), torch.cat(lost).numpy())
-    told = dict(tell(model, rows, weights, args.batch_tokens))
+    lost, states = _measured(model, args, rows, at, folder)
+    weights = fit_influence(states.numpy(), lost.numpy())
+    told = dict(tqdm(tell(model, rows, weights, args.batch_tokens), total=len(rows), desc="threshold", unit="row"))
     best = torch.cat([*told.values()]).sort(descending=True).values
     count = round(sum(len(row["cot_ids"]) for row in rows) / args.ratio)
     least = best[min(max(count, 1), len(best)) - 1]
@@ -232,6 +255,8 @@ def content_parts(
     Raises:
         Refused: no CoT of more than line breaks; codes of another codebook or model; a damaged part.
     """
+    if not torch.cuda.is_available():
+        args = replace(args, batch_tokens=min(args.batch_tokens, CPU_TOKENS))
     fit = args.codes and _codes_of(args.codes, args.model, vocabulary)
     part = part.select_columns(["id", *COLUMNS])
     texts = part.select_columns([*COLUMNS[:3]]).iter(batch_size=1000)
@@ -246,7 +271,7 @@ def content_parts(
     with parts.joining():
         look_again(fitted)
         if not fitted.is_file():
-            write_whole(fitted, fit or save(_fit(load(), args, vocabulary, part)))
+            write_whole(fitted, fit or save(_fit(load(), args, vocabulary, part, parts.folder)))
     weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least", "codes"))
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:

@@ -50,8 +50,8 @@ ON_CPU = {"use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "compil
 ON_CPU |= {"dataloader_num_workers": 0, "max_length": 512, "per_device_train_batch_size": 1, "global_batch_size": 1}
 SMALL = dict.fromkeys(("bottleneck", "distill", VERBAL), ON_CPU)
 SMALL |= {"warmup": {"backend": "hf", "dtype": "float32", "launch": "inline", "accelerate_config": None}}
-SMALL["warmup"] |= {"rows_per_phase": 24, "batch_tokens": 4096}
-SMALL |= {"evaluate": {"backend": "hf", "dtype": "float32", "limit": 4, "max_new_tokens": 64}}
+SMALL["warmup"] |= {"rows_per_phase": 12}
+SMALL |= {"evaluate": {"backend": "hf", "dtype": "float32", "limit": 2, "max_new_tokens": 32}}
 # A run: fields over warmup.informed.yaml; those of a phase over its own recipe. `baseline`: this one, and no warm-up.
 GRID = {
     "informed": {},
