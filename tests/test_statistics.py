@@ -159,6 +159,8 @@ def test_a_figure_without_its_circumstances_is_not_written(tmp_path):
     row = summarise(records("other", [("4", 0.0)] * 4), own, 2, "hotpotqa", DECODED)
     assert (row["follows"], row["follows_n"], row["follows_chance"]) == (75.0, 2, 0.0)
     assert row["repeats"] == 0.0  # all came after the traces of problem 0, whose own answers are 3
+    cut = [record | {"truncated": record["id"] == "0"} for record in own]  # as far as they came
+    assert "repeats" not in summarise(records("other", [("4", 0.0)] * 4), cut, 2, "hotpotqa", DECODED)
     path = tmp_path / "results.json"
     write_results(path, [row])
     assert read_results(path) == [row] and set(FIGURES) - set(row) == {"win_rate"}

@@ -156,8 +156,9 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
         answers that are those of the donor, the problem whose trace they came after, over the `follows_n` problems
         of which the donor has another answer; and `follows_chance`: the share that are those of a problem drawn
         likewise, whose trace they have not seen (what a model that does not read its trace comes to in `follows`).
-        `repeats`: over those of them whose own trace led to another answer than the donor's did there, the share of
-        answers that are the donor's, right or wrong; `follows` cannot pass the share of traces that are right.
+        `repeats`: over those of them whose own trace led to another answer than the donor's did there, if that one
+        was not cut off, the share of answers that are the donor's, right or wrong; `follows` cannot pass the share
+        of traces that are right.
         A figure's interval is `<figure>_ci95`, `accuracy`'s is `ci95`.
     """
     figures = {"accuracy": scores_by_problem(records, samples)}
@@ -173,7 +174,8 @@ def summarise(records: list[dict], own: list[dict], samples: int, source: str, d
     for name in ("follows", "follows_chance") if records[0]["swap"] == "other" else ():
         figures |= means_of(name, [record[name] for record in records], samples)
     if "follows" in figures:
-        led_to = {(r["id"], r["sample"]): normal_form(r["answer"], source) for r in own if r["answer"] is not None}
+        ended = [r for r in own if r["answer"] is not None and not r["truncated"]]
+        led_to = {(r["id"], r["sample"]): normal_form(r["answer"], source) for r in ended}
         same = []
         for record, form in zip(records, forms, strict=True):
             here, there = (led_to.get((record[name], record["sample"])) for name in ("id", "donor"))
