@@ -1,7 +1,7 @@
 """
 `make rl-demo`: GRPO from the demo's informed model, from its paper's, and cold; each evaluated before and after.
 
-    python recipes/demo/rl.py                     # after `make demo`; ten minutes on two cores
+    python recipes/demo/rl.py                     # after `make demo`; two minutes on two cores
 """
 
 import argparse
