@@ -139,6 +139,18 @@ def test_a_reward_that_is_missing_is_no_zero(checkpoint, tmp_path, monkeypatch):
     assert advantages[0] == advantages[3] > 0  # the mean is of those that have it
 
 
+def test_groups_that_are_all_alike_are_counted_as_such(checkpoint, tmp_path):
+    """1 - 0.2 eight times has, by float32's rounding, a deviation of 6e-8, and trl calls that variance.
+    A rollout that got no reward is no other one."""
+    trainer = grpo(checkpoint, tmp_path, train=False, num_generations=8, per_device_train_batch_size=16)
+    columns = [[1.0] * 7 + [None] + [1.0, 0.0] * 4, [-1.0] * 7 + [None] + [-1.0] * 8]
+    trainer.reward_funcs = [lambda column=column, **_: column for column in columns]
+    trainer.reward_func_names, trainer.reward_processing_classes = ["accuracy", "length"], [None, None]
+    trainer.reward_weights = torch.tensor([1.0, 0.2])
+    trainer.train()
+    assert [e["frac_reward_zero_std"] for e in trainer.state.log_history if "reward" in e] == [0.5, 0.5]
+
+
 def test_ratio_is_one_with_the_samplers_own_logps(checkpoint, tmp_path):
     trainer = grpo(checkpoint, tmp_path, trainer=reports_logps(), max_steps=4, learning_rate=1e-3)
     steps = [entry for entry in trainer.state.log_history if "ratio/mean" in entry]

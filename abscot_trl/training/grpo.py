@@ -39,6 +39,7 @@ from abscot_trl.training.times import TimedGRPOTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
 
 SHOWN, LETTERS = 4, 2000  # rollouts kept with each logged step, and how much of their text
+ALIKE = 1e-6  # rewards of a group that lie within this teach nothing
 
 
 class EpochSampler(RepeatSampler):
@@ -201,11 +202,16 @@ class AbstractGRPOTrainer(SealedTrainer, TimedGRPOTrainer):
         """
         trl's, of all processes, shape (rows, rewards). A reward that some of a group have and others lack (its judge
         did not answer) would count as 0 in their sum: those rows are left out, as if no reward had been given.
+        Groups without variance are counted here: by rounding trl's deviation of equal sums can be 6e-8, not 0.
         """
         rewards = super()._calculate_rewards(*args, **kwargs)
         lacking = rewards.isnan().view(-1, self.num_generations, rewards.shape[1])
         missing = lacking & lacking.any(1, keepdim=True) & ~lacking.all(1, keepdim=True)
         rewards[missing.any(2).flatten()] = torch.nan
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        totals = totals.masked_fill(rewards.isnan().all(1), torch.nan).view(-1, self.num_generations)
+        spread = totals.nan_to_num(-math.inf).amax(1) - totals.nan_to_num(math.inf).amin(1)
+        self._alike = (spread < ALIKE).float().mean().item()
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
@@ -216,6 +222,7 @@ class AbstractGRPOTrainer(SealedTrainer, TimedGRPOTrainer):
         answer, forced = present & ~trace, self.trace_policy.forced(trace)
         trained = {"both": trace | answer, "trace": trace, "answer": answer}[self.args.train_on] & ~forced
         output["tool_mask"] = trained.long()
+        self._metrics["train"]["frac_reward_zero_std"][-1] = self._alike
         output["num_items_in_batch"] = self.accelerator.gather(trained.sum()).sum()
         codes = trace & (ids != self.end)
         self._log_means("trace/length", codes.sum(1))
