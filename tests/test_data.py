@@ -197,6 +197,9 @@ def test_nothing_kept_says_why_and_leaves_nothing(tmp_path, tokenizer_folder):
     with pytest.raises(ValueError, match='no row of .*rows.jsonl is kept: .*"rows_read": 9.*"prompt_too_long": 6'):
         prepare(args)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    rows = [{"question": f"{i}?", "cot": "c", "answer": "1", "gold": "1"} for i in range(3)]
+    with pytest.raises(Refused, match='"malformed": 3.*; of the first: .*lacks prompt'):
+        prepare(arguments(tmp_path, tokenizer_folder, rows=rows, data_format="problems"))
 
 
 def test_output_is_never_overwritten_nor_half_written(tmp_path, tokenizer_folder):

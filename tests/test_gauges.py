@@ -287,7 +287,9 @@ def test_nothing_stops_where_traces_carry_or_before_phase_b(tmp_path, monkeypatc
 
 def test_stopping_needs_gauges(toy, tmp_path):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl"))
-    with pytest.raises(Refused, match="stop_when_empty: round1/distill has no gauges: gauge_rows 64 of .* 16"):
+    with pytest.raises(
+        Refused, match="stop_when_empty: round1/distill has no gauges: gauge_rows 64 of .* 16; give 100 rows"
+    ):
         warmup(WarmupArguments(**fields, stop_when_empty=True))
     assert not Path(fields["run_dir"]).exists()
 

@@ -170,7 +170,7 @@ def test_few_rows_are_not_packed_and_make_small_steps(n, hardware, tmp_path, mon
     assert "packing" not in phase and phase["global_batch_size"] == batch and warm["tuning"] == "full"
     assert phase.get("gauge_rows") == (10 if n == 1200 else None)
     run_phase("init", ["--config", "recipes/m/init.yaml"])
-    words = f"which are few: more rows, a smaller global_batch_size {batch} (on fewer GPUs)"
+    words = f"which are few: more rows, a global_batch_size under {batch} (on fewer GPUs)"
     assert f" about {steps} steps a phase" in said and (words in said) == (steps < 50)
     for command in (None, "data"):  # by what was measured, and by the prepared rows
         if command:
@@ -222,7 +222,7 @@ def test_a_tenth_is_held_out_and_500_at_most():
         ({"problems": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"output_dir": "full"}, r"full holds files already \(notes.txt, ..\); choose another"),
         ({"output_dir": "a b"}, "letters, digits"),
-        ({"data": "few.jsonl"}, "9 of 9 rows can be trained on as problems; 12 are needed"),
+        ({"data": "few.jsonl"}, r"few\.jsonl: 9 of 9 rows can be trained on as problems; 12 are needed"),
         (
             {"data_format": "dolci"},
             "0 of 200 rows .* dolci .left out: malformed 200; the first: malformed.*messages is not a non-empty",

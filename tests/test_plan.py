@@ -295,6 +295,17 @@ def test_a_batch_that_the_gpus_cannot_share_is_refused_by_its_stage(toy, tmp_pat
         plan(PlanArguments(**fields, gpus=3))
 
 
+@pytest.mark.parametrize(
+    ("field", "words"), [({"interchange": 0.1}, "set packing: true"), ({"gauge_rows": 1}, "at least 2 rows")]
+)
+def test_what_phase_b_would_refuse_is_refused_before_phase_a(toy, tmp_path, field, words):
+    fields = toy | recipes(tmp_path, "none", {}) | {"evaluate": None}
+    Path(fields["distill"]).write_text(Path(fields["distill"]).read_text() + yaml.safe_dump(field))
+    for begin in (lambda: plan(PlanArguments(**fields)), lambda: warmup(WarmupArguments(**fields, dry_run=True))):
+        with pytest.raises(Refused, match=f"^round1/distill: .*{words}"):
+            begin()
+
+
 def test_a_plan_before_what_trains_its_model_says_so(toy, tmp_path):
     """SmolLM2's warm-up starts from what a baseline makes of init's model: of the same sizes."""
     fields = toy | recipes(tmp_path, "", LORA) | {"rounds": 1, "evaluate": None}

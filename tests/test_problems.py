@@ -176,6 +176,13 @@ def test_a_bad_problem_is_not_left_out_of_a_score(tmp_path):
         load_problems(path)
 
 
+@pytest.mark.parametrize("lacking", ["prompt", "cot", "answer", "gold"])
+def test_what_a_row_lacks_is_named(lacking):
+    row = {name: "1" for name in ("prompt", "cot", "answer", "gold") if name != lacking} | {"question": "q"}
+    with pytest.raises(RowRejected, match=rf"it lacks {lacking} "):
+        problem_to_example(row)
+
+
 def test_instructions():
     maths = problem_to_example({"problem": "p", "answer": "1"})
     verbal, direct, abstract = (with_instruction(maths, m)[0]["content"] for m in ("verbal", "direct", "abstract"))

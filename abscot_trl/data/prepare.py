@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.checkpoint import load_tokenizer
 from abscot_trl.data.arguments import DataArguments
-from abscot_trl.data.dolci import data_files, iter_packed
+from abscot_trl.data.dolci import RowRejected, data_files, iter_packed, iter_rows
 from abscot_trl.data.overlap import load_index
 from abscot_trl.data.reasoning_gym import check_cot, is_generated
-from abscot_trl.data.rows import FEATURES, KEPT, OVERLAP
+from abscot_trl.data.rows import FEATURES, KEPT, OVERLAP, to_example
 from abscot_trl.data.shards import CHUNK, SHARD, Made, Shards, made
 from abscot_trl.errors import Refused
 from abscot_trl.storage import check_folder, files_digest, read_json
@@ -89,11 +89,21 @@ def prepare(args: DataArguments) -> dict[str, Any]:
         counts = _fates(shards.outcomes())
         if counts["rows_kept"] == 0:
             shards.remove()
-            raise Refused(f"no row of {', '.join(args.data)} is kept: {json.dumps(counts)}")
+            raise Refused(f"no row of {', '.join(args.data)} is kept: {json.dumps(counts)}{_first_word(args)}")
         counts |= _description(shards.join(), trace_tokens) | {"tokenizer": digest, "settings": settings}
         (shards.rows / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
         shards.finish()
     return counts
+
+
+def _first_word(args: DataArguments) -> str:
+    """What is wrong with the first row by itself, if anything is."""
+    rows = iter_rows(args.data, args.data_split, args.data_config, args.seed, args.shuffle_buffer)
+    try:
+        to_example(next(rows, None), args.data_format)
+    except RowRejected as error:
+        return f"; of the first: {error}"
+    return ""
 
 
 def _check_dropped(outcomes: Counter[str], args: DataArguments) -> None:

@@ -99,6 +99,9 @@ def problem_to_example(row: dict[str, Any]) -> Example:
         return example(*(_text(row, name) for name in ("prompt", "cot", "answer", "gold")))
     if isinstance(row.get("entry"), dict):
         return _of_gym(row)
+    if columns & {"cot", "gold"}:
+        lacking = [name for name in ("prompt", "cot", "answer", "gold") if name not in columns]
+        raise RowRejected("malformed", f"it lacks {', '.join(lacking)} (a row has prompt, cot, answer and gold)")
     if {"question", "context", "answer"} <= columns:
         answer = _text(row, "answer")
         return example(_hotpot_prompt(row), "", f"Answer: {answer}", answer, HOTPOTQA)
@@ -123,7 +126,10 @@ def problem_to_example(row: dict[str, Any]) -> Example:
         if not gold:
             raise RowRejected("malformed", "the solution holds no \\boxed{} result")
         return example(_text(row, "problem"), cot, _boxed(gold), gold)
-    raise RowRejected("malformed", f"columns {sorted(columns)} are those of no known problem set")
+    raise RowRejected(
+        "malformed",
+        f"columns {sorted(columns)} are those of no known problem set (yours has prompt, cot, answer and gold)",
+    )
 
 
 def _of_gym(row: dict[str, Any]) -> Example:

@@ -25,6 +25,16 @@ KEPT = ("kept", "cut")
 OVERLAP = "overlap_"  # begins the names of the filters for rows that hold a problem of the evaluation
 
 
+def to_example(row: dict[str, Any], data_format: str) -> Example:
+    """
+    A row of `data_format`, `dolci` or `problems`.
+
+    Raises:
+        RowRejected: it is none.
+    """
+    return parse_row(row) if data_format == "dolci" else problem_to_example(row)
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """What finds a special token, codebook and delimiters too, in a text."""
     # `all_special_tokens` has only those with a role, such as EOS.
@@ -64,7 +74,7 @@ class RowMaker:
         """The columns of a row that is kept, and whether its CoT is `cut`; else what drops it."""
         args = self.args
         try:
-            example = parse_row(row) if args.data_format == "dolci" else problem_to_example(row)
+            example = to_example(row, args.data_format)
             if not example.cot:
                 raise RowRejected("empty_think", "a problem without a worked solution")
             json.dumps(asdict(example), ensure_ascii=False).encode()

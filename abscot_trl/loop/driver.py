@@ -221,6 +221,8 @@ def run_all(
     if results and (shown, sum(stage.phase == "evaluate" for stage in todo)) != (1, 1):  # its process shows its own
         print(results_table(results))  # noqa: T201
     print_times(times)
+    if results:
+        print(f"next: abscot report {run}")  # noqa: T201
     return results
 
 

@@ -16,7 +16,7 @@ from abscot_trl.phases import TRAINING, read_yaml, run_phase
 from abscot_trl.processes import run, run_elsewhere
 from abscot_trl.storage import look_again, write_whole
 from abscot_trl.traces.initial import RANDOM_METHODS
-from abscot_trl.training.steps import accumulation_of, check_batch
+from abscot_trl.training.steps import accumulation_of, check_recipe
 
 
 def launcher_of(options: DriverOptions) -> dict:
@@ -57,11 +57,12 @@ def check_launch(todo: list[Stage], options: DriverOptions) -> None:
 def check_batches(todo: list[Stage], processes: int) -> None:
     """
     Raises:
-        Refused: a training stage whose recipe's batch sizes are none, or cannot be shared by so many processes.
+        Refused: a training stage whose recipe cannot be (`check_recipe`), or whose batch sizes so many processes
+            cannot share.
     """
     for stage in (stage for stage in todo if stage.phase in TRAINING):
         try:
-            check_batch(stage.settings)
+            check_recipe(stage.settings)
             accumulation_of(stage.settings, processes)
         except Refused as error:
             raise Refused(f"{stage.name}: {error}") from None

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.data.arguments import DataArguments
-from abscot_trl.data.dolci import RowRejected, is_hub_id, iter_rows, pack, parse_row, unpack
+from abscot_trl.data.dolci import RowRejected, is_hub_id, iter_rows, pack, unpack
 from abscot_trl.data.problems import load_problems, problem_to_example
-from abscot_trl.data.rows import KEPT, RowMaker
+from abscot_trl.data.rows import KEPT, RowMaker, to_example
 from abscot_trl.errors import Refused
 from abscot_trl.training.steps import GAUGE_ROWS, ROWS_A_PROBE
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -125,13 +125,13 @@ def rows_of(
         fits = "of Dolci about 22 % fits at 8192, 44 % at 16384, 90 % at 24576" if "dolci" in data.lower() else None
         known = {"longest": min(8192, positions), "fits": fits, "packed": gpus > 0}
         return Rows(data, data_format, problems or MATH500, **known), {}
-    rows, parts, held = iter_rows(data, shuffle_buffer=0), {}, ""
+    given, rows, parts, held = data, iter_rows(data, shuffle_buffer=0), {}, ""
     if data_format == "problems" and not problems:
         rows, tested = held_out(list(rows))
         held = f", {len(tested)} others held out"
         data, problems = str(runs / "train.jsonl"), str(runs / "problems.jsonl")
         parts = {Path(data): _lines(rows), Path(problems): _lines(tested)}
-    found = measured(rows, data, data_format, tokenizer, positions, gpus)
+    found = measured(rows, given, data_format, tokenizer, positions, gpus)
     prompts = data if data_format == "problems" else RL_PROMPTS
     words = found.pop("words") + held
     return Rows(data, data_format, problems or MATH500, prompts=prompts, words=words, **found), parts
@@ -165,7 +165,7 @@ def _left_out(sample: list[tuple[int, bytes]], outcomes: list[str], data_format:
         return ""
     counts = ", ".join(f"{outcome.partition('.')[2]} {n}" for outcome, n in Counter(name for _, name in left).items())
     try:
-        (parse_row if data_format == "dolci" else problem_to_example)(unpack(left[0][0]))
+        to_example(unpack(left[0][0]), data_format)
     except RowRejected as error:
         counts += f"; the first: {error}"
     return f" (left out: {counts})"

@@ -217,10 +217,11 @@ def check_gauges(todo: list[Stage], rows: int) -> None:
         Refused: phases have no gauges, so that `stop_when_empty` could never stop.
     """
     for stage in (stage for stage in todo if stage.phase == "distill" and not probes(rows, stage.settings)):
-        wanted = stage.settings.get("gauge_rows", GAUGE_ROWS)
+        wanted, most = stage.settings.get("gauge_rows", GAUGE_ROWS), rows // ROWS_A_PROBE
+        remedy = f"set gauge_rows to between 2 and {most}" if most >= 2 else f"give {2 * ROWS_A_PROBE} rows a phase"
         raise Refused(
-            f"stop_when_empty: {stage.name} has no gauges: gauge_rows {wanted} of rows_per_phase {rows}; set "
-            f"gauge_rows to at most {rows // ROWS_A_PROBE}, and not to 0, or leave stop_when_empty out"
+            f"stop_when_empty: {stage.name} has no gauges: gauge_rows {wanted} of rows_per_phase {rows}; {remedy}, or "
+            "leave stop_when_empty out"
         )
 
 
@@ -259,8 +260,8 @@ def judge(stage: Stage, stop_when_empty: bool) -> None:
             )
     elif stage.phase in PARTS and (wanted := stage.settings.get("gauge_rows", GAUGE_ROWS)):
         print(  # noqa: T201
-            f"{stage.name}: whether its answers read their traces is not known, its rows are too few for gauges "
-            f"({ROWS_A_PROBE} for each of gauge_rows {wanted})",
+            f"{stage.name}: whether its answers read their traces is not known: gauge_rows {wanted} takes "
+            f"{ROWS_A_PROBE * wanted} rows a phase, and at least 2 gauge_rows are needed",
             flush=True,
         )
 

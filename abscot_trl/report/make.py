@@ -78,6 +78,8 @@ def _results(run: Path) -> list[dict]:
     Raises:
         Refused: as `read_results`; of a warm-up or baselines, which evaluate themselves, in other words.
     """
+    if not run.exists():
+        raise Refused(f"{run} is not there; what `abscot warmup` calls run_dir, or evaluate output_dir, is shown here")
     if (run / "splits.json").is_file() and not (run / "results.json").exists():
         raise Refused(
             f"{run} holds no results yet: it has not ended, and the same `abscot warmup` (or baselines) command goes "

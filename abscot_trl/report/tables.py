@@ -43,7 +43,7 @@ def cells(row: dict, header: list[str]) -> list[str]:
         "n": str(row["n"]),
         **{name: _with_interval(row, key) for key, name in FIGURES.items()},
         "truncated": str(row.get("truncated", "")),
-        "swapped": f"{100 * share:.0f} %" if share else "",
+        "swapped": "" if share is None or row["swap"] == "own" else f"{100 * share:.0f} %",
     }
     return [text[name] for name in header]
 

@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig
 
 from abscot_trl.attention import IMPLEMENTATIONS
 from abscot_trl.errors import Refused
-from abscot_trl.training.steps import GAUGE_ROWS, accumulation_of, check_batch
+from abscot_trl.training.steps import GAUGE_ROWS, accumulation_of, check_recipe
 
 # The baselines by the mode in which each answers.
 BASELINES = {
@@ -110,7 +110,7 @@ class BottleneckConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        check_batch(vars(self))
+        check_recipe(vars(self))
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # one process, one card: transformers would use nn.DataParallel over all
         self.gradient_accumulation_steps = accumulation_of(vars(self), self.world_size)
@@ -119,11 +119,6 @@ class BottleneckConfig(SFTConfig):
             raise Refused("max_length and pad_to_multiple_of need a number here (set pad_to_multiple_of: 1 for none)")
         if self.loss_type != "nll" or self.label_smoothing_factor or self.eval_strategy != "no":
             raise Refused("loss_type, label_smoothing_factor and eval_strategy have no effect here; leave them out")
-        if self.gauge_rows < 0 or self.gauge_rows == 1 or self.gauge_steps < 1:
-            raise Refused(
-                f"gauge_rows {self.gauge_rows} and gauge_steps {self.gauge_steps}: at least 2 rows, or 0 for no "
-                "gauges, and 1 step are needed"
-            )
 
 
 @dataclass
@@ -146,15 +141,6 @@ class DistillationConfig(BottleneckConfig):
     interchange: float = field(
         default=0.0, metadata={"help": "Share of answers that are trained after another row's prompt and own trace."}
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.interchange <= 1:
-            raise Refused(f"interchange is a share of the rows, from 0 to 1, got {self.interchange}")
-        if self.interchange and not self.packing:
-            raise Refused("interchange: prompts change places within a packed row; set packing: true")
-        if self.rehearsal < 0:
-            raise Refused(f"rehearsal is a loss weight and cannot be negative, got {self.rehearsal}")
 
 
 @dataclass

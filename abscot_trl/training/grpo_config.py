@@ -8,7 +8,7 @@ from trl import GRPOConfig
 
 from abscot_trl.errors import Refused
 from abscot_trl.training.configs import check_resume
-from abscot_trl.training.steps import accumulation_of, check_batch
+from abscot_trl.training.steps import accumulation_of, check_recipe
 
 
 @dataclass
@@ -56,7 +56,7 @@ class AbstractGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        check_batch(vars(self))
+        check_recipe(vars(self))
         self.gradient_accumulation_steps = accumulation_of(vars(self), int(os.environ.get("WORLD_SIZE", "1")))
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # one process, one card: transformers would use nn.DataParallel over all

@@ -9,16 +9,32 @@ FEW = 50  # steps of a phase; fewer are said aloud
 ROWS_A_PROBE = 50  # and reading the gauges once takes 2 % of an epoch at most
 
 
-def check_batch(recipe: dict) -> None:
+def check_recipe(recipe: dict) -> None:
     """
+    What can be told from a recipe's fields alone, before a phase begins.
+
     Raises:
-        Refused: the recipe's batch sizes say nothing, or one thing twice.
+        Refused: its batch sizes say nothing, or one thing twice; or its gauges, its rehearsal or its interchange
+            cannot be.
     """
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if recipe.get(name, 1) < 1:
             raise Refused(f"{name} must be at least 1, got {recipe[name]}")
     if recipe.get("global_batch_size") is not None and recipe.get("gradient_accumulation_steps", 1) != 1:
         raise Refused("global_batch_size sets gradient_accumulation_steps; leave one of the two out")
+    gauge_rows, gauge_steps = recipe.get("gauge_rows", GAUGE_ROWS), recipe.get("gauge_steps", 1)
+    if gauge_rows < 0 or gauge_rows == 1 or gauge_steps < 1:
+        raise Refused(
+            f"gauge_rows {gauge_rows} and gauge_steps {gauge_steps}: at least 2 rows, or 0 for no gauges, and 1 step "
+            "are needed"
+        )
+    interchange = recipe.get("interchange", 0.0)
+    if recipe.get("rehearsal", 0.0) < 0:
+        raise Refused(f"rehearsal is a loss weight and cannot be negative, got {recipe['rehearsal']}")
+    if not 0 <= interchange <= 1:
+        raise Refused(f"interchange is a share of the rows, from 0 to 1, got {interchange}")
+    if interchange and not recipe.get("packing"):
+        raise Refused("interchange: prompts change places within a packed row; set packing: true")
 
 
 def accumulation_of(recipe: dict, processes: int) -> int:
@@ -58,5 +74,6 @@ def few_steps(steps: int, recipe: dict, processes: int) -> str:
     if steps >= FEW or recipe.get("max_steps", -1) > 0:
         return ""
     batch, epochs = recipe.get("global_batch_size"), recipe.get("num_train_epochs", 3)
-    size = (f"global_batch_size {batch}" if batch else "batch") + " (on fewer GPUs)" * (processes > 1)
-    return f"which are few: more rows, a smaller {size} or num_train_epochs over {epochs} make more"
+    size = f"a global_batch_size under {batch}" if batch else "a smaller batch"
+    size += " (on fewer GPUs)" * (processes > 1)
+    return f"which are few: more rows, {size} or num_train_epochs over {epochs} make more"
