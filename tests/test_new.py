@@ -171,6 +171,7 @@ def test_few_rows_are_not_packed_and_make_small_steps(n, hardware, tmp_path, mon
     assert phase.get("gauge_rows") == (10 if n == 1200 else None)
     run_phase("init", ["--config", "recipes/m/init.yaml"])
     words = f"which are few: more rows, a global_batch_size under {batch} (on fewer GPUs)"
+    assert ("too few to say, while they train, whether" in said) == (n == 200)
     assert f" about {steps} steps a phase" in said and (words in said) == (steps < 50)
     for command in (None, "data"):  # by what was measured, and by the prepared rows
         if command:

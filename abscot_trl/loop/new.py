@@ -20,7 +20,7 @@ from abscot_trl.loop.forms import CODEBOOK, FUSED, RANK, Form, Hardware, choose,
 from abscot_trl.loop.memory import GIB, Shape, shape_of_model
 from abscot_trl.loop.new_rows import EPOCHS, Rows, power_of_two, rows_of
 from abscot_trl.storage import check_folder, write_whole
-from abscot_trl.training.steps import few_steps, steps_of
+from abscot_trl.training.steps import ROWS_A_PROBE, few_steps, steps_of
 from abscot_trl.units import count_words
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -217,6 +217,7 @@ def new(args: NewArguments) -> str:
     commands = [f"abscot {phase} --config {recipe}/{name}.yaml" for phase, name in phases.items()]
     if args.hardware != "auto" and hardware.gpus and hardware.gib > GPUS["h100"].gib:
         commands[2] += " --gpu h200"  # without it a plan takes the card that is here, or an H100
+    no_gauges = f", under {2 * ROWS_A_PROBE}: too few to say, while they train, whether answers read their traces"
     lines = [
         f"{recipe}: {args.model} ({count_words(shape.parameters)} parameters) on {hardware.words}",
         f"- {why}",
@@ -224,7 +225,8 @@ def new(args: NewArguments) -> str:
         f"- rows of up to {rows.longest} tokens; {chosen['global_batch_size']}{packs} a step, "
         f"{chosen['per_device_train_batch_size']} at once: about {steps} steps a phase"
         + (f", {few}" if (few := few_steps(steps, chosen, gpus)) else ""),
-        f"- data: {rows.words}; {rows.kept // 2:,} rows a phase",
+        f"- data: {rows.words}; {rows.kept // 2:,} rows a phase"
+        + (no_gauges if rows.kept // 2 < 2 * ROWS_A_PROBE else ""),
         f"- evaluated on {rows.problems}",
         "next:",
         *commands,

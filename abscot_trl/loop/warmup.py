@@ -261,7 +261,7 @@ def judge(stage: Stage, stop_when_empty: bool) -> None:
     elif stage.phase in PARTS and (wanted := stage.settings.get("gauge_rows", GAUGE_ROWS)):
         print(  # noqa: T201
             f"{stage.name}: whether its answers read their traces is not known: gauge_rows {wanted} takes "
-            f"{ROWS_A_PROBE * wanted} rows a phase, and at least 2 gauge_rows are needed",
+            f"{ROWS_A_PROBE * wanted} rows a phase, 2, the fewest, {2 * ROWS_A_PROBE}",
             flush=True,
         )
 

@@ -6,6 +6,7 @@ recipes/demo/base with the log it printed (train_base.log).
 """
 
 import argparse
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
@@ -17,26 +18,18 @@ from abscot_trl.training.configs import BaselineConfig
 from abscot_trl.vocabulary import AbstractVocabulary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--chain_steps", type=int, default=6)
-    parser.add_argument("--modulus", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-
+def train(
+    rows: list[examples.Example], output: str | Path, steps: int, hidden: int = 128, layers: int = 4, seed: int = 1
+):
+    """Saves in `output` a model that writes the verbal CoT of `rows`, whose text the toy tokenizer knows."""
     tokenizer = toy_tokenizer()
-    set_seed(args.seed)
+    set_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=32,
@@ -47,7 +40,6 @@ def main() -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    rows = chain_arithmetic(args.rows, args.chain_steps, args.modulus, args.seed)
     dataset = Dataset.from_dict(
         {
             "prompt_ids": [examples.prompt_ids(row.prompt, tokenizer) for row in rows],
@@ -61,8 +53,8 @@ def main() -> None:
     vocabulary.extend(extended)
     training = BaselineConfig(
         baseline="cot",
-        output_dir=f"{args.output}-training",
-        max_steps=args.steps,
+        output_dir=f"{output}-training",
+        max_steps=steps,
         per_device_train_batch_size=128,
         learning_rate=2.0e-3,
         lr_scheduler_type="cosine",
@@ -74,12 +66,27 @@ def main() -> None:
         bf16=False,
         logging_steps=50,
         save_strategy="no",
-        seed=args.seed,
+        seed=seed,
         max_length=128,
     )
     BaselineTrainer(model, training, dataset, vocabulary=vocabulary, processing_class=extended).train()
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--chain_steps", type=int, default=6)
+    parser.add_argument("--modulus", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    rows = chain_arithmetic(args.rows, args.chain_steps, args.modulus, args.seed)
+    train(rows, args.output, args.steps, args.hidden, args.layers, args.seed)
 
 
 if __name__ == "__main__":
