@@ -278,6 +278,7 @@ def test_six_commands_lead_from_a_model_and_200_rows_to_a_report(tmp_path, monke
 
     def abscot(*words: str) -> str:
         log = tmp_path / f"{words[0]}.txt"
+        log.unlink(missing_ok=True)
         process = forked.abscot(words, log)
         process.join()
         assert process.exitcode == 0, log.read_text()[-2000:]

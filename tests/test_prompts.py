@@ -117,7 +117,10 @@ BAD = [
     ({"prompt": "a <eos>", "gold": "1"}, "special token in the prompt"),
     ({"prompt": "a <beginabstract>", "gold": "1"}, "special token in the prompt"),
     ({"prompt": "\ud800", "gold": "1"}, "half of a surrogate pair"),
-    ({"colour": "red"}, "columns ['colour'] are those of no known problem set"),
+    (
+        {"colour": "red"},
+        "columns ['colour'] are those of no known problem set (yours has prompt, cot, answer and gold)",
+    ),
 ]
 
 
