@@ -4,7 +4,7 @@ prompt tells: a number of two or three digits, then four sums or differences of 
 
     prompt 508-1-2-8-6=    cot 508-1=507; / 507-2=505; / ..    answer \\boxed{491}
 
-    python recipes/demo/interchange.py            # twenty minutes on two cores
+    python recipes/demo/interchange.py            # half an hour on a core
 
 A base learns the verbal CoT; then content traces, once without interchange and once with it.
 """
