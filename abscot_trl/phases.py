@@ -280,10 +280,8 @@ def _set_out_help(parser: argparse.ArgumentParser) -> None:
     for action in (action for action in parser._actions if action.required):
         action.help, action.default = f"{action.help} Required.", argparse.SUPPRESS  # no "(default: None)"
     for action in (action for action in parser._actions if isinstance(action, argparse._StoreFalseAction)):
-        action.help, action.default = (
-            f"The same as --{action.dest} false.",
-            argparse.SUPPRESS,
-        )  # transformers repeats the field's
+        # transformers repeats the field's help.
+        action.help, action.default = f"The same as --{action.dest} false.", argparse.SUPPRESS
     for actions in (parser._actions, parser._optionals._group_actions):
         actions.sort(key=lambda action: (action.dest not in ("help", "config"), not action.required))
 

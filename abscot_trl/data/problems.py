@@ -19,6 +19,7 @@ from abscot_trl.examples import Example
 
 HOTPOTQA, GPQA, ALPACAEVAL, MATHS = "hotpotqa", "gpqa", "alpacaeval", "maths"
 GYM = "reasoning_gym"  # asked as maths is, graded by the task itself
+OURS = ("prompt", "cot", "answer", "gold")  # the columns of our own files
 GPQA_COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 MODES = ("verbal", "direct", "abstract")
 
@@ -95,12 +96,12 @@ def problem_to_example(row: dict[str, Any]) -> Example:
         source = source or _first(row, "dataset_source", "source") or named
         return Example([{"role": "user", "content": prompt}], cot, answer, gold, identifier, source)
 
-    if {"prompt", "cot", "answer", "gold"} <= columns:
-        return example(*(_text(row, name) for name in ("prompt", "cot", "answer", "gold")))
+    if {*OURS} <= columns:
+        return example(*(_text(row, name) for name in OURS))
     if isinstance(row.get("entry"), dict):
         return _of_gym(row)
     if columns & {"cot", "gold"}:
-        lacking = [name for name in ("prompt", "cot", "answer", "gold") if name not in columns]
+        lacking = [name for name in OURS if name not in columns]
         raise RowRejected("malformed", f"it lacks {', '.join(lacking)} (a row has prompt, cot, answer and gold)")
     if {"question", "context", "answer"} <= columns:
         answer = _text(row, "answer")

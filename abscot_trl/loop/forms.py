@@ -77,9 +77,9 @@ def form_of(tuning: str, shape: Shape, family: str, hardware: Hardware, rows: Ro
     fixed |= {"lora_r": RANK, "lora_target_modules": list(leaves)} if lora else {}
     batch = min(8, rows.batch) if cpu else rows.batch
     fixed["global_batch_size"] = -(-batch // gpus) * gpus
-    least = (
-        min(batch, 1 << (4096 // rows.longest or 1).bit_length() - 1) if cpu else 1
-    )  # 4096 tokens at once, or a row
+    least = 1
+    if cpu:  # 4096 tokens at once, or a row
+        least = min(batch, 1 << (4096 // rows.longest or 1).bit_length() - 1)
 
     def option(checkpointing: bool, micro: int, stage: int) -> dict:
         compiles = family in FUSED and stage < 3 and not cpu  # ZeRO-3 gathers weights inside of a layer

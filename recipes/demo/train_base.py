@@ -20,7 +20,7 @@ from abscot_trl.vocabulary import AbstractVocabulary
 
 def train(
     rows: list[examples.Example], output: str | Path, steps: int, hidden: int = 128, layers: int = 4, seed: int = 1
-):
+) -> None:
     """Saves in `output` a model that writes the verbal CoT of `rows`, whose text the toy tokenizer knows."""
     tokenizer = toy_tokenizer()
     set_seed(seed)
