@@ -153,7 +153,6 @@ def test_a_thousand_scores_with_no_more_at_once_than_said(serving, tmp_path):
 
 
 FAILURES = {
-    "timeout": (200, {}, '{"score": 10}'),
     "429": (429, {}, "slow down"),
     "500": (500, {}, "{"),
     "too long": (400, {}, "the prompt is too long"),
@@ -174,21 +173,37 @@ FAILURES = {
 
 
 def failing(answer: str, tries: int) -> tuple[int, dict, str]:
-    if answer == "timeout":
-        time.sleep(1.0)
     return FAILURES.get(answer, (200, {}, '```json\n{"score": 7.5}\n```'))
 
 
 def test_no_failure_becomes_a_score(serving, tmp_path):
     """Each leaves `None` after all its tries and nothing on disk; the answers beside it keep their scores."""
     server, metrics = serving(failing), {}
-    judge = Judge(server.url, "m", timeout=0.4, retries=2, max_outages=0.9, cache=str(tmp_path / "kept"))
+    judge = Judge(server.url, "m", retries=2, max_outages=0.9, cache=str(tmp_path / "kept"))
     answers = [*FAILURES, *(f"good {n}" for n in range(5))]
     scores = score_of(judge, answers, log=metrics.__setitem__)
     assert scores == [None] * len(FAILURES) + [0.75] * 5
     assert metrics == {"judge/outages": pytest.approx(len(FAILURES) / len(answers))}
     assert server.tries == dict.fromkeys(answers, 3) | {"too long": 1} | {f"good {n}": 1 for n in range(5)}
     assert len(list((tmp_path / "kept").iterdir())) == 6
+
+
+def test_a_judge_that_says_nothing(serving, tmp_path):
+    """The answer beside it keeps its score, however busy the machine: only the late one's tries are bounded in time."""
+    over = threading.Event()
+
+    def silent(answer, _):
+        if answer == "late":
+            over.wait(60)
+        return tenths("100")
+
+    server = serving(silent)
+    judge = Judge(server.url, "m", timeout=2.0, retries=1, max_outages=0.9, cache=str(tmp_path / "kept"))
+    try:
+        assert score_of(judge, ["late", "good"]) == [None, 1.0]
+    finally:
+        over.set()
+    assert server.tries["late"] <= 2 and len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_a_judge_that_comes_back_is_asked_again_when_it_said(serving):
