@@ -189,7 +189,7 @@ def test_no_failure_becomes_a_score(serving, tmp_path):
 
 
 def test_a_judge_that_says_nothing(serving, tmp_path):
-    """The answer beside it keeps its score, however busy the machine: only the late one's tries are bounded in time."""
+    """The answer beside it keeps its score, however busy the machine: only the late one is bounded in time."""
     over = threading.Event()
 
     def silent(answer, _):
