@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer, write_problems
 from abscot_trl.errors import Refused
+from abscot_trl.loop.duration import card_of
 from abscot_trl.loop.forms import Hardware, hardware_of
 from abscot_trl.loop.memory import GIB, shape_of_model
 from abscot_trl.loop.new import recipe_files
@@ -172,7 +173,7 @@ def test_few_rows_are_not_packed_and_make_small_steps(n, hardware, tmp_path, mon
     run_phase("init", ["--config", "recipes/m/init.yaml"])
     words = f"which are few: more rows, a global_batch_size under {batch} (on fewer GPUs)"
     assert ("too few to say, while they train, whether" in said) == (n == 200)
-    assert f" about {steps} steps a phase" in said and (words in said) == (steps < 50)
+    assert f" at once: {steps} steps a phase" in said and (words in said) == (steps < 50)
     for command in (None, "data"):  # by what was measured, and by the prepared rows
         if command:
             run_phase(command, ["--config", f"recipes/m/{command}.yaml"])
@@ -181,14 +182,21 @@ def test_few_rows_are_not_packed_and_make_small_steps(n, hardware, tmp_path, mon
         assert f"distill: {steps} steps, {words}" in " ".join(found["warnings"]) or steps >= 50
 
 
-@pytest.mark.parametrize(("hardware", "card"), [("1x80gb", "h100"), ("2x141gb", "h200"), ("cpu", "CPU")])
-def test_the_plan_that_it_prints_is_of_a_card_of_that_memory(hardware, card, tmp_path, monkeypatch):
+# Hardware -> its name in a plan, and its memory.
+CARDS = [("1x80gb", "h100", 79), ("2x141gb", "h200", 139), ("1x24gb", "24 GB GPU", 23), ("cpu", "CPU", None)]
+
+
+@pytest.mark.parametrize(("hardware", "card", "gib"), CARDS)
+def test_the_plan_that_it_prints_is_of_a_card_of_that_memory(hardware, card, gib, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = str(base_model(tmp_path / "base"))
     said = new("--model", base, "--data", problems(tmp_path), "--hardware", hardware, "--output_dir", "recipes/m")
     (command,) = (line for line in said.splitlines() if line.startswith("abscot plan"))
-    found = plan(*parse_phase("plan", shlex.split(command)[2:]))
+    (args,) = parse_phase("plan", shlex.split(command)[2:])
+    found = plan(args)
     assert f" x {card}" in found["assumptions"][0]
+    assert gib is None or card_of(args.gpu).gib == gib
+    assert all(("hours" in line) == card.startswith("h") for line in found["stages"] if "steps" in line)
 
 
 def test_a_plan_before_the_data_takes_the_lengths_that_were_measured(tmp_path, monkeypatch):

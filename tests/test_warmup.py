@@ -26,6 +26,7 @@ from abscot_trl.loop import driver
 from abscot_trl.loop.warmup import WarmupArguments, lost_rounds, stages, warmup
 from abscot_trl.phases import parse, run_phase
 from abscot_trl.storage import MANIFEST, input_digests, path_digest
+from abscot_trl.training.resume import SEAL
 from abscot_trl.vocabulary import AbstractVocabulary
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -140,7 +141,7 @@ def test_another_engine_or_server_is_no_other_stage(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
+def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch, capsys):
     fields = toy | recipes(tmp_path, str(tmp_path / "test.jsonl")) | {"rounds": 1}
     launched, launch, recorded, record = [], driver.launch, [], driver.write_record
     monkeypatch.setattr(driver, "write_record", lambda run, done: recorded.append(len(done)) or record(run, done))
@@ -156,6 +157,17 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         warmup(WarmupArguments(**fields))
     before = {p: p.read_bytes() for p in Path(fields["run_dir"]).glob("round1/bottleneck*/*.jsonl")}
+    capsys.readouterr()
+    warmup(WarmupArguments(**fields, dry_run=True))
+    notes = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert notes["round1/bottleneck"].startswith("done ") and notes["round1/evaluate"].startswith("to do ")
+    assert notes["round1/distill"].startswith("begun ")
+    seal = Path(fields["run_dir"]) / "round1/distill/checkpoint-5" / SEAL
+    seal.parent.mkdir()
+    seal.touch()
+    warmup(WarmupArguments(**fields, dry_run=True))
+    assert "begun, goes on from checkpoint-5 " in capsys.readouterr().out
+    shutil.rmtree(seal.parent)
     results = warmup(WarmupArguments(**fields))
     assert launched[4:] == ["round1/distill", "round1/evaluate"] and len(results) == 2
     assert before == {p: p.read_bytes() for p in before}

@@ -24,7 +24,7 @@ from abscot_trl.loop.arguments import DriverOptions, RunArguments
 from abscot_trl.loop.launch import check_nodes, launch, launcher_of
 from abscot_trl.loop.memory import GIB, stage_disk
 from abscot_trl.loop.record import RECORDS, environment, write_record
-from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages
+from abscot_trl.loop.stages import Stage, choose_stages, is_done, print_stages, running_file
 from abscot_trl.phases import TRAINING
 from abscot_trl.report.card import write_results_card
 from abscot_trl.report.tables import results_table
@@ -126,7 +126,7 @@ def run_stage(stage: Stage, options: DriverOptions) -> float:
             too little disk, or the stage's process failed.
     """
     output = stage.output
-    running = output.with_name(output.name + ".running")
+    running = running_file(stage)
     inputs = input_digests(stage.settings)
     record = {"stage": stage.name, "phase": stage.phase, "settings": stage.settings, "inputs": inputs}
     record = json.loads(json.dumps(record))

@@ -6,10 +6,12 @@ they give within 6 %; `make bench-plan` holds them against steps that they were 
 """
 
 import os
+import re
 from dataclasses import dataclass, replace
 
 import torch
 
+from abscot_trl.errors import Refused
 from abscot_trl.loop.memory import GIB, Shape, layer_activations
 
 MATMUL = 0.69  # of the peak, in products with weights
@@ -41,7 +43,12 @@ GPUS = {  # by the data sheets; the longer name first
 
 
 def card_of(gpu: str | None) -> Card:
-    """The card of that name; without one the GPU that is here, else an h100."""
+    """
+    The card of that name, or any of so much memory (`24gb`); without one the GPU that is here, else an h100.
+
+    Raises:
+        Refused: neither a name of `GPUS` nor a memory.
+    """
     if gpu is None and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         name = card.name.lower().replace(" ", "-")
@@ -49,7 +56,11 @@ def card_of(gpu: str | None) -> Card:
         return Card(f"{card.name} (found here)", known[0].peak, known[0].bandwidth, card.total_memory / GIB)
     if gpu is None:
         return replace(GPUS["h100"], name="h100 (no GPU is here; `gpu` names another)")
-    return GPUS[gpu]
+    if gpu in GPUS:
+        return GPUS[gpu]
+    if size := re.fullmatch(r"([1-9]\d*)gb", gpu.lower()):
+        return Card(f"{size[1]} GB GPU", None, None, int(size[1]) - 1)  # drivers keep some
+    raise Refused(f"gpu {gpu!r:.80} is none of {', '.join(GPUS)}, and no memory such as 24gb")
 
 
 def this_cpu() -> Card:

@@ -140,7 +140,7 @@ def _values_of_rows(rows: Rows) -> dict[str, Any]:
         "benchmark": Path(rows.problems).name if is_hub_id(rows.problems) else rows.problems,
         "task": re.sub(r"\W|_", "", Path(rows.problems).stem.lower()), "answer": rows.answer,
         "instruction": False if rows.data_format == "problems" else None, "concise": min(4096, rows.longest),
-        "codebook": CODEBOOK, "added": CODEBOOK + 2, "m_max": rows.m_max, "ratio": rows.ratio,
+        "codebook": CODEBOOK, "added": CODEBOOK + 2, "epochs": EPOCHS, "m_max": rows.m_max, "ratio": rows.ratio,
         "cot": cot, "trace": round(cot / rows.ratio), "prompts": _quoted(rows.prompts),
         "prompt_words": "maths has a gold; other prompts are left out without a judge" if remote else None,
         "prompt_rows": 20_000 if remote else None, "max_rl_prompt": 2048 if remote else None,
@@ -210,21 +210,23 @@ def new(args: NewArguments) -> str:
     for path, text in [*parts.items(), *((folder / name, text) for name, text in files.items())]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-    chosen, packs = form.recipe, " packs" if rows.packed else " rows"
-    chosen, gpus = chosen | {"num_train_epochs": EPOCHS}, max(hardware.gpus, 1)
-    steps = steps_of(rows.trained, chosen, gpus)
+    chosen, gpus = form.recipe | {"num_train_epochs": EPOCHS}, max(hardware.gpus, 1)
+    batch = f"{chosen['global_batch_size']}{' packs' if rows.packed else ' rows'} a step, "
+    batch += f"{chosen['per_device_train_batch_size']} at once"
+    if not rows.packed:  # of packs a plan says how many steps they make
+        steps = steps_of(rows.trained, chosen, gpus)
+        batch += f": {steps} steps a phase" + (f", {few}" if (few := few_steps(steps, chosen, gpus)) else "")
     phases = {"init": "init", "data": "data", "plan": "warmup.informed", "warmup": "warmup.informed"}
     commands = [f"abscot {phase} --config {recipe}/{name}.yaml" for phase, name in phases.items()]
-    if args.hardware != "auto" and hardware.gpus and hardware.gib > GPUS["h100"].gib:
-        commands[2] += " --gpu h200"  # without it a plan takes the card that is here, or an H100
+    known = [name for name in ("h100", "h200") if abs(GPUS[name].gib - hardware.gib) <= 1]
+    if args.hardware != "auto" and hardware.gpus and known != ["h100"]:  # what a plan takes where no GPU is here
+        commands[2] += f" --gpu {known[0] if known else f'{hardware.gib + 1:.0f}gb'}"
     no_gauges = f", under {2 * ROWS_A_PROBE}: too few to say, while they train, whether answers read their traces"
     lines = [
         f"{recipe}: {args.model} ({count_words(shape.parameters)} parameters) on {hardware.words}",
         f"- {why}",
         f"- accelerate configuration {form.accelerate}; {'vLLM' if hardware.gpus else 'transformers'} samples",
-        f"- rows of up to {rows.longest} tokens; {chosen['global_batch_size']}{packs} a step, "
-        f"{chosen['per_device_train_batch_size']} at once: about {steps} steps a phase"
-        + (f", {few}" if (few := few_steps(steps, chosen, gpus)) else ""),
+        f"- rows of up to {rows.longest} tokens; {batch}",
         f"- data: {rows.words}; {rows.kept // 2:,} rows a phase"
         + (no_gauges if rows.kept // 2 < 2 * ROWS_A_PROBE else ""),
         f"- evaluated on {rows.problems}",

@@ -25,7 +25,7 @@ ROWS = 30_000  # of a recipe: 2 phases of 15,000
 READ, SAMPLE = 200_000, 2_000  # rows looked at, and tokenised
 HELD_OUT = 500  # problems at most, as many as MATH-500's
 STEP_ROWS = 24  # rows of a step; at least, in packs
-EPOCHS = 3  # as templates/bottleneck.yaml has it
+EPOCHS = 3  # of a phase over its rows
 STEPS = 100  # of a phase: where packs of 8192 tokens make fewer, rows are not packed
 LONGEST = 32_768
 

@@ -49,18 +49,23 @@ class PlanArguments(WarmupArguments):
     What `--config WARMUP.yaml` will take.
 
     Args:
-        gpu (`str`, *optional*): for which card to plan; the one that is here when left out, or an h100 without one.
+        gpu (`str`, *optional*): for which card to plan, by name or by its memory, as `24gb` (no hours then); the one
+            that is here when left out, or an h100 without one.
         gpus (`int`, *optional*): how many; those of the accelerate configuration when left out.
         model_config (`str`, *optional*): a config.json, while `model` is not there yet; left out, that of the base
             model of the `init.yaml` beside the phases' recipes.
     """
 
-    gpu: str | None = field(default=None, metadata={"help": "Which GPU; the one here otherwise.", "choices": [*GPUS]})
+    gpu: str | None = field(
+        default=None, metadata={"help": f"Which GPU: {', '.join(GPUS)}, or its memory, 24gb; the one here otherwise."}
+    )
     gpus: int | None = field(default=None, metadata={"help": "How many; the accelerate configuration's otherwise."})
     model_config: str | None = field(default=None, metadata={"help": "A config.json, while model is not there yet."})
 
     def __post_init__(self):
         super().__post_init__()
+        if self.gpu is not None:
+            card_of(self.gpu)
         if self.gpus is not None and self.gpus < 1:
             raise Refused(f"gpus must be at least 1, got {self.gpus}")
         if self.gpus is not None and self.num_processes is not None:
@@ -178,7 +183,9 @@ def plan(args: PlanArguments) -> dict:
     known = "the prepared data" if counts else "prompt_tokens, cot_tokens, answer_tokens; no data there yet"
     assumptions = [
         f"{count_words(shape.parameters)} parameters; {gpus} x {card.name}, ZeRO stage {zero}",
-        "mean tokens " + ", ".join(f"{name} {values.mean():.0f}" for name, values in lengths.items()) + f": {known}",
+        "mean tokens "
+        + ", ".join(f"{name} {values.mean():.0f}" for name, values in lengths.items())
+        + f" with its two delimiters: {known}",
         "hours: as measured on an H100, to other cards by their data sheets (abscot_trl/loop/duration.py); what GPUs "
         "wait for each other, evaluations and loading are not counted"
         if card.peak

@@ -13,6 +13,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.loop.arguments import DriverOptions, RunArguments
 from abscot_trl.phases import PHASES, SETTABLE, TRAINING, check_fields, field_names, meant, parse, read_yaml
 from abscot_trl.storage import MANIFEST
+from abscot_trl.training.resume import sealed_checkpoints
 
 # What a run tells its phases itself, whatever their recipes say.
 OWN = {"model_name_or_path", "model", "data", "traces", "output_dir", "name", "resume_from_checkpoint", "rehearsal"}
@@ -139,8 +140,23 @@ def check_stages(todo: list[Stage], args: RunArguments) -> None:
                 load_problems(settings["problems"], *where, limit=1)
 
 
+def running_file(stage: Stage) -> Path:
+    """Where a stage that has begun and not ended has noted what it was begun with."""
+    return stage.output.with_name(stage.output.name + ".running")
+
+
+def state_of(stage: Stage) -> str:
+    """How far a stage is, in words."""
+    if is_done(stage):
+        return "done"
+    if not running_file(stage).exists():
+        return "to do"
+    sealed = sealed_checkpoints(stage.output)
+    return f"begun, goes on from {sealed[-1].name}" if sealed else "begun"
+
+
 def print_stages(todo: list[Stage], chosen: list[Stage]) -> None:
-    """What `dry_run` says: which of the stages are done, which are to do."""
+    """What `dry_run` says: which of the stages are done, which are to do and which have begun."""
     for stage in todo:
-        note = "done" if is_done(stage) else "to do" if stage in chosen else "not asked for"
+        note = state_of(stage) if is_done(stage) or stage in chosen else "not asked for"
         print(f"{stage.name:<24} {note:<14} {stage.settings['output_dir']}")  # noqa: T201
