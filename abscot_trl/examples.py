@@ -17,6 +17,8 @@ from abscot_trl.errors import Refused
 from abscot_trl.vocabulary import AbstractVocabulary
 
 IGNORE = -100
+QUIET = {"verbose": False}  # a tokenizer warns of long rows; here they are counted, and refused where they do not fit
+PLAIN = QUIET | {"add_special_tokens": False, "split_special_tokens": True}  # special tokens that a text quotes: text
 
 
 class Segment(IntEnum):
@@ -59,7 +61,9 @@ def prompt_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
     if tokenizer.chat_template is None:
         raise Refused(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; take an instruct model's")
     settings = {"add_generation_prompt": True, "enable_thinking": False, "abstract": False}
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **settings)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=False, tokenizer_kwargs=QUIET, **settings
+    )
 
 
 def cot_columns(cot: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -72,8 +76,7 @@ def cot_columns(cot: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
         its newline's; `step_lengths` (n,): how many tokens hold some of its text, its newline left out.
     """
     text = cot.rstrip() + "\n"
-    options = {"add_special_tokens": False, "split_special_tokens": True}
-    encoded = tokenizer(text, return_offsets_mapping=True, **options)
+    encoded = tokenizer(text, return_offsets_mapping=True, **PLAIN)
     starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
     lines = text.split("\n")[:-1]
     steps = [i for i, line in enumerate(lines) if line.strip()]
@@ -88,7 +91,7 @@ def answer_ids(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The answer and EOS; a special token that the answer quotes stays text."""
     if tokenizer.eos_token_id is None:
         raise Refused(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; an answer could never end")
-    ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = tokenizer(answer, **PLAIN)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
 
 

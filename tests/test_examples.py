@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import tokenization_utils_base
 
 from abscot_trl.data.toy import chain_arithmetic, toy_tokenizer
 from abscot_trl.examples import IGNORE, Collator, Encoder, Segment, answer_ids, cot_columns, pack, prompt_ids
@@ -96,6 +97,17 @@ def test_text_to_ids():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS"):
         answer_ids(example.answer, tokenizer)
+
+
+def test_long_rows_are_not_warned_of(monkeypatch):
+    """Rows longer than the model are counted and left out here; transformers speaks of errors to come."""
+    tokenizer, warned = toy_tokenizer(), []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", warned.append)
+    tokenizer.model_max_length = 3
+    text = "1 + 1 = 2 ; 2 + 2 = 4"
+    rows = [answer_ids(text, tokenizer), cot_columns(text, tokenizer)["cot_ids"]]
+    rows.append(prompt_ids([{"role": "user", "content": text}], tokenizer))
+    assert min(map(len, rows)) > 3 and warned == []
 
 
 def test_chain_arithmetic_is_right():

@@ -120,6 +120,12 @@ class SealedTrainer:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
 
+    def _issue_warnings_after_load(self, load_result):
+        """A tied weight is saved once: that a checkpoint lacks its second name means nothing."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """
         As in `Trainer`, on all processes.
