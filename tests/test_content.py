@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import pytest
 import torch
 from forked import abscot
 from safetensors.torch import load_file, save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from warmups import killed_at_every_write, recipes
 
 from abscot_trl import storage
@@ -25,7 +27,15 @@ from abscot_trl.errors import Refused
 from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
 from abscot_trl.phases import run_phase
 from abscot_trl.traces import content, make
-from abscot_trl.traces.content import candidates, fit_codes, influences, steps_at, tokens_of_codes
+from abscot_trl.traces.content import (
+    candidates,
+    fit_codes,
+    influences,
+    of_words,
+    steps_at,
+    tokens_of_codes,
+    word_edges,
+)
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -91,6 +101,55 @@ def test_who_finds_more_writes_more(spoken, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "traces" / "traces.jsonl").read_text().splitlines()]
     right = [len(record["trace"]) == (3 if int(record["id"]) < ROWS else 6) for record in records]
     assert len(right) == 2 * ROWS and sum(right) >= 0.9 * len(right)
+
+
+SPOKEN = "(Zoe's) 501 boys-only classes cost £10250, not 39.5; so 7 * 12 =84 books\n数字学 501, الكتاب ten\n"
+BYTES = [
+    "Ġ",
+    pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]),
+    decoders.ByteLevel(),
+]
+SPACES = ["▁", pre_tokenizers.Metaspace(), decoders.Metaspace()]
+
+
+@pytest.mark.parametrize("space, pre, decoder", [BYTES, SPACES], ids=["bytes", "spaces"])
+def test_a_word_has_its_largest_influence(space, pre, decoder):
+    """Against the words of a regular expression on the text. Letters of scripts without capitals stand alone."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre, decoder
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if space == "Ġ" else []
+    size = len(alphabet) + 60 if alphabet else 60
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>"], initial_alphabet=alphabet)
+    backend.train_from_iterator([SPOKEN], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    encoded = tokenizer(SPOKEN, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    row = {"prompt_ids": [5, 6], "cot_ids": ids, "answer_ids": [7], "step_ends": [len(ids) - 1]}
+    told = np.random.default_rng(0).normal(size=len(ids) - 1).astype(np.float32)
+    words = [match.span() for match in re.finditer(r"[^\W\u0600-\u06ff\u4e00-\u9fff]+", SPOKEN)]
+
+    def word_of(k: int):
+        start, end = spans[k]
+        return next((word for word in words if word[0] < end <= word[1] and end > start), ("token", k))
+
+    every = [word_of(k) for k in range(len(ids) - 1)]
+    expected = [max(told[i] for i, word in enumerate(every) if word == own) for own in every]
+    assert of_words(told, row, word_edges(tokenizer)).tolist() == expected
+    assert len(set(every)) < len(every) - 5
+
+
+def test_a_trace_takes_whole_words(spoken, tmp_path):
+    """Every number of two equal digits: a trace under m_max holds no digit without its twin."""
+    rows = [row for row in chain_arithmetic(600, 3, 5, seed=7) if "-" not in row.id][:ROWS]  # a code for every token
+    rows = [replace(row, cot=re.sub(r"(\d)", r"\1\1", row.cot)) for row in rows]
+    fields = {"data": str(tmp_path / "data"), "output_dir": str(tmp_path / "traces")}
+    given = write_problems(tmp_path / "rows.jsonl", rows)
+    phase("data", data=given, data_format="problems", tokenizer=spoken["model"], output_dir=fields["data"])
+    make_traces(TracesArguments(model=spoken["model"], method="content", ratio=12.0, dtype="float32", **fields))
+    tokens, tokenizer = tokens_of_codes(fields["output_dir"]), AutoTokenizer.from_pretrained(spoken["model"])
+    records = [json.loads(line) for line in (tmp_path / "traces" / "traces.jsonl").read_text().splitlines()]
+    texts = ["".join(tokenizer.decode(tokens[code]) for code in record["trace"]) for record in records]
+    assert len(texts) == ROWS and not [text for text in texts if not re.fullmatch(r"(\+?(\d)\2|[=;])+", text)]
 
 
 def test_influence_is_what_later_text_loses(spoken):
@@ -322,8 +381,10 @@ def test_codes_of_other_traces_are_refused(toy, arguments, tmp_path):
     file.write_bytes(save({**load_file(file), "tokens": torch.arange(3)}))
     with pytest.raises(Refused, match="was made with 3 codes by a model of width 128 and .* has 16, 128 and"):
         make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=arguments.output_dir))
-    file.write_bytes(save({name: value for name, value in load_file(file).items() if name != "least"}))
-    with pytest.raises(Refused, match="content.safetensors is damaged .'least'.; remove it"):  # of an older version
+    file.write_bytes(save({name: value for name, value in load_file(file).items() if name != "least_word"}))
+    with pytest.raises(
+        Refused, match="content.safetensors is damaged .'least_word'.; remove it"
+    ):  # of an older version
         make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=arguments.output_dir))
     assert not (tmp_path / "b.parts").exists()
 

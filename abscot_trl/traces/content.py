@@ -8,12 +8,16 @@ regression on the model's last hidden states tells it for all others, a row a fo
 CoTs' tokens that has the most influence makes the traces, in their order: a CoT that finds more has a longer one. In
 chain arithmetic these turn out to be the results of the steps (tests/test_content.py).
 
+*Words* are taken whole, by their most influential token: of 501, three tokens, the last one alone would leave the
+others to be read from the problem, and an answer that reads its problem does not follow its trace.
+
 *Codes*: the M token types that occur most often among them stand for themselves, every other type for the one of these
 whose embedding is nearest. `abscot init --codes` lets a code's embedding begin as that of its token.
 
 Steps are the CoT's lines; their last tokens, which hold the line break, are never taken.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -128,24 +132,54 @@ def hidden_states(model: PreTrainedModel, rows: list[dict], batch_tokens: int) -
             yield batch, padded_states(model, [ids[i] for i in batch])
 
 
-def tell(model: PreTrainedModel, rows: list[dict], weights: Tensor, batch_tokens: int) -> Iterator[tuple[int, Tensor]]:
+def word_edges(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """
-    What `weights` (d + 1, the last one the intercept) tell of the influence of each row's candidates, longest rows
-    first: (row, (candidates,)). A product a batch, on the model's device: a row at a time took 13 rows/s on H200.
+    Whether the text of each token id begins, and ends, with a letter or digit of a word: (2, V). Of scripts without
+    capitals (category Lo), many of which put no spaces between words, letters count as none.
+    """
+
+    def inside(text: str, at: int) -> bool:
+        return bool(text) and text[at].isalnum() and unicodedata.category(text[at]) != "Lo"
+
+    tokens = tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokens))])
+    for i, token in enumerate(tokens):
+        if token and token.startswith("▁"):  # a space, which some tokenizers lose at the beginning of a text
+            texts[i] = " " + texts[i]
+    return np.array([[inside(text, at) for text in texts] for at in (0, -1)])
+
+
+def of_words(told: np.ndarray, row: dict, edges: np.ndarray) -> np.ndarray:
+    """Of each of a row's candidates the largest value of its word's, (candidates,) both."""
+    (begins, ends), within = edges[:, row["cot_ids"]], candidates(row) - len(row["prompt_ids"])
+    word = np.concatenate([[0], np.cumsum(~(ends[:-1] & begins[1:]))])[within]
+    largest = np.full(len(begins), -np.inf, told.dtype)
+    np.maximum.at(largest, word, told)
+    return largest[word]
+
+
+def tell(
+    model: PreTrainedModel, rows: list[dict], weights: Tensor, edges: np.ndarray, batch_tokens: int
+) -> Iterator[tuple[int, Tensor]]:
+    """
+    What `weights` (d + 1, the last one the intercept) tell of the influence of the words of each row's candidates,
+    longest rows first: (row, (candidates,)). A product a batch, on the model's device: a row at a time took 13 rows/s
+    on H200.
     """
     for batch, hidden in hidden_states(model, rows, batch_tokens):
         there = weights.to(hidden.device)
-        for i, told in zip(batch, (hidden.float() @ there[:-1] + there[-1]).cpu(), strict=True):
-            yield i, told[candidates(rows[i])]
+        for i, told in zip(batch, (hidden.float() @ there[:-1] + there[-1]).cpu().numpy(), strict=True):
+            yield i, torch.from_numpy(of_words(told[candidates(rows[i])], rows[i], edges))
 
 
 def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
     """
     The tokens of a row's trace, as ids, in their order: the candidates whose influence is told to be `least` or more;
-    the most influential one at least, and `m_max` at most.
+    the most influential word's at least, and `m_max` at most, which may cut the least word.
     """
     told, within = told.numpy(), candidates(row) - len(row["prompt_ids"])
-    best = np.argsort(-told, kind="stable")[: min(max((told >= least.item()).sum(), 1), m_max)]
+    least = min(least.item(), told.max())
+    best = np.argsort(-told, kind="stable")[: min((told >= least).sum(), m_max)]
     return [row["cot_ids"][k] for k in np.sort(within[best])]
 
 
@@ -191,11 +225,11 @@ def _measured(model: PreTrainedModel, args, rows: list[dict], at: list[list[int]
 
 
 def _fit(
-    model: PreTrainedModel, args, vocabulary: AbstractVocabulary, part: Dataset, folder: Path
+    model: PreTrainedModel, args, vocabulary: AbstractVocabulary, edges: np.ndarray, part: Dataset, folder: Path
 ) -> dict[str, Tensor]:
     """
-    What makes the traces: `weights` of influence, the `least` that is taken, `tokens` of the codes and `codes` of the
-    tokens.
+    What makes the traces: `weights` of influence, the `least_word` that is taken, `tokens` of the codes and `codes` of
+    the tokens.
     """
     rng = np.random.default_rng(args.seed)
     rows = [row for row in part.select(sorted(rng.permutation(len(part))[:FIT_ROWS])) if len(candidates(row))]
@@ -204,13 +238,14 @@ def _fit(
     at = [np.sort(rng.permutation(candidates(row))[:FIT_TOKENS]).tolist() for row in rows]
     lost, states = _measured(model, args, rows, at, folder)
     weights = fit_influence(states.numpy(), lost.numpy())
-    told = dict(tqdm(tell(model, rows, weights, args.batch_tokens), total=len(rows), desc="threshold", unit="row"))
+    told = tell(model, rows, weights, edges, args.batch_tokens)
+    told = dict(tqdm(told, total=len(rows), desc="threshold", unit="row"))
     best = torch.cat([*told.values()]).sort(descending=True).values
     count = round(sum(len(row["cot_ids"]) for row in rows) / args.ratio)
     least = best[min(max(count, 1), len(best)) - 1]
     taken = [chosen(row, told[i], least, vocabulary.m_max) for i, row in enumerate(rows)]
     tokens, codes = fit_codes(taken, model.get_input_embeddings().weight.detach(), vocabulary.size)
-    return {"weights": weights, "least": least, "tokens": tokens, "codes": codes}
+    return {"weights": weights, "least_word": least, "tokens": tokens, "codes": codes}
 
 
 def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
@@ -222,7 +257,7 @@ def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
     """
     file, config = Path(traces) / CONTENT_FILE, AutoConfig.from_pretrained(model).get_text_config()
     there = [len(tokens_of_codes(traces)), len(read_tensor(file, "weights")) - 1, len(read_tensor(file, "codes"))]
-    read_tensor(file, "least")
+    read_tensor(file, "least_word")
     if there != (here := [vocabulary.size, config.hidden_size, config.vocab_size]):
         raise Refused(
             f"{traces} was made with {there[0]} codes by a model of width {there[1]} and {there[2]} tokens, {model} "
@@ -268,16 +303,17 @@ def content_parts(
     todo = [n for n in range(share - 1, len(spans), shares) if not parts.done(n)]
     if not todo:
         return parts, len(spans), 0
+    edges = word_edges(tokenizer)
     with parts.joining():
         look_again(fitted)
         if not fitted.is_file():
-            write_whole(fitted, fit or save(_fit(load(), args, vocabulary, part, parts.folder)))
-    weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least", "codes"))
+            write_whole(fitted, fit or save(_fit(load(), args, vocabulary, edges, part, parts.folder)))
+    weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least_word", "codes"))
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:
         for n in todo:
             these, traces = rows_of(part, spans[n]), {}
-            for i, told in tell(load(), these, weights, args.batch_tokens):
+            for i, told in tell(load(), these, weights, edges, args.batch_tokens):
                 if len(told):
                     traces[i] = codes[chosen(these[i], told, least, vocabulary.m_max)].tolist()
                 bar.update()
