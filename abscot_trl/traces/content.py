@@ -172,15 +172,20 @@ def tell(
             yield i, torch.from_numpy(of_words(told[candidates(rows[i])], rows[i], edges))
 
 
-def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
+def chosen_at(row: dict, told: Tensor, least: Tensor, m_max: int) -> np.ndarray:
     """
-    The tokens of a row's trace, as ids, in their order: the candidates whose influence is told to be `least` or more;
-    the most influential word's at least, and `m_max` at most, which may cut the least word.
+    Which tokens of a row's c make its trace, in their order: the candidates whose influence is told to be `least` or
+    more; the most influential word's at least, and `m_max` at most, which may cut the least word.
     """
     told, within = told.numpy(), candidates(row) - len(row["prompt_ids"])
     least = min(least.item(), told.max())
     best = np.argsort(-told, kind="stable")[: min((told >= least).sum(), m_max)]
-    return [row["cot_ids"][k] for k in np.sort(within[best])]
+    return np.sort(within[best])
+
+
+def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
+    """The ids of those tokens."""
+    return [row["cot_ids"][k] for k in chosen_at(row, told, least, m_max)]
 
 
 def fit_influence(states: np.ndarray, lost: np.ndarray) -> Tensor:
