@@ -1,6 +1,6 @@
 """
-Does interchange (`interchange:` of phase B) make the answer follow its trace? A toy whose traces leave out what the
-prompt tells: a number of two or three digits, then four sums or differences of one digit.
+Does interchange (`interchange:` of phase B) make the answer follow its trace? A toy whose prompt tells a part of each
+result, its first digits: a number of two or three digits, then four sums or differences of one digit.
 
     prompt 508-1-2-8-6=    cot 508-1=507; / 507-2=505; / ..    answer \\boxed{491}
 
