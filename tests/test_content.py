@@ -34,9 +34,9 @@ from abscot_trl.traces.content import (
     of_words,
     steps_at,
     tokens_of_codes,
-    word_edges,
 )
 from abscot_trl.traces.make import TracesArguments, make_traces
+from abscot_trl.traces.words import word_edges
 from abscot_trl.vocabulary import AbstractVocabulary
 
 BASE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "base"

@@ -17,7 +17,6 @@ whose embedding is nearest. `abscot init --codes` lets a code's embedding begin 
 Steps are the CoT's lines; their last tokens, which hold the line break, are never taken.
 """
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,6 +36,7 @@ from abscot_trl.checkpoint import load_model
 from abscot_trl.errors import Refused
 from abscot_trl.storage import Parts, look_again, phase_settings, write_whole
 from abscot_trl.traces.batching import batches, cut
+from abscot_trl.traces.words import word_edges, words
 from abscot_trl.vocabulary import AbstractVocabulary
 
 CONTENT_FILE, PART = "content.safetensors", "influence-{:06}.safetensors"
@@ -132,28 +132,10 @@ def hidden_states(model: PreTrainedModel, rows: list[dict], batch_tokens: int) -
             yield batch, padded_states(model, [ids[i] for i in batch])
 
 
-def word_edges(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """
-    Whether the text of each token id begins, and ends, with a letter or digit of a word: (2, V). Of scripts without
-    capitals (category Lo), many of which put no spaces between words, letters count as none.
-    """
-
-    def inside(text: str, at: int) -> bool:
-        return bool(text) and text[at].isalnum() and unicodedata.category(text[at]) != "Lo"
-
-    tokens = tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokens))])
-    for i, token in enumerate(tokens):
-        if token and token.startswith("▁"):  # a space, which some tokenizers lose at the beginning of a text
-            texts[i] = " " + texts[i]
-    return np.array([[inside(text, at) for text in texts] for at in (0, -1)])
-
-
 def of_words(told: np.ndarray, row: dict, edges: np.ndarray) -> np.ndarray:
     """Of each of a row's candidates the largest value of its word's, (candidates,) both."""
-    (begins, ends), within = edges[:, row["cot_ids"]], candidates(row) - len(row["prompt_ids"])
-    word = np.concatenate([[0], np.cumsum(~(ends[:-1] & begins[1:]))])[within]
-    largest = np.full(len(begins), -np.inf, told.dtype)
+    word = words(row["cot_ids"], edges)[candidates(row) - len(row["prompt_ids"])]
+    largest = np.full(len(row["cot_ids"]), -np.inf, told.dtype)
     np.maximum.at(largest, word, told)
     return largest[word]
 

@@ -20,23 +20,24 @@ from tqdm import tqdm
 
 from abscot_trl.checkpoint import load_model, load_tokenizer
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.traces.content import FIT_TOKENS, candidates, chosen_at, fit_influence, influences, tell, word_edges
+from abscot_trl.traces.content import FIT_TOKENS, candidates, chosen_at, fit_influence, influences, tell
+from abscot_trl.traces.words import word_edges
 
 BATCH, M_MAX = 2048, 32
 
 
 def results(row: dict, tokenizer) -> list[set[int]]:
     """Of each step the places in c of the tokens of its last number; steps without a number are left out."""
-    texts, found, start = [tokenizer.decode([token]) for token in row["cot_ids"]], [], 0
+    texts, places, start = [tokenizer.decode([token]) for token in row["cot_ids"]], [], 0
     for end in row["step_ends"]:
         step = texts[start:end]
         edges = np.cumsum([0, *map(len, step)])  # characters
         numbers = [*re.finditer(r"\d+", "".join(step))]
         if numbers:
             first, last = numbers[-1].span()
-            found.append({start + k for k in range(len(step)) if edges[k] < last and edges[k + 1] > first})
+            places.append({start + k for k in range(len(step)) if edges[k] < last and edges[k + 1] > first})
         start = end + 1
-    return found
+    return places
 
 
 def main() -> None:
