@@ -157,7 +157,7 @@ def test_given_problems_are_evaluated_and_no_row_is_held_out(tmp_path, monkeypat
 
 
 # Rows, hardware -> rows a step, and steps of a phase: three epochs of its rows (of 1080 ten are the gauges').
-FEW = {(1200, "1x80gb"): (24, 69), (200, "1x80gb"): (4, 69), (200, "8x80gb"): (8, 36), (200, "cpu"): (4, 69)}
+FEW = {(3000, "1x24gb"): (24, 159), (1200, "1x80gb"): (24, 69), (200, "1x80gb"): (4, 69), (200, "8x80gb"): (8, 36), (200, "cpu"): (4, 69)}
 
 
 @pytest.mark.parametrize(("n", "hardware"), FEW)
@@ -169,7 +169,7 @@ def test_few_rows_are_not_packed_and_make_small_steps(n, hardware, tmp_path, mon
     said = new("--model", base, "--data", data, "--hardware", hardware, "--output_dir", "recipes/m")
     phase, warm = read_yaml("recipes/m/bottleneck.full.yaml"), read_yaml("recipes/m/warmup.informed.yaml")
     assert "packing" not in phase and phase["global_batch_size"] == batch and warm["tuning"] == "full"
-    assert phase.get("gauge_rows") == (10 if n == 1200 else None)
+    assert phase.get("gauge_rows") == {1200: 10, 3000: 25}.get(n)
     run_phase("init", ["--config", "recipes/m/init.yaml"])
     words = f"which are few: more rows, a global_batch_size under {batch} (on fewer GPUs)"
     assert ("too few to say, while they train, whether" in said) == (n == 200)
@@ -192,6 +192,7 @@ def test_the_plan_that_it_prints_is_of_a_card_of_that_memory(hardware, card, gib
     base = str(base_model(tmp_path / "base"))
     said = new("--model", base, "--data", problems(tmp_path), "--hardware", hardware, "--output_dir", "recipes/m")
     (command,) = (line for line in said.splitlines() if line.startswith("abscot plan"))
+    assert ("--gpu " in command) == (hardware != "cpu")  # whatever card is here
     (args,) = parse_phase("plan", shlex.split(command)[2:])
     found = plan(args)
     assert f" x {card}" in found["assumptions"][0]

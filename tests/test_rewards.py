@@ -45,6 +45,7 @@ class Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.verdict, self.lock, self.bodies, self.times = verdict, threading.Lock(), [], []
         self.headers, self.running, self.most, self.tries = [], 0, 0, {}
+        self.pause = 0.0  # seconds between the bytes of a reply
 
     @property
     def url(self) -> str:
@@ -78,7 +79,10 @@ class Handler(BaseHTTPRequestHandler):
             for name, value in {**headers, "Content-Length": str(len(content.encode()))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content.encode())
+            for byte in content.encode() if server.pause else ():
+                self.wfile.write(bytes([byte]))
+                time.sleep(server.pause)
+            self.wfile.write(b"" if server.pause else content.encode())
         except OSError:  # given up
             self.close_connection = True
 
@@ -198,12 +202,19 @@ def test_a_judge_that_says_nothing(serving, tmp_path):
         return tenths("100")
 
     server = serving(silent)
-    judge = Judge(server.url, "m", timeout=2.0, retries=1, max_outages=0.9, cache=str(tmp_path / "kept"))
+    judge = Judge(server.url, "m", timeout=3.0, retries=1, max_outages=0.9, cache=str(tmp_path / "kept"))
     try:
         assert score_of(judge, ["late", "good"]) == [None, 1.0]
     finally:
         over.set()
-    assert server.tries["late"] <= 2 and len(list((tmp_path / "kept").iterdir())) == 2
+    assert server.tries["late"] == 2 and len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_a_reply_that_drips(serving):
+    """A byte before each second is over: the time limit is the whole reply's."""
+    server = serving(lambda *_: tenths("100"))
+    server.pause = 0.3
+    assert score_of(Judge(server.url, "m", timeout=1.0, retries=0, max_outages=1.0), ["x"]) == [None]
 
 
 def test_a_judge_that_comes_back_is_asked_again_when_it_said(serving):

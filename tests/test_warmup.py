@@ -166,7 +166,7 @@ def test_done_stages_are_skipped_and_never_mixed(toy, tmp_path, monkeypatch, cap
     seal.parent.mkdir()
     seal.touch()
     warmup(WarmupArguments(**fields, dry_run=True))
-    assert "begun, goes on from checkpoint-5 " in capsys.readouterr().out
+    assert "begun, has checkpoint-5 " in capsys.readouterr().out
     shutil.rmtree(seal.parent)
     results = warmup(WarmupArguments(**fields))
     assert launched[4:] == ["round1/distill", "round1/evaluate"] and len(results) == 2

@@ -16,7 +16,7 @@ class DriverOptions:
             or `last`; all else of a stage stays.
         keep_checkpoints (`bool`): keep the checkpoints of finished phases (`save_total_limit` prunes while they run).
         from_stage, until (`str`, *optional*): first and last stage to run, such as `round2/distill`.
-        dry_run (`bool`): say what is done and what is to do, and write nothing.
+        dry_run (`bool`): say what is done, what has begun and what is to do, and write nothing.
         launch (`str`): `accelerate`, each phase in a process of its own, or `inline`, all in this one.
         accelerate_config (`str`, *optional*): accelerate's configuration of the training phases; without one they
             are trained in one process, on one card.
@@ -35,7 +35,7 @@ class DriverOptions:
     keep_checkpoints: bool = field(default=False, metadata={"help": "Keep the checkpoints of finished phases."})
     from_stage: str | None = field(default=None, metadata={"help": "First stage to run.", "aliases": ["--from"]})
     until: str | None = field(default=None, metadata={"help": "Last stage to run, e.g. round1/distill."})
-    dry_run: bool = field(default=False, metadata={"help": "Say what is done and what is to do; write nothing."})
+    dry_run: bool = field(default=False, metadata={"help": "Say what is done, begun and to do; write nothing."})
     launch: str = field(
         default="accelerate",
         metadata={"help": "A process a phase, or all in this one.", "choices": ["accelerate", "inline"]},

@@ -20,7 +20,7 @@ from abscot_trl.loop.forms import CODEBOOK, FUSED, RANK, Form, Hardware, choose,
 from abscot_trl.loop.memory import GIB, Shape, shape_of_model
 from abscot_trl.loop.new_rows import EPOCHS, Rows, power_of_two, rows_of
 from abscot_trl.storage import check_folder, write_whole
-from abscot_trl.training.steps import ROWS_A_PROBE, few_steps, steps_of
+from abscot_trl.training.steps import ROWS_A_PROBE, few_steps, probes, steps_of
 from abscot_trl.units import count_words
 from abscot_trl.vocabulary import AbstractVocabulary
 
@@ -214,12 +214,13 @@ def new(args: NewArguments) -> str:
     batch = f"{chosen['global_batch_size']}{' packs' if rows.packed else ' rows'} a step, "
     batch += f"{chosen['per_device_train_batch_size']} at once"
     if not rows.packed:  # of packs a plan says how many steps they make
-        steps = steps_of(rows.trained, chosen, gpus)
+        gauged = probes(rows.trained, {"gauge_rows": rows.gauges} if rows.gauges else {})
+        steps = steps_of(rows.trained - len(gauged), chosen, gpus)
         batch += f": {steps} steps a phase" + (f", {few}" if (few := few_steps(steps, chosen, gpus)) else "")
     phases = {"init": "init", "data": "data", "plan": "warmup.informed", "warmup": "warmup.informed"}
     commands = [f"abscot {phase} --config {recipe}/{name}.yaml" for phase, name in phases.items()]
-    known = [name for name in ("h100", "h200") if abs(GPUS[name].gib - hardware.gib) <= 1]
-    if args.hardware != "auto" and hardware.gpus and known != ["h100"]:  # what a plan takes where no GPU is here
+    if args.hardware != "auto" and hardware.gpus:  # without it a plan takes the card that is here
+        known = [name for name in ("h100", "h200") if abs(GPUS[name].gib - hardware.gib) <= 1]
         commands[2] += f" --gpu {known[0] if known else f'{hardware.gib + 1:.0f}gb'}"
     no_gauges = f", under {2 * ROWS_A_PROBE}: too few to say, while they train, whether answers read their traces"
     lines = [

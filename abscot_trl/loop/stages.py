@@ -152,11 +152,12 @@ def state_of(stage: Stage) -> str:
     if not running_file(stage).exists():
         return "to do"
     sealed = sealed_checkpoints(stage.output)
-    return f"begun, goes on from {sealed[-1].name}" if sealed else "begun"
+    return f"begun, has {sealed[-1].name}" if sealed else "begun"
 
 
 def print_stages(todo: list[Stage], chosen: list[Stage]) -> None:
     """What `dry_run` says: which of the stages are done, which are to do and which have begun."""
-    for stage in todo:
-        note = state_of(stage) if is_done(stage) or stage in chosen else "not asked for"
-        print(f"{stage.name:<24} {note:<14} {stage.settings['output_dir']}")  # noqa: T201
+    notes = [state_of(stage) if is_done(stage) or stage in chosen else "not asked for" for stage in todo]
+    width = max(map(len, notes))
+    for stage, note in zip(todo, notes, strict=True):
+        print(f"{stage.name:<24} {note:<{width}} {stage.settings['output_dir']}")  # noqa: T201

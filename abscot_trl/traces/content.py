@@ -36,7 +36,7 @@ from abscot_trl.checkpoint import load_model
 from abscot_trl.errors import Refused
 from abscot_trl.storage import Parts, look_again, phase_settings, write_whole
 from abscot_trl.traces.batching import batches, cut
-from abscot_trl.traces.words import word_edges, words
+from abscot_trl.traces.words import token_texts, words
 from abscot_trl.vocabulary import AbstractVocabulary
 
 CONTENT_FILE, PART = "content.safetensors", "influence-{:06}.safetensors"
@@ -132,16 +132,16 @@ def hidden_states(model: PreTrainedModel, rows: list[dict], batch_tokens: int) -
             yield batch, padded_states(model, [ids[i] for i in batch])
 
 
-def of_words(told: np.ndarray, row: dict, edges: np.ndarray) -> np.ndarray:
+def of_words(told: np.ndarray, row: dict, texts: list[str]) -> np.ndarray:
     """Of each of a row's candidates the largest value of its word's, (candidates,) both."""
-    word = words(row["cot_ids"], edges)[candidates(row) - len(row["prompt_ids"])]
+    word = words(row["cot_ids"], texts)[candidates(row) - len(row["prompt_ids"])]
     largest = np.full(len(row["cot_ids"]), -np.inf, told.dtype)
     np.maximum.at(largest, word, told)
     return largest[word]
 
 
 def tell(
-    model: PreTrainedModel, rows: list[dict], weights: Tensor, edges: np.ndarray, batch_tokens: int
+    model: PreTrainedModel, rows: list[dict], weights: Tensor, texts: list[str], batch_tokens: int
 ) -> Iterator[tuple[int, Tensor]]:
     """
     What `weights` (d + 1, the last one the intercept) tell of the influence of the words of each row's candidates,
@@ -151,13 +151,13 @@ def tell(
     for batch, hidden in hidden_states(model, rows, batch_tokens):
         there = weights.to(hidden.device)
         for i, told in zip(batch, (hidden.float() @ there[:-1] + there[-1]).cpu().numpy(), strict=True):
-            yield i, torch.from_numpy(of_words(told[candidates(rows[i])], rows[i], edges))
+            yield i, torch.from_numpy(of_words(told[candidates(rows[i])], rows[i], texts))
 
 
 def chosen_at(row: dict, told: Tensor, least: Tensor, m_max: int) -> np.ndarray:
     """
     Which tokens of a row's c make its trace, in their order: the candidates whose influence is told to be `least` or
-    more; the most influential word's at least, and `m_max` at most, which may cut the least word.
+    more; the most influential word's at least, and `m_max` at most, which may cut a word.
     """
     told, within = told.numpy(), candidates(row) - len(row["prompt_ids"])
     least = min(least.item(), told.max())
@@ -212,7 +212,7 @@ def _measured(model: PreTrainedModel, args, rows: list[dict], at: list[list[int]
 
 
 def _fit(
-    model: PreTrainedModel, args, vocabulary: AbstractVocabulary, edges: np.ndarray, part: Dataset, folder: Path
+    model: PreTrainedModel, args, vocabulary: AbstractVocabulary, texts: list[str], part: Dataset, folder: Path
 ) -> dict[str, Tensor]:
     """
     What makes the traces: `weights` of influence, the `least_word` that is taken, `tokens` of the codes and `codes` of
@@ -225,7 +225,7 @@ def _fit(
     at = [np.sort(rng.permutation(candidates(row))[:FIT_TOKENS]).tolist() for row in rows]
     lost, states = _measured(model, args, rows, at, folder)
     weights = fit_influence(states.numpy(), lost.numpy())
-    told = tell(model, rows, weights, edges, args.batch_tokens)
+    told = tell(model, rows, weights, texts, args.batch_tokens)
     told = dict(tqdm(told, total=len(rows), desc="threshold", unit="row"))
     best = torch.cat([*told.values()]).sort(descending=True).values
     count = round(sum(len(row["cot_ids"]) for row in rows) / args.ratio)
@@ -244,6 +244,11 @@ def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
     """
     file, config = Path(traces) / CONTENT_FILE, AutoConfig.from_pretrained(model).get_text_config()
     there = [len(tokens_of_codes(traces)), len(read_tensor(file, "weights")) - 1, len(read_tensor(file, "codes"))]
+    if "least" in load_file(file):
+        raise Refused(
+            f"{traces} was made by an earlier version, of single tokens: end its run with that version, or begin one "
+            "in another run_dir"
+        )
     read_tensor(file, "least_word")
     if there != (here := [vocabulary.size, config.hidden_size, config.vocab_size]):
         raise Refused(
@@ -281,26 +286,26 @@ def content_parts(
         args = replace(args, batch_tokens=min(args.batch_tokens, CPU_TOKENS))
     fit = args.codes and _codes_of(args.codes, args.model, vocabulary)
     part = part.select_columns(["id", *COLUMNS])
-    texts = part.select_columns([*COLUMNS[:3]]).iter(batch_size=1000)
-    lengths = [sum(map(len, row)) for batch in texts for row in zip(*batch.values(), strict=True)]
-    parts = Parts(args.output_dir, phase_settings(args, rows=len(rows)))
+    some = part.select_columns([*COLUMNS[:3]]).iter(batch_size=1000)
+    lengths = [sum(map(len, row)) for batch in some for row in zip(*batch.values(), strict=True)]
+    parts = Parts(args.output_dir, phase_settings(args, rows=len(rows), takes="words"))
     spans, ids = cut(lengths, args.part_tokens), part["id"][:]
     load = cache(lambda: load_model(args.model, args.dtype, device_map="auto").eval())
     fitted = parts.folder / CONTENT_FILE
     todo = [n for n in range(share - 1, len(spans), shares) if not parts.done(n)]
     if not todo:
         return parts, len(spans), 0
-    edges = word_edges(tokenizer)
+    texts = token_texts(tokenizer)
     with parts.joining():
         look_again(fitted)
         if not fitted.is_file():
-            write_whole(fitted, fit or save(_fit(load(), args, vocabulary, edges, part, parts.folder)))
+            write_whole(fitted, fit or save(_fit(load(), args, vocabulary, texts, part, parts.folder)))
     weights, least, codes = (read_tensor(fitted, name) for name in ("weights", "least_word", "codes"))
     total = sum(len(spans[n]) for n in todo)
     with tqdm(total=total, unit="row", desc=f"traces {args.shard or ''}".strip(), position=share - 1) as bar:
         for n in todo:
             these, traces = rows_of(part, spans[n]), {}
-            for i, told in tell(load(), these, weights, edges, args.batch_tokens):
+            for i, told in tell(load(), these, weights, texts, args.batch_tokens):
                 if len(told):
                     traces[i] = codes[chosen(these[i], told, least, vocabulary.m_max)].tolist()
                 bar.update()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from abscot_trl.checkpoint import load_model, load_tokenizer
 from abscot_trl.data.prepare import load_prepared
 from abscot_trl.traces.content import FIT_TOKENS, candidates, chosen_at, fit_influence, influences, tell
-from abscot_trl.traces.words import word_edges
+from abscot_trl.traces.words import token_texts
 
 BATCH, M_MAX = 2048, 32
 
@@ -32,7 +32,7 @@ def results(row: dict, tokenizer) -> list[set[int]]:
     for end in row["step_ends"]:
         step = texts[start:end]
         edges = np.cumsum([0, *map(len, step)])  # characters
-        numbers = [*re.finditer(r"\d+", "".join(step))]
+        numbers = [*re.finditer(r"\d[\d,]*(?:\.\d+)?", "".join(step))]
         if numbers:
             first, last = numbers[-1].span()
             places.append({start + k for k in range(len(step)) if edges[k] < last and edges[k + 1] > first})
@@ -53,10 +53,10 @@ def main() -> None:
     at = [np.sort(rng.permutation(candidates(row))[:FIT_TOKENS]).tolist() for row in fitted]
     with tqdm(total=len(fitted) + sum(map(len, at)), desc="influence", unit="pass") as bar:
         lost, states = influences(model, fitted, at, BATCH, bar)
-    weights, edges = fit_influence(states.numpy(), lost.numpy()), word_edges(tokenizer)
+    weights, texts = fit_influence(states.numpy(), lost.numpy()), token_texts(tokenizer)
     needed = [results(row, tokenizer) for row in others]
     print("| traces of | ratio | tokens | last step's result whole | every step's |\n|---|---:|---:|---:|---:|")  # noqa: T201
-    for name, joins in (("single tokens", np.zeros_like(edges)), ("whole words", edges)):
+    for name, joins in (("single tokens", [""] * len(texts)), ("whole words", texts)):
         told = dict(tqdm(tell(model, others, weights, joins, BATCH), total=len(others), desc=name, unit="row"))
         best = torch.cat([*told.values()]).sort(descending=True).values
         for ratio in args.ratios:
