@@ -27,14 +27,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
 from abscot_trl.phases import run_phase
 from abscot_trl.traces import content, make
-from abscot_trl.traces.content import (
-    candidates,
-    fit_codes,
-    influences,
-    of_words,
-    steps_at,
-    tokens_of_codes,
-)
+from abscot_trl.traces.content import candidates, fit_codes, influences, of_words, steps_at, tokens_of_codes
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.traces.words import token_texts, words
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -125,16 +118,19 @@ def test_a_word_has_its_largest_influence(space, pre, decoder):
     encoded = tokenizer(SPOKEN, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     row = {"prompt_ids": [5, 6], "cot_ids": ids, "answer_ids": [7], "step_ends": [len(ids) - 1]}
-    told = np.random.default_rng(0).normal(size=len(ids) - 1).astype(np.float32)
-    words = [match.span() for match in re.finditer(r"(?:[^\W\u0600-\u06ff\u4e00-\u9fff]|(?<=\d)[.,](?=\d))+", SPOKEN)]
+    of_row = np.random.default_rng(0).normal(size=len(ids) + 3).astype(np.float32)
+    told = of_row[2:-2]  # of c without its line break
+    in_text = [
+        match.span() for match in re.finditer(r"(?:[^\W\u0600-\u06ff\u4e00-\u9fff]|(?<=\d)[.,](?=\d))+", SPOKEN)
+    ]
 
     def word_of(k: int):
         start, end = spans[k]
-        return next((word for word in words if word[0] < end <= word[1] and end > start), ("token", k))
+        return next((word for word in in_text if word[0] < end <= word[1] and end > start), ("token", k))
 
     every = [word_of(k) for k in range(len(ids) - 1)]
     expected = [max(told[i] for i, word in enumerate(every) if word == own) for own in every]
-    assert of_words(told, row, token_texts(tokenizer)).tolist() == expected
+    assert of_words(of_row, row, token_texts(tokenizer)).tolist() == expected
     assert len(set(every)) < len(every) - 5
 
 
@@ -402,7 +398,7 @@ def test_codes_of_other_traces_are_refused(toy, arguments, tmp_path):
     file.write_bytes(save({**fit, "tokens": torch.arange(3)}))
     with pytest.raises(Refused, match="was made with 3 codes by a model of width 128 and .* has 16, 128 and"):
         make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=arguments.output_dir))
-    file.write_bytes(save({**fit, "least": fit["least_word"].clone()}))  # as an earlier version names it
+    file.write_bytes(save({"least": fit.pop("least_word"), **fit}))  # as an earlier version names it
     with pytest.raises(Refused, match="made by an earlier version, of single tokens: end its run with that version"):
         make_traces(replace(arguments, output_dir=str(tmp_path / "b"), codes=arguments.output_dir))
     assert not (tmp_path / "b.parts").exists()

@@ -79,10 +79,10 @@ class Handler(BaseHTTPRequestHandler):
             for name, value in {**headers, "Content-Length": str(len(content.encode()))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            for byte in content.encode() if server.pause else ():
-                self.wfile.write(bytes([byte]))
+            whole = content.encode()
+            for part in [bytes([byte]) for byte in whole] if server.pause else [whole]:
+                self.wfile.write(part)
                 time.sleep(server.pause)
-            self.wfile.write(b"" if server.pause else content.encode())
         except OSError:  # given up
             self.close_connection = True
 

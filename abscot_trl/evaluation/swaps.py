@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from abscot_trl.data.problems import HOTPOTQA, kind_of
 from abscot_trl.errors import Refused
+from abscot_trl.examples import PLAIN
 
 SWAPS = {
     "verbal": ("own", "shuffled", "cut:<k>"),
@@ -107,7 +108,7 @@ def swap_steps(responses: list[str], swap: str, tokenizer: PreTrainedTokenizerBa
         steps = own_steps(response)
         if swap == "shuffled":
             steps = [steps[i] for i in rng.permutation(len(steps))]
-        ids = tokenizer("\n".join(steps), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = tokenizer("\n".join(steps), **PLAIN)["input_ids"]
         swapped.append(ids[: int(swap[4:])] if swap.startswith("cut:") else ids)
     return swapped
 

@@ -8,7 +8,7 @@ import torch
 
 from abscot_trl.cli import accelerate_config_path
 from abscot_trl.errors import Refused
-from abscot_trl.loop.duration import GPUS, batch_seconds, this_cpu
+from abscot_trl.loop.duration import GPUS, batch_seconds, card_of, this_cpu
 from abscot_trl.loop.memory import GIB, Shape, trained_parameters, training_memory
 from abscot_trl.loop.new_rows import Rows
 from abscot_trl.phases import read_yaml
@@ -45,7 +45,7 @@ def hardware_of(text: str) -> Hardware:
             f"hardware {text!r:.80} is none of cpu, auto and GPUs with their memory, such as 1x80gb or 8x80gb"
         )
     n, size = map(int, found.groups())
-    return Hardware(n, size - 1, f"{n} x {size} GB" if n > 1 else f"one {size} GB GPU")  # drivers keep some
+    return Hardware(n, card_of(f"{size}gb").gib, f"{n} x {size} GB" if n > 1 else f"one {size} GB GPU")
 
 
 @dataclass(frozen=True)

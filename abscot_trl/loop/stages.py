@@ -156,7 +156,7 @@ def state_of(stage: Stage) -> str:
 
 
 def print_stages(todo: list[Stage], chosen: list[Stage]) -> None:
-    """What `dry_run` says: which of the stages are done, which are to do and which have begun."""
+    """What `dry_run` says: which of the stages are done, which have begun and which are to do."""
     notes = [state_of(stage) if is_done(stage) or stage in chosen else "not asked for" for stage in todo]
     width = max(map(len, notes))
     for stage, note in zip(todo, notes, strict=True):

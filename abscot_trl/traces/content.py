@@ -133,16 +133,17 @@ def hidden_states(model: PreTrainedModel, rows: list[dict], batch_tokens: int) -
 
 
 def of_words(told: np.ndarray, row: dict, texts: list[str]) -> np.ndarray:
-    """Of each of a row's candidates the largest value of its word's, (candidates,) both."""
-    word = words(row["cot_ids"], texts)[candidates(row) - len(row["prompt_ids"])]
+    """Of each of a row's candidates the largest value of its word's: (candidates,), from those of [x; c; y]."""
+    at = candidates(row)
+    word = words(row["cot_ids"], texts)[at - len(row["prompt_ids"])]
     largest = np.full(len(row["cot_ids"]), -np.inf, told.dtype)
-    np.maximum.at(largest, word, told)
+    np.maximum.at(largest, word, told[at])
     return largest[word]
 
 
 def tell(
     model: PreTrainedModel, rows: list[dict], weights: Tensor, texts: list[str], batch_tokens: int
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, np.ndarray]]:
     """
     What `weights` (d + 1, the last one the intercept) tell of the influence of the words of each row's candidates,
     longest rows first: (row, (candidates,)). A product a batch, on the model's device: a row at a time took 13 rows/s
@@ -151,21 +152,28 @@ def tell(
     for batch, hidden in hidden_states(model, rows, batch_tokens):
         there = weights.to(hidden.device)
         for i, told in zip(batch, (hidden.float() @ there[:-1] + there[-1]).cpu().numpy(), strict=True):
-            yield i, torch.from_numpy(of_words(told[candidates(rows[i])], rows[i], texts))
+            yield i, of_words(told, rows[i], texts)
 
 
-def chosen_at(row: dict, told: Tensor, least: Tensor, m_max: int) -> np.ndarray:
+def least_taken(told: dict[int, np.ndarray], rows: list[dict], ratio: float) -> Tensor:
+    """What a word's influence must be for the `ratio`-th part of all CoTs' tokens to be taken."""
+    best = np.sort(np.concatenate([*told.values()]))[::-1]
+    count = round(sum(len(row["cot_ids"]) for row in rows) / ratio)
+    return torch.tensor(best[min(max(count, 1), len(best)) - 1])
+
+
+def chosen_at(row: dict, told: np.ndarray, least: Tensor, m_max: int) -> np.ndarray:
     """
     Which tokens of a row's c make its trace, in their order: the candidates whose influence is told to be `least` or
     more; the most influential word's at least, and `m_max` at most, which may cut a word.
     """
-    told, within = told.numpy(), candidates(row) - len(row["prompt_ids"])
+    within = candidates(row) - len(row["prompt_ids"])
     least = min(least.item(), told.max())
     best = np.argsort(-told, kind="stable")[: min((told >= least).sum(), m_max)]
     return np.sort(within[best])
 
 
-def chosen(row: dict, told: Tensor, least: Tensor, m_max: int) -> list[int]:
+def chosen(row: dict, told: np.ndarray, least: Tensor, m_max: int) -> list[int]:
     """The ids of those tokens."""
     return [row["cot_ids"][k] for k in chosen_at(row, told, least, m_max)]
 
@@ -227,9 +235,7 @@ def _fit(
     weights = fit_influence(states.numpy(), lost.numpy())
     told = tell(model, rows, weights, texts, args.batch_tokens)
     told = dict(tqdm(told, total=len(rows), desc="threshold", unit="row"))
-    best = torch.cat([*told.values()]).sort(descending=True).values
-    count = round(sum(len(row["cot_ids"]) for row in rows) / args.ratio)
-    least = best[min(max(count, 1), len(best)) - 1]
+    least = least_taken(told, rows, args.ratio)
     taken = [chosen(row, told[i], least, vocabulary.m_max) for i, row in enumerate(rows)]
     tokens, codes = fit_codes(taken, model.get_input_embeddings().weight.detach(), vocabulary.size)
     return {"weights": weights, "least_word": least, "tokens": tokens, "codes": codes}
@@ -244,12 +250,11 @@ def _codes_of(traces: str, model: str, vocabulary: AbstractVocabulary) -> bytes:
     """
     file, config = Path(traces) / CONTENT_FILE, AutoConfig.from_pretrained(model).get_text_config()
     there = [len(tokens_of_codes(traces)), len(read_tensor(file, "weights")) - 1, len(read_tensor(file, "codes"))]
-    if "least" in load_file(file):
+    if "least_word" not in load_file(file):
         raise Refused(
             f"{traces} was made by an earlier version, of single tokens: end its run with that version, or begin one "
             "in another run_dir"
         )
-    read_tensor(file, "least_word")
     if there != (here := [vocabulary.size, config.hidden_size, config.vocab_size]):
         raise Refused(
             f"{traces} was made with {there[0]} codes by a model of width {there[1]} and {there[2]} tokens, {model} "

@@ -15,12 +15,11 @@ import re
 from statistics import fmean
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from abscot_trl.checkpoint import load_model, load_tokenizer
 from abscot_trl.data.prepare import load_prepared
-from abscot_trl.traces.content import FIT_TOKENS, candidates, chosen_at, fit_influence, influences, tell
+from abscot_trl.traces.content import FIT_TOKENS, candidates, chosen_at, fit_influence, influences, least_taken, tell
 from abscot_trl.traces.words import token_texts
 
 BATCH, M_MAX = 2048, 32
@@ -58,9 +57,8 @@ def main() -> None:
     print("| traces of | ratio | tokens | last step's result whole | every step's |\n|---|---:|---:|---:|---:|")  # noqa: T201
     for name, joins in (("single tokens", [""] * len(texts)), ("whole words", texts)):
         told = dict(tqdm(tell(model, others, weights, joins, BATCH), total=len(others), desc=name, unit="row"))
-        best = torch.cat([*told.values()]).sort(descending=True).values
         for ratio in args.ratios:
-            least = best[round(sum(len(row["cot_ids"]) for row in others) / ratio) - 1]
+            least = least_taken(told, others, ratio)
             taken = [set(chosen_at(row, told[i], least, M_MAX).tolist()) for i, row in enumerate(others)]
             pairs = [(some, steps) for some, steps in zip(taken, needed, strict=True) if steps]
             last = fmean(steps[-1] <= some for some, steps in pairs)
