@@ -295,14 +295,11 @@ def test_a_batch_that_the_gpus_cannot_share_is_refused_by_its_stage(toy, tmp_pat
         plan(PlanArguments(**fields, gpus=3))
 
 
-@pytest.mark.parametrize(
-    ("field", "words"), [({"interchange": 0.1}, "set packing: true"), ({"gauge_rows": 1}, "at least 2 rows")]
-)
-def test_what_phase_b_would_refuse_is_refused_before_phase_a(toy, tmp_path, field, words):
+def test_what_phase_b_would_refuse_is_refused_before_phase_a(toy, tmp_path):
     fields = toy | recipes(tmp_path, "none", {}) | {"evaluate": None}
-    Path(fields["distill"]).write_text(Path(fields["distill"]).read_text() + yaml.safe_dump(field))
+    Path(fields["distill"]).write_text(Path(fields["distill"]).read_text() + "gauge_rows: 1\n")
     for begin in (lambda: plan(PlanArguments(**fields)), lambda: warmup(WarmupArguments(**fields, dry_run=True))):
-        with pytest.raises(Refused, match=f"^round1/distill: .*{words}"):
+        with pytest.raises(Refused, match="^round1/distill: .*at least 2 rows"):
             begin()
 
 

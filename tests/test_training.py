@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from random import Random
 
 import numpy as np
 import pytest
@@ -15,12 +14,11 @@ from trl import ModelConfig
 
 from abscot_trl.checkpoint import MergeArguments, merge_adapter
 from abscot_trl.errors import Refused
-from abscot_trl.examples import Encoder, Segment
 from abscot_trl.training import configs
 from abscot_trl.training.adapters import lora_config
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig, DistillationConfig, check_settings
-from abscot_trl.training.distillation import SelfDistillationTrainer, interchanged
+from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
 
 MARKS = ("segment_ids", "document_ids")
@@ -77,47 +75,6 @@ def test_rehearsal_adds_the_masked_rows(checkpoint, tmp_path):
     assert abs(log["loss"] - (blind["all"] + 0.5 * masked["all"]) / 2) < 1e-4
     with pytest.raises(ValueError, match="rehearsal"):
         DistillationConfig(**settings(tmp_path, rehearsal=-1.0))
-
-
-def test_interchange_reads_the_answer_from_a_trace_after_another_prompt(checkpoint, tmp_path):
-    """All prompts of one packed row go round; the loss is that of y alone in such rows, by plain transformers."""
-    data = rows(checkpoint)
-    options = {"packing": True, "max_length": 2048, "per_device_train_batch_size": 1, "interchange": 1.0}
-    trainer = run(checkpoint, tmp_path, SelfDistillationTrainer, **options)
-    packed, codebook, changed = trainer.train_dataset[0], token_ids(checkpoint), []
-    for document in range(1, 17):
-        pieces = {segment: [] for segment in Segment}
-        for ids, segment, number in zip(*(packed[key] for key in ("input_ids", *MARKS)), strict=True):
-            if number == document:
-                pieces[segment].append(ids)
-        trace = [codebook.index(token) for token in pieces[Segment.TRACE][1:-1]]
-        changed.append({"prompt_ids": pieces[Segment.PROMPT], "trace": trace, "answer_ids": pieces[Segment.ANSWER]})
-    before, after = ([(*row["trace"], 0, *row["answer_ids"]) for row in some] for some in (data, changed))
-    assert sorted(before) == sorted(after)
-    assert sorted(data["prompt_ids"]) == sorted(row["prompt_ids"] for row in changed)
-    assert all(
-        row["prompt_ids"] != data["prompt_ids"][before.index(own)] for row, own in zip(changed, after, strict=True)
-    )
-    log = trainer.state.log_history[0]
-    expected = by_hand(checkpoint, [row | {"cot_ids": []} for row in changed], cot=False)
-    assert abs(log["loss"] - expected["answer"]) < 1e-4 and "loss_trace" not in log
-    for wrong, word in (({"interchange": 1.1}, "share"), ({"packing": False}, "packing: true")):
-        with pytest.raises(ValueError, match=word):
-            DistillationConfig(**settings(tmp_path, **{**options, **wrong}))
-
-
-def test_a_share_is_interchanged_and_rows_with_their_cot_never(checkpoint):
-    *codebook, begin, end = token_ids(checkpoint)
-    encode, data = Encoder(codebook, begin, end), rows(checkpoint)
-    blind, masked = (
-        [encode(row["prompt_ids"], row["cot_ids"] if cot else None, row["trace"], row["answer_ids"]) for row in data]
-        for cot in (False, True)
-    )
-    changed = interchanged([*blind, *masked] * 20, 0.25, Random(0))
-    moved = [old != new for old, new in zip([*blind, *masked] * 20, changed, strict=True)]
-    assert 50 < sum(moved) < 110 and not any(moved[i] for i in range(640) if i % 32 >= 16)
-    assert sum(len(row["input_ids"]) for row in changed) == 20 * sum(len(row["input_ids"]) for row in blind + masked)
-    assert interchanged(blind[:1], 1.0, Random(0)) == blind[:1]
 
 
 @pytest.mark.parametrize("trainer", [BottleneckSFTTrainer, SelfDistillationTrainer])

@@ -42,7 +42,7 @@ class InternalisationRows(TrainingRows):
     """
 
     def __init__(self, rows: TrainingRows, encoder, args: BaselineConfig):
-        super().__init__(rows.examples, rows.encode, rows.mix, rows.documents)
+        super().__init__(rows.examples, rows.encode, rows.documents)
         self.encoder, self.args = encoder, args
         self.rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         total = args.max_steps * self.rows_per_step

@@ -79,18 +79,17 @@ class TrainingRows(torch.utils.data.Dataset):
     Args:
         examples ([`~datasets.Dataset`]): prepared ids and traces.
         encode (`Callable`): an example to its rows.
-        mix (`Callable`): the documents of a training row, and its number, to those that are trained: as long.
         documents (`list[list[tuple[int, int]]]`): per training row its documents: (example, which of its rows).
     """
 
-    def __init__(self, examples: Dataset, encode: Callable, mix: Callable, documents: list[list[tuple[int, int]]]):
-        self.examples, self.encode, self.mix, self.documents = examples, encode, mix, documents
+    def __init__(self, examples: Dataset, encode: Callable, documents: list[list[tuple[int, int]]]):
+        self.examples, self.encode, self.documents = examples, encode, documents
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def __getitem__(self, index: int) -> dict[str, list]:
-        return join(self.mix([self.encode(self.examples[i])[k] for i, k in self.documents[index]], index))
+        return join([self.encode(self.examples[i])[k] for i, k in self.documents[index]])
 
 
 class BottleneckSFTTrainer(SealedTrainer, SFTTrainer):
@@ -180,10 +179,6 @@ class BottleneckSFTTrainer(SealedTrainer, SFTTrainer):
         """The training rows of one example; here the one of eq. 3."""
         return [self.encoder(row["prompt_ids"], row["cot_ids"], trace_of(row), row["answer_ids"])]
 
-    def mix(self, documents: list[dict[str, list]], number: int) -> list[dict[str, list]]:
-        """What is trained of the documents of training row `number`; here these."""
-        return documents
-
     def _rows(self, examples: Dataset) -> "TrainingRows":
         """What each training row is made of: the lengths of all rows, those that fit, and their packing."""
         args = self.args
@@ -222,7 +217,7 @@ class BottleneckSFTTrainer(SealedTrainer, SFTTrainer):
             bins = best_fit([sizes[n] for n in fitting], args.max_length)
             self.row_counts["packed_rows"] = len(bins)
         members = [[documents[fitting[n]] for n in some] for some in bins]
-        return TrainingRows(examples, self.encode, self.mix, members)
+        return TrainingRows(examples, self.encode, members)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS

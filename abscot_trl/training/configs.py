@@ -130,16 +130,10 @@ class DistillationConfig(BottleneckConfig):
         rehearsal (`float`, *optional*, defaults to `0.0`):
             Loss weight of the masked row [x; c; z~; y] trained beside each [x; z~; y]; keeps the policy given (x, c)
             alive for the next round. `0` leaves it out, as the paper does.
-        interchange (`float`, *optional*, defaults to `0.0`):
-            Share of the rows whose trace and answer stand after another row's prompt, with loss on the answer alone:
-            an answer that must be read from its trace. Prompts change places within a packed row.
     """
 
     rehearsal: float = field(
         default=0.0, metadata={"help": "Loss weight of the masked row of the same example; 0 leaves it out."}
-    )
-    interchange: float = field(
-        default=0.0, metadata={"help": "Share of answers that are trained after another row's prompt and own trace."}
     )
 
 

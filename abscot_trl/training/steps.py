@@ -14,8 +14,7 @@ def check_recipe(recipe: dict) -> None:
     What can be told from a recipe's fields alone, before a phase begins.
 
     Raises:
-        Refused: its batch sizes say nothing, or one thing twice; or its gauges, its rehearsal or its interchange
-            cannot be.
+        Refused: its batch sizes say nothing, or one thing twice; or its gauges or its rehearsal cannot be.
     """
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if recipe.get(name, 1) < 1:
@@ -28,13 +27,8 @@ def check_recipe(recipe: dict) -> None:
             f"gauge_rows {gauge_rows} and gauge_steps {gauge_steps}: at least 2 rows, or 0 for no gauges, and 1 step "
             "are needed"
         )
-    interchange = recipe.get("interchange", 0.0)
     if recipe.get("rehearsal", 0.0) < 0:
         raise Refused(f"rehearsal is a loss weight and cannot be negative, got {recipe['rehearsal']}")
-    if not 0 <= interchange <= 1:
-        raise Refused(f"interchange is a share of the rows, from 0 to 1, got {interchange}")
-    if interchange and not recipe.get("packing"):
-        raise Refused("interchange: prompts change places within a packed row; set packing: true")
 
 
 def accumulation_of(recipe: dict, processes: int) -> int:

@@ -63,7 +63,6 @@ GRID = {
     "informed-3-rounds-sampled": SAMPLED | {"rehearsal": 1.0} | THREE,
     "informed-sampled": SAMPLED,
     "informed-sampled-rehearsed": SAMPLED | {"rehearsal": 1.0},
-    "informed-interchange": {"distill": {"interchange": 0.2}},
     "informed-stable-rate": {"distill": STABLE},
     "informed-large-batch": LARGE,
     "informed-large-batch-ratio-4": {"ratio": 4.0, **LARGE},
