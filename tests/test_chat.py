@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -33,6 +34,7 @@ from abscot_trl.serving.server import (
 )
 from abscot_trl.traces.server import DIGEST, ServerTraceSampler, check_server, weights_digest
 from abscot_trl.traces.vllm import engine_settings
+from abscot_trl.vocabulary import AbstractVocabulary
 
 
 def test_line_separators_in_an_answer(checkpoint):
@@ -396,6 +398,26 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
+def in_vllms_place(script: str, folder: Path, monkeypatch) -> None:
+    (folder / "vllm.py").write_text(script)
+    fake = folder / "python"
+    fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder / "vllm.py"}" "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+
+
+@pytest.mark.parametrize(("size", "runner"), [(1022, "None"), (1023, "0")])
+def test_a_codebook_too_large_for_the_newer_runner_gets_the_older_one(tmp_path, monkeypatch, size, runner):
+    """Whose limit counts the end delimiter too."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    AbstractVocabulary(size, 1, 8).save(tmp_path)
+    in_vllms_place("import os\nprint(os.environ.get('VLLM_USE_V2_MODEL_RUNNER'))\n", tmp_path, monkeypatch)
+    child = server_module.VLLMServer(ServeArguments(str(tmp_path)))
+    child.process.wait()
+    with pytest.raises(Refused, match=f"the end of its log: {runner}$"):
+        child.check()
+
+
 @pytest.mark.parametrize(
     "script, words",
     [
@@ -406,13 +428,8 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
     ids=["at once", "of memory", "later"],
 )
 def test_it_stops_with_words_when_vllm_dies(checkpoint, tmp_path, monkeypatch, script, words):
-    """A script in vLLM's place."""
-    (tmp_path / "vllm.py").write_text(script)
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path / "vllm.py"}" "$@"\n')
-    fake.chmod(0o755)
+    in_vllms_place(script, tmp_path, monkeypatch)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "executable", str(fake))
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     try:

@@ -235,7 +235,9 @@ def test_the_grid(tmp_path, monkeypatch, capsys):
     assert steps == warm | {"base-64-0/verbal": 2, "sft-0/run/sft/train": 4}
     verdict = {row["gauge_first"] for row in found if "gauge_first" in row}
     assert len(verdict) == 1 and "of 1 runs" in (folder / "results.md").read_text()
+    recipes = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.yaml")}
     assert evidence.main() == 0
+    assert recipes == {path: path.stat().st_mtime_ns for path in recipes}  # another grid may be reading them
     assert logs == {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("training_log.json")}
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words, "--steps", '{"baseline.verbal": 3}'])
     assert evidence.main() == 1 and "baseline.verbal.yaml was begun with other fields" in capsys.readouterr().out

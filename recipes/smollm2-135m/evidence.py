@@ -31,7 +31,7 @@ from abscot_trl.processes import start
 from abscot_trl.report.gauges import level, readings
 from abscot_trl.report.tables import results_table
 from abscot_trl.report.verdict import verdicts
-from abscot_trl.storage import read_manifest
+from abscot_trl.storage import read_manifest, write_whole
 
 HERE = Path(__file__).parent
 VERBAL = "baseline.verbal"
@@ -145,10 +145,11 @@ class Grid:
 
     def write(self, path: Path, fields: dict) -> Path:
         text = yaml.safe_dump(fields, sort_keys=False)
-        if path.is_file() and path.read_text() != text:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)  # another grid may be reading
+        elif path.read_text() != text:
             raise Refused(f"{path} was begun with other fields; give the same again, or another --folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
         return path
 
     def base(self, fields: dict, seed: int, gpu: str) -> tuple[Path, Path]:
