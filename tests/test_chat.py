@@ -408,7 +408,7 @@ def in_vllms_place(script: str, folder: Path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("size", "runner"), [(1022, "None"), (1023, "0")])
 def test_a_codebook_too_large_for_the_newer_runner_gets_the_older_one(tmp_path, monkeypatch, size, runner):
-    """Whose limit counts the end delimiter too."""
+    """Whose limit counts both delimiters: an answer bars them too."""
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     AbstractVocabulary(size, 1, 8).save(tmp_path)
     in_vllms_place("import os\nprint(os.environ.get('VLLM_USE_V2_MODEL_RUNNER'))\n", tmp_path, monkeypatch)

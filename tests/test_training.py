@@ -21,8 +21,6 @@ from abscot_trl.training.configs import BottleneckConfig, DistillationConfig, ch
 from abscot_trl.training.distillation import SelfDistillationTrainer
 from abscot_trl.vocabulary import AbstractVocabulary
 
-MARKS = ("segment_ids", "document_ids")
-
 
 def by_hand(checkpoint, data, cot: bool) -> dict[str, float]:
     """Mean losses by plain transformers: a 4-D mask written out with loops, all logits, row by row."""

@@ -153,8 +153,7 @@ class VLLMServer:
         large = AbstractVocabulary.load(args.model).size + 2 > MOST_ALLOWED
         self.process = subprocess.Popen(
             [*command, *engine_flags(engine_settings(args.engine))],
-            env=({"VLLM_USE_V2_MODEL_RUNNER": "0"} if large else {})
-            | os.environ,  # the newer one would die of a trace
+            env=({"VLLM_USE_V2_MODEL_RUNNER": "0"} if large else {}) | os.environ,  # a request would kill the newer
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
