@@ -27,7 +27,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.loop.warmup import WarmupArguments, stages, warmup
 from abscot_trl.phases import run_phase
 from abscot_trl.traces import content, make
-from abscot_trl.traces.content import candidates, fit_codes, influences, of_words, steps_at, tokens_of_codes
+from abscot_trl.traces.content import candidates, chosen_at, fit_codes, influences, of_words, steps_at, tokens_of_codes
 from abscot_trl.traces.make import TracesArguments, make_traces
 from abscot_trl.traces.words import token_texts, words
 from abscot_trl.vocabulary import AbstractVocabulary
@@ -146,6 +146,26 @@ def test_a_trace_takes_whole_words(spoken, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "traces" / "traces.jsonl").read_text().splitlines()]
     texts = ["".join(tokenizer.decode(tokens[code]) for code in record["trace"]) for record in records]
     assert len(texts) == ROWS and not [text for text in texts if not re.fullmatch(r"(\+?(\d)\2|[=;])+", text)]
+
+
+@pytest.mark.parametrize("m_max", [1, 2, 5, 99])
+def test_a_full_trace_holds_the_best_words_whole(spoken, m_max):
+    """Numbers of one to three digits, of their own influence each: the best ones that m_max has room for, in turn."""
+    tokenizer, rng = AutoTokenizer.from_pretrained(spoken["model"]), np.random.default_rng(0)
+    texts = token_texts(tokenizer)
+    for _ in range(50):
+        numbers = ["".join(rng.choice([*"01234"], size)) for size in rng.integers(1, 4, 12)]
+        ids = tokenizer("=".join(numbers), add_special_tokens=False)["input_ids"]
+        row, word = {"prompt_ids": [], "cot_ids": [*ids, 0], "step_ends": [len(ids)]}, words(ids, texts)
+        told = rng.random(word.max() + 1)[word] * [texts[i] != "=" for i in ids]
+        kept, room = [], m_max
+        for one in dict.fromkeys(word[np.argsort(-told)]):
+            places = np.flatnonzero(word == one)
+            if told[places[0]] < 0.5 or (kept and len(places) > room):
+                break
+            kept += [*places[:room]]
+            room -= len(places)
+        assert chosen_at(row, told, torch.tensor(0.5), m_max).tolist() == sorted(kept)
 
 
 def test_where_a_tokenizer_puts_spaces_between_tokens_each_is_a_word():

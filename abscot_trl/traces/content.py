@@ -165,11 +165,14 @@ def least_taken(told: dict[int, np.ndarray], rows: list[dict], ratio: float) -> 
 def chosen_at(row: dict, told: np.ndarray, least: Tensor, m_max: int) -> np.ndarray:
     """
     Which tokens of a row's c make its trace, in their order: the candidates whose influence is told to be `least` or
-    more; the most influential word's at least, and `m_max` at most, which may cut a word.
+    more; the most influential word's at least, and `m_max` at most, of whole words; of a longer word as many.
     """
     within = candidates(row) - len(row["prompt_ids"])
     least = min(least.item(), told.max())
-    best = np.argsort(-told, kind="stable")[: min((told >= least).sum(), m_max)]
+    best = np.argsort(-told, kind="stable")[: (told >= least).sum()]
+    if len(best) > m_max:
+        whole = best[told[best] > told[best[m_max]]]  # without the word that m_max would cut
+        best = whole if len(whole) else best[:m_max]
     return np.sort(within[best])
 
 
