@@ -31,7 +31,7 @@ from abscot_trl.errors import Refused
 from abscot_trl.serving.chat import Chat, chat_app
 from abscot_trl.traces.backends import engine_arguments
 from abscot_trl.traces.server import ServerTraceSampler, served_model, weights_digest
-from abscot_trl.traces.vllm import MOST_ALLOWED, check_tensor_parallel, engine_settings
+from abscot_trl.traces.vllm import check_tensor_parallel, engine_settings, needs_older_runner
 from abscot_trl.vocabulary import AbstractVocabulary
 
 OURS = ("config", "host", "logprobs_mode", "model", "port", "served_model_name", "trust_remote_code")
@@ -150,10 +150,10 @@ class VLLMServer:
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", args.model, "--host=127.0.0.1"]
         command += [f"--port={port}", f"--served-model-name={args.served_model_name or args.model}"]
         command += ["--logprobs-mode=processed_logprobs", "--disable-uvicorn-access-log"]
-        large = AbstractVocabulary.load(args.model).size + 2 > MOST_ALLOWED
+        older = needs_older_runner(AbstractVocabulary.load(args.model))
         self.process = subprocess.Popen(
             [*command, *engine_flags(engine_settings(args.engine))],
-            env=({"VLLM_USE_V2_MODEL_RUNNER": "0"} if large else {}) | os.environ,  # a request would kill the newer
+            env=({"VLLM_USE_V2_MODEL_RUNNER": "0"} if older else {}) | os.environ,  # a request would kill the newer
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -70,6 +70,11 @@ def to_trace(ids: list[int], logps: list[float], end: int, m_max: int) -> Trace:
     return Trace(ids, logps, 0.0, forced_end=True)
 
 
+def needs_older_runner(vocabulary: AbstractVocabulary) -> bool:
+    """Whether a request allows or bars more ids, the delimiters among them, than vLLM's newer model runner takes."""
+    return vocabulary.size + 2 > MOST_ALLOWED
+
+
 def check_runner(config, model_path: str, vocabulary: AbstractVocabulary | None) -> None:
     """
     Args:
@@ -78,7 +83,7 @@ def check_runner(config, model_path: str, vocabulary: AbstractVocabulary | None)
     Raises:
         Refused: a request that allows or bars so many tokens would kill the engine.
     """
-    if config.use_v2_model_runner and vocabulary and vocabulary.size + 2 > MOST_ALLOWED:
+    if config.use_v2_model_runner and vocabulary and needs_older_runner(vocabulary):
         raise Refused(
             f"{model_path} has {vocabulary.size} abstract tokens, vLLM's model runner takes {MOST_ALLOWED - 2} at "
             "most; set VLLM_USE_V2_MODEL_RUNNER=0 for the older one, or sample by transformers"
