@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import kill_grpo
@@ -41,6 +42,16 @@ def test_a_checkpoint_and_a_log(checkpoint, tmp_path):
     assert 0 < first["trace/entropy"] < math.log(9)
     (rollout, *_) = first["rollouts"]
     assert rollout["trace"].startswith("<TOKEN_") and {*rollout["rewards"]} == {"accuracy", "trace_length"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_steps": 20}, {"num_iterations": 2, "max_steps": 8}, {"max_steps": -1}])
+def test_it_says_how_often_a_prompt_is_drawn(checkpoint, tmp_path, capsys, fields):
+    """Held against transformers' own count of passes."""
+    off = {"probe_steps": 100, "save_strategy": "no", "num_train_epochs": 2}
+    run(checkpoint, tmp_path, tmp_path / "out", **off | fields)
+    (times,) = re.findall(r"^20 prompts, each drawn (\S+) times(?:$|: .* by heart)", capsys.readouterr().out, re.M)
+    last = json.loads((tmp_path / "out" / LOG_FILE).read_text())["log"][-1]
+    assert float(times) == pytest.approx(last["epoch"], rel=0.01)
 
 
 @pytest.mark.slow

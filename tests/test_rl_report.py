@@ -74,6 +74,21 @@ def test_a_folder_of_grpo_alone(alone, capsys):
     assert report(ReportArguments([str(alone)])).read_text() == text
 
 
+@pytest.mark.parametrize(
+    "epoch, after, own, heart",
+    [(16.7, 0.87, 65.8, True), (16.7, 0.87, 75.0, False), (1.0, 0.87, 65.8, False), (16.7, 0.69, 65.8, False)],
+)
+def test_it_says_when_prompts_are_learnt_by_heart(epoch, after, own, heart):
+    """First what SmolLM2 did on H100s; not where others gain, nothing is repeated, or sampled is as good as greedy."""
+    log = [{"step": 0, "probe/own": 69.7, "probe/random": 1.0, "epoch": 0}]
+    log += [{"step": i, "rewards/accuracy/mean": 0.58 if i < 10 else after, "epoch": epoch} for i in range(1, 21)]
+    log += [{"step": 20, "probe/own": own, "probe/random": 0.6, "epoch": epoch}]
+    assert (
+        "16.7 times: sampled answers to them are right in 87.0 % (58.0 at first)" in rl.says("it", log, 512)
+    ) == heart
+    assert ("by heart" in rl.says("it", log, 512)) == heart
+
+
 def test_a_run_at_work_is_shown_up_to_its_last_checkpoint(alone, tmp_path):
     """As a phase leaves it when it is killed after step 6, beside a checkpoint that is not whole."""
     log = json.loads((alone / LOG_FILE).read_text())["log"]

@@ -14,6 +14,8 @@ from abscot_trl.training.grpo_config import AbstractGRPOConfig
 from abscot_trl.training.phase import train_alone
 from abscot_trl.vocabulary import AbstractVocabulary
 
+# Measured: SmolLM2-135M on 1,636 prompts gains 14 to 29 points on these in 6 to 17 passes, and none on others.
+OFTEN = ": their answers can be learnt by heart, which no other prompt gains by; watch probe/own, or give more prompts"
 NEED_GOLD = {"accuracy", "answer_length", "trace_length"}  # rewards that alone say nothing of a prompt without a gold
 
 
@@ -51,6 +53,9 @@ def rollout_inputs(
             f"{training_args.generation_batch_size} / num_generations {training_args.num_generations}); give more "
             "prompts or lower the batch"
         )
+    if training_args.process_index == 0:
+        times = draws(training_args, len(rows))
+        print(f"{len(rows)} prompts, each drawn {times:.3g} times" + OFTEN * (times >= 2), flush=True)  # noqa: T201
     m_max = vocabulary.m_max
     room = training_args.max_completion_length - m_max - 1
     return {
@@ -60,6 +65,14 @@ def rollout_inputs(
         "row_counts": counts
         | {"rows": len(rows), "held_out": len(probes), "without_gold": len(prompts) - len(rows) - len(probes)},
     }
+
+
+def draws(args: AbstractGRPOConfig, rows: int) -> float:
+    """How often each of `rows` prompts is drawn by the end: the last `epoch`, but for prompts that fill no batch."""
+    if args.max_steps <= 0:
+        return args.num_train_epochs
+    generations = args.max_steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
+    return generations * args.generation_batch_size / args.num_generations / rows
 
 
 def train_grpo(args: GRPOArguments, training_args: AbstractGRPOConfig, model_args: ModelConfig) -> dict:
