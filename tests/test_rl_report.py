@@ -83,10 +83,8 @@ def test_it_says_when_prompts_are_learnt_by_heart(epoch, after, own, heart):
     log = [{"step": 0, "probe/own": 69.7, "probe/random": 1.0, "epoch": 0}]
     log += [{"step": i, "rewards/accuracy/mean": 0.58 if i < 10 else after, "epoch": epoch} for i in range(1, 21)]
     log += [{"step": 20, "probe/own": own, "probe/random": 0.6, "epoch": epoch}]
-    assert (
-        "16.7 times: sampled answers to them are right in 87.0 % (58.0 at first)" in rl.says("it", log, 512)
-    ) == heart
-    assert ("by heart" in rl.says("it", log, 512)) == heart
+    words = "16.7 times: sampled answers to them are right in 87.0 % (58.0 at first)"
+    assert (words in rl.says("it", log, 512)) == ("by heart" in rl.says("it", log, 512)) == heart
 
 
 def test_a_run_at_work_is_shown_up_to_its_last_checkpoint(alone, tmp_path):
