@@ -1,6 +1,7 @@
 """`abscot <phase>` and `python -m abscot_trl.scripts.<phase>`: what a terminal gets of a phase, and of its errors."""
 
 import argparse
+import atexit
 import errno
 import json
 import logging
@@ -110,6 +111,16 @@ def run_script(name: str) -> None:
         sys.exit(f"abscot {name}: {words}{_kept(folder)}")
     if text:
         print(text)  # noqa: T201
+    atexit.register(leave_group)  # after what else this process may do
+
+
+def leave_group() -> None:
+    """A group of processes that is not left can crash one while it exits, all its work done (gloo's threads)."""
+    if "torch" in sys.modules:  # most commands never import it
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _kept(folder: str | None) -> str:

@@ -4,6 +4,7 @@ Training by several processes on CPU over gloo: how they are launched and, as th
     accelerate launch .. tests/launched.py train '[CHECKPOINT, FOLDER, FIELDS, LORA]' together '[..]'
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from trainers import LAST, build, lora, phase, rows, run, settings, weights
 
+from abscot_trl.cli import leave_group
 from abscot_trl.errors import Refused
 from abscot_trl.training.bottleneck import BottleneckSFTTrainer
 from abscot_trl.training.configs import BottleneckConfig
@@ -159,7 +161,14 @@ def one_card(checkpoint: str, folder: str, found: str) -> None:
     Path(found).write_text(json.dumps(report))
 
 
+def left() -> None:
+    """Fails this process if it is still in its group."""
+    if torch.distributed.is_initialized():
+        os._exit(9)
+
+
 if __name__ == "__main__":
+    atexit.register(left)  # first, and so the last to run
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
 
@@ -169,3 +178,5 @@ if __name__ == "__main__":
     jobs = {job.__name__: job for job in known}
     for name, args in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         jobs[name](*json.loads(args))
+    if "command" not in sys.argv[1::2]:  # which leaves the group by itself
+        leave_group()
