@@ -75,16 +75,21 @@ def test_a_folder_of_grpo_alone(alone, capsys):
 
 
 @pytest.mark.parametrize(
-    "epoch, after, own, heart",
-    [(16.7, 0.87, 65.8, True), (16.7, 0.87, 75.0, False), (1.0, 0.87, 65.8, False), (16.7, 0.69, 65.8, False)],
+    "changed, heart",
+    [({}, True), ({"own": 75.0}, False), ({"passes": 1.0}, False), ({"after": 0.72}, False), ({"before": 0.87}, False)]
+    + [({"held_out": 16}, False), ({"held_out": 0}, False)],
 )
-def test_it_says_when_prompts_are_learnt_by_heart(epoch, after, own, heart):
-    """First what SmolLM2 did on H100s; not where others gain, nothing is repeated, or sampled is as good as greedy."""
+def test_it_says_when_prompts_are_learnt_by_heart(changed, heart):
+    """As SmolLM2 on H100s; not if others gain, nothing is repeated, little is won, nothing rises, few are held out."""
+    its = {"passes": 16.7, "before": 0.58, "after": 0.87, "own": 65.8, "held_out": 512} | changed
     log = [{"step": 0, "probe/own": 69.7, "probe/random": 1.0, "epoch": 0}]
-    log += [{"step": i, "rewards/accuracy/mean": 0.58 if i < 10 else after, "epoch": epoch} for i in range(1, 21)]
-    log += [{"step": 20, "probe/own": own, "probe/random": 0.6, "epoch": epoch}]
-    words = "16.7 times: sampled answers to them are right in 87.0 % (58.0 at first)"
-    assert (words in rl.says("it", log, 512)) == ("by heart" in rl.says("it", log, 512)) == heart
+    for step in range(1, 21):
+        reward = its["before"] if step < 10 else its["after"]
+        log.append({"step": step, "rewards/accuracy/mean": reward, "epoch": its["passes"]})
+    log.append({"step": 20, "probe/own": its["own"], "probe/random": 0.6, "epoch": its["passes"]})
+    words = "In 16.7 passes over its prompts sampled answers to them came from 58.0 to 87.0 % right"
+    said = rl.says("it", log, its["held_out"])
+    assert (words in said) == ("by heart" in said) == heart
 
 
 def test_a_run_at_work_is_shown_up_to_its_last_checkpoint(alone, tmp_path):

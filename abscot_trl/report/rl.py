@@ -164,17 +164,20 @@ def _table(name: str, log: list[dict]) -> dict:
     return {"title": name, "header": ["", "first", "last"], "rows": rows}
 
 
-def by_heart(log: list[dict]) -> str:
-    """Words where prompts are repeated, and their sampled answers are right more often than greedy ones to others."""
+def by_heart(log: list[dict], held_out: int) -> str:
+    """
+    Words where prompts are repeated, and sampled answers to them are right more often than greedy ones to held-out
+    prompts can be. Less could be certainty, by which sampled answers come near to greedy ones.
+    """
     trained, own, epochs = (series(log, key)[1] for key in ("rewards/accuracy/mean", "probe/own", "epoch"))
-    if not (trained and own and epochs) or epochs[-1] < 2 or own[-1] > own[0]:
+    if not (trained and own and epochs and held_out) or epochs[-1] < 2 or own[-1] > own[0]:
         return ""
     first, last = (100 * float(np.mean(some)) for some in _tenths(trained))
-    if last < own[-1] + 5:  # less could be certainty won, by which sampled answers come near to greedy ones
+    if last < first + 5 or last < wilson_interval(own[0] / 100 * held_out, held_out)[1]:
         return ""
     return (
-        f" Each prompt was drawn {epochs[-1]:.3g} times: sampled answers to them are right in {last:.1f} % "
-        f"({first:.1f} at first), and greedy ones to others did not gain. They are learnt by heart: give more prompts."
+        f" In {epochs[-1]:.3g} passes over its prompts sampled answers to them came from {first:.1f} to {last:.1f} % "
+        "right, and greedy answers to held-out ones did not get better: it learns them by heart. Give more prompts."
     )
 
 
@@ -189,7 +192,7 @@ def says(name: str, log: list[dict], held_out: int) -> str:
             f"; accuracy on {held_out or 'the'} held-out prompts from {own[0]:.1f} to {own[-1]:.1f} after its own "
         )
         words += f"trace, from {random[0]:.1f} to {random[-1]:.1f} after a random one"
-    return words + "." + by_heart(log)
+    return words + "." + by_heart(log, held_out)
 
 
 def _trace(text: str, tokens: list[str]) -> dict:

@@ -14,8 +14,9 @@ from abscot_trl.training.grpo_config import AbstractGRPOConfig
 from abscot_trl.training.phase import train_alone
 from abscot_trl.vocabulary import AbstractVocabulary
 
-# Measured: SmolLM2-135M on 1,636 prompts gains 14 to 29 points on these in 6 to 17 passes, and none on others.
-OFTEN = ": their answers can be learnt by heart, which no other prompt gains by; watch probe/own, or give more prompts"
+# Measured: 17 passes over 1,636 prompts took SmolLM2-135M's sampled answers to them from 59 to 87 % right, its greedy ones
+# to others from 69.7 to 65.8 (abscot_trl/training/README.md).
+OFTEN = ": answers can be learnt by heart, by which other prompts do not gain; watch probe/own, or give more prompts"
 NEED_GOLD = {"accuracy", "answer_length", "trace_length"}  # rewards that alone say nothing of a prompt without a gold
 
 
