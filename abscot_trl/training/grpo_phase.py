@@ -14,8 +14,8 @@ from abscot_trl.training.grpo_config import AbstractGRPOConfig
 from abscot_trl.training.phase import train_alone
 from abscot_trl.vocabulary import AbstractVocabulary
 
-# Measured: 17 passes over 1,636 prompts took SmolLM2-135M's sampled answers to them from 59 to 87 % right, its greedy ones
-# to others from 69.7 to 65.8 (abscot_trl/training/README.md).
+# Measured: 17 passes over 1,636 prompts took SmolLM2-135M's sampled answers to them from 59 to 87 % right, and its
+# greedy ones to others from 69.7 to 65.8 (abscot_trl/training/README.md).
 OFTEN = ": answers can be learnt by heart, by which other prompts do not gain; watch probe/own, or give more prompts"
 NEED_GOLD = {"accuracy", "answer_length", "trace_length"}  # rewards that alone say nothing of a prompt without a gold
 
