@@ -115,12 +115,12 @@ def run_script(name: str) -> None:
 
 
 def leave_group() -> None:
-    """A group of processes that is not left can crash one while it exits, all its work done (gloo's threads)."""
+    """A process that is still in a group of gloo's can crash while it exits, all its work done: its threads run on."""
     if "torch" in sys.modules:  # most commands never import it
         from torch import distributed
 
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()  # NCCL's is left to it and vLLM, which shares it
 
 
 def _kept(folder: str | None) -> str:
