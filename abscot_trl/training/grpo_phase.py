@@ -72,8 +72,8 @@ def draws(args: AbstractGRPOConfig, rows: int) -> float:
     """How often each of `rows` prompts is drawn by the end: the last `epoch`, but for prompts that fill no batch."""
     if args.max_steps <= 0:
         return args.num_train_epochs
-    generations = args.max_steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
-    return generations * args.generation_batch_size / args.num_generations / rows
+    scored = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * args.world_size
+    return scored / args.num_iterations / args.num_generations / rows
 
 
 def train_grpo(args: GRPOArguments, training_args: AbstractGRPOConfig, model_args: ModelConfig) -> dict:
